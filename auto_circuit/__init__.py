@@ -1,0 +1,1 @@
+"""AutoCircuit: find and test circuits in transformers by edge patching."""

@@ -1,0 +1,38 @@
+"""The errors that AutoCircuit raises for bad input.
+
+Each message says what was wrong, what was expected and what to do. `assert` is kept for
+the library's own invariants.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AutoCircuitError(Exception):
+    """Base of every error that the library raises on purpose."""
+
+
+class DataError(AutoCircuitError, ValueError):
+    """A prompt file, a prompt pair, a batch or a loader is not what it must be."""
+
+
+class GraphError(AutoCircuitError, ValueError):
+    """A node, edge, mask or score does not fit the model's computation graph."""
+
+
+class ModelError(AutoCircuitError, ValueError):
+    """A model cannot be loaded, or its architecture cannot be patched."""
+
+
+class ConfigError(AutoCircuitError, ValueError):
+    """An argument or a configuration field has a value that makes no sense."""
+
+
+def near_matches(name: str, known: Iterable[str], n: int = 3) -> str:
+    """A clause that names the closest known names, for the end of an error's text."""
+    matches = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+    if not matches:
+        return ""
+    return f" Did you mean {' or '.join(repr(match) for match in matches)}?"

@@ -1,0 +1,1 @@
+"""Faithfulness metrics: a number for each circuit size."""

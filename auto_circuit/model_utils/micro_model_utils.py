@@ -1,0 +1,155 @@
+"""A model small enough to follow by hand, for examples and tests.
+
+Two blocks of two "heads" on a residual stream of two dimensions. A head multiplies its
+input by a fixed weight, so block(x) = [4, 6] * x and each layer maps x to [5, 7] * x.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch as t
+from einops import repeat
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Identity, Module, ModuleList, Parameter
+
+from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter, Port
+from auto_circuit.types import DestNode, SrcNode
+
+N_HEADS = 2
+
+
+class Block(Module):
+    """Two heads that read the same input; their outputs are added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = Parameter(t.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        self.head_inputs = Identity()
+        self.head_outputs = Identity()
+
+    def forward(
+        self, x: Float[Tensor, "batch seq resid"]
+    ) -> Float[Tensor, "batch seq resid"]:
+        """The sum of the heads' outputs."""
+        x_heads = self.head_inputs(repeat(x, "b s r -> b s h r", h=N_HEADS))
+        return self.head_outputs(x_heads * self.weights).sum(dim=2)
+
+
+class MicroModel(Module):
+    """Blocks on a residual stream, without embedding, attention or non-linearity."""
+
+    def __init__(self, n_layers: int = 2) -> None:
+        super().__init__()
+        self.input = Identity()
+        self.blocks = ModuleList([Block() for _ in range(n_layers)])
+        self.resids = ModuleList([Identity() for _ in range(n_layers)])
+        self.output = Identity()
+
+    def forward(
+        self, x: Float[Tensor, "batch seq resid"]
+    ) -> Float[Tensor, "batch seq resid"]:
+        """The residual stream after the last block."""
+        x = self.input(x)
+        for block, resid in zip(self.blocks, self.resids, strict=True):
+            x = resid(x + block(x))
+        return self.output(x)
+
+
+def factorized_src_nodes(model: MicroModel) -> list[SrcNode]:
+    """Start and every head."""
+    start = SrcNode(name="Resid Start", module_name="input", layer=0, src_idx=0)
+    return [start] + [
+        SrcNode(
+            name=f"B{layer}.{head}",
+            module_name=f"blocks.{layer}.head_outputs",
+            layer=layer + 1,
+            head_idx=head,
+            head_dim=2,
+            src_idx=1 + layer * N_HEADS + head,
+        )
+        for layer in range(len(model.blocks))
+        for head in range(N_HEADS)
+    ]
+
+
+def factorized_dest_nodes(model: MicroModel) -> list[DestNode]:
+    """Every head and the end."""
+    n_layers = len(model.blocks)
+    heads = [
+        DestNode(
+            name=f"B{layer}.{head}",
+            module_name=f"blocks.{layer}.head_inputs",
+            layer=layer + 1,
+            head_idx=head,
+            head_dim=2,
+        )
+        for layer in range(n_layers)
+        for head in range(N_HEADS)
+    ]
+    return heads + [
+        DestNode(name="Resid End", module_name="output", layer=n_layers + 1)
+    ]
+
+
+def simple_graph_nodes(model: MicroModel) -> GraphNodes:
+    """The unfactorized graph: heads feed the residual stream after their own block."""
+    n_layers = len(model.blocks)
+    srcs = [SrcNode(name="Resid Start", module_name="input", layer=0, src_idx=0)]
+    dests: list[DestNode] = []
+    for layer in range(n_layers):
+        min_src_idx = len(srcs) - 1
+        srcs += [
+            SrcNode(
+                name=f"B{layer}.{head}",
+                module_name=f"blocks.{layer}.head_outputs",
+                layer=2 * layer,
+                head_idx=head,
+                head_dim=2,
+                src_idx=min_src_idx + 1 + head,
+            )
+            for head in range(N_HEADS)
+        ]
+        is_last = layer == n_layers - 1
+        name = "Resid End" if is_last else f"Resid Post {layer}"
+        module_name = "output" if is_last else f"resids.{layer}"
+        dests.append(
+            DestNode(
+                name=name,
+                module_name=module_name,
+                layer=2 * layer + 1,
+                min_src_idx=min_src_idx,
+            )
+        )
+        if not is_last:
+            srcs.append(
+                SrcNode(
+                    name=name,
+                    module_name=module_name,
+                    layer=2 * layer + 2,
+                    src_idx=len(srcs),
+                )
+            )
+    return srcs, dests
+
+
+def _graph_nodes(
+    model: Module, factorized: bool, separate_qkv: bool | None
+) -> GraphNodes:
+    assert isinstance(model, MicroModel)
+    if factorized:
+        return factorized_src_nodes(model), factorized_dest_nodes(model)
+    return simple_graph_nodes(model)
+
+
+MICRO_MODEL_ADAPTER = ModelAdapter(
+    name="MicroModel",
+    handles=lambda model: isinstance(model, MicroModel),
+    graph_nodes=_graph_nodes,
+    ports=lambda model, module_name, separate_qkv: (Port(module_name),),
+    find_module=lambda model, module_name: model.get_submodule(module_name),
+    open_sites=lambda model, separate_qkv: nullcontext(),
+    probe_input=lambda model: t.arange(12.0).reshape(2, 3, 2) - 4.0,
+    is_transformer=False,
+)

@@ -1,0 +1,344 @@
+"""The computation graph of TransformerLens models (`TransformerBridge`).
+
+Sources: the embeddings, every attention head, every MLP. Destinations: every head's
+query, key and value input (or one input for the three), every MLP's input, the final
+residual stream. All of them are read before layer norm. Names and module names are
+auto-circuit's; the modules themselves are TransformerLens hook points.
+
+With grouped-query attention several query heads share one key-value head: `A0.1.K` is
+then the input of key-value head 1, and with `separate_qkv=False` the node `A0.g` is the
+input of the whole group g: its query heads, its key and its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch as t
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import Module
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import (
+    LinearBridge,
+    PositionEmbeddingsAttentionBridge,
+)
+from transformer_lens.model_bridge.sources._bridge_builder import (
+    build_bridge_from_module,
+)
+from transformer_lens.model_bridge.sources.native import NativeModel
+
+from auto_circuit.errors import ConfigError, ModelError
+from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter, Port
+from auto_circuit.types import DestNode, SrcNode
+
+RESID_START = "blocks.0.hook_resid_pre"
+
+
+def n_kv_heads(model: TransformerBridge) -> int:
+    """The number of key-value heads: that of heads, or fewer (grouped-query)."""
+    return getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
+
+
+def has_mlps(model: TransformerBridge) -> bool:
+    """Do the blocks have MLPs? (Attention-only models do not.)"""
+    return "mlp" in model.blocks[0].submodules
+
+
+def has_parallel_attention(model: TransformerBridge) -> bool:
+    """Do attention and MLP of a block read the same residual stream, as in Pythia?"""
+    return bool(model.cfg.parallel_attn_mlp)
+
+
+def has_post_norm(model: TransformerBridge) -> bool:
+    """Is attention's output normalised before it is added, as in Gemma 2?
+
+    Then a single head's contribution is not defined, and the source is the layer.
+    """
+    return "ln1_post" in model.blocks[0].submodules
+
+
+def _attention_layer(model: TransformerBridge, block: int) -> int:
+    """The graph layer of a block's attention: blocks take one layer or two."""
+    mlp_has_own_layer = has_mlps(model) and not has_parallel_attention(model)
+    return 1 + block * (2 if mlp_has_own_layer else 1)
+
+
+def _mlp_layer(model: TransformerBridge, block: int) -> int:
+    layer = _attention_layer(model, block)
+    return layer if has_parallel_attention(model) else layer + 1
+
+
+def _end_layer(model: TransformerBridge) -> int:
+    return _attention_layer(model, model.cfg.n_layers)
+
+
+def _attention_srcs(
+    model: TransformerBridge, block: int, layer: int, first_idx: int
+) -> list[SrcNode]:
+    """The heads of a block, or its whole attention where heads do not add up."""
+    if has_post_norm(model):
+        module_name = f"blocks.{block}.hook_attn_out"
+        return [
+            SrcNode(
+                name=f"A{block}",
+                module_name=module_name,
+                layer=layer,
+                src_idx=first_idx,
+            )
+        ]
+    return [
+        SrcNode(
+            name=f"A{block}.{head}",
+            module_name=f"blocks.{block}.attn.hook_result",
+            layer=layer,
+            head_idx=head,
+            head_dim=2,
+            src_idx=first_idx + head,
+            weight=f"blocks.{block}.attn.W_O",
+            weight_head_dim=0,
+        )
+        for head in range(model.cfg.n_heads)
+    ]
+
+
+def _mlp_src(block: int, layer: int, src_idx: int) -> SrcNode:
+    return SrcNode(
+        name=f"MLP {block}",
+        module_name=f"blocks.{block}.hook_mlp_out",
+        layer=layer,
+        src_idx=src_idx,
+        weight=f"blocks.{block}.mlp.W_out",
+    )
+
+
+def factorized_src_nodes(model: TransformerBridge) -> list[SrcNode]:
+    """Embeddings, heads and MLPs, in the order in which they run."""
+    srcs = [SrcNode(name="Resid Start", module_name=RESID_START, layer=0, src_idx=0)]
+    for block in range(model.cfg.n_layers):
+        layer = _attention_layer(model, block)
+        srcs += _attention_srcs(model, block, layer, len(srcs))
+        if has_mlps(model):
+            srcs.append(_mlp_src(block, _mlp_layer(model, block), len(srcs)))
+    return srcs
+
+
+def _attention_dests(
+    model: TransformerBridge, block: int, separate_qkv: bool
+) -> list[DestNode]:
+    if separate_qkv:
+        inputs = [("q", ".Q", model.cfg.n_heads)]
+        inputs += [("k", ".K", n_kv_heads(model)), ("v", ".V", n_kv_heads(model))]
+        modules = [(f"hook_{name}_input", suffix, n) for name, suffix, n in inputs]
+    else:
+        modules = [("hook_attn_in", "", n_kv_heads(model))]
+    return [
+        DestNode(
+            name=f"A{block}.{head}{suffix}",
+            module_name=f"blocks.{block}.{module}",
+            layer=_attention_layer(model, block),
+            head_idx=head,
+            head_dim=2,
+            weight=f"blocks.{block}.attn.W_{suffix[1:] or 'QKV'}",
+            weight_head_dim=0,
+        )
+        for module, suffix, n_heads in modules
+        for head in range(n_heads)
+    ]
+
+
+def factorized_dest_nodes(
+    model: TransformerBridge, separate_qkv: bool
+) -> list[DestNode]:
+    """Inputs of heads and MLPs, and the end, in the order in which they run."""
+    dests: list[DestNode] = []
+    for block in range(model.cfg.n_layers):
+        dests += _attention_dests(model, block, separate_qkv)
+        if has_mlps(model):
+            dests.append(
+                DestNode(
+                    name=f"MLP {block}",
+                    module_name=f"blocks.{block}.hook_mlp_in",
+                    layer=_mlp_layer(model, block),
+                    weight=f"blocks.{block}.mlp.W_in",
+                )
+            )
+    last_block = model.cfg.n_layers - 1
+    return dests + [
+        DestNode(
+            name="Resid End",
+            module_name=f"blocks.{last_block}.hook_resid_post",
+            layer=_end_layer(model),
+        )
+    ]
+
+
+def _unfactorized_stages(model: TransformerBridge, block: int) -> list[tuple[str, str]]:
+    """[(the sources' kind, the residual stream that they feed)] of one block."""
+    if has_mlps(model) and not has_parallel_attention(model):
+        return [("attention", "mid"), ("mlp", "post")]
+    return [("attention and mlp" if has_mlps(model) else "attention", "post")]
+
+
+def simple_graph_nodes(model: TransformerBridge) -> GraphNodes:
+    """The unfactorized graph: components feed the residual stream right after them.
+
+    Its edges are the components: patching `A0.1->Resid Mid 0` patches head 0.1.
+    """
+    srcs = [SrcNode(name="Resid Start", module_name=RESID_START, layer=0, src_idx=0)]
+    dests: list[DestNode] = []
+    stages = [
+        (block, kinds, stream)
+        for block in range(model.cfg.n_layers)
+        for kinds, stream in _unfactorized_stages(model, block)
+    ]
+    for stage, (block, kinds, stream) in enumerate(stages):
+        layer, min_src_idx = 2 * stage, len(srcs) - 1
+        if "attention" in kinds:
+            srcs += _attention_srcs(model, block, layer, len(srcs))
+        if "mlp" in kinds:
+            srcs.append(_mlp_src(block, layer, len(srcs)))
+        is_last = stage == len(stages) - 1
+        name = "Resid End" if is_last else f"Resid {stream.title()} {block}"
+        module_name = f"blocks.{block}.hook_resid_{stream}"
+        dests.append(DestNode(name, module_name, layer + 1, min_src_idx=min_src_idx))
+        if not is_last:
+            srcs.append(SrcNode(name, module_name, layer + 2, src_idx=len(srcs)))
+    return srcs, dests
+
+
+def _graph_nodes(
+    model: Module, factorized: bool, separate_qkv: bool | None
+) -> GraphNodes:
+    assert isinstance(model, TransformerBridge)
+    if separate_qkv is None:
+        raise ConfigError(
+            "`separate_qkv` must be True or False for a transformer: True gives every "
+            "head three inputs (query, key, value), False one."
+        )
+    if not factorized:
+        return simple_graph_nodes(model)
+    return factorized_src_nodes(model), factorized_dest_nodes(model, separate_qkv)
+
+
+def _ports(
+    model: Module, module_name: str, separate_qkv: bool | None
+) -> tuple[Port, ...]:
+    assert isinstance(model, TransformerBridge)
+    block, _, hook = module_name.rpartition(".")
+    if hook == "hook_resid_mid":
+        # `hook_resid_mid` sees only what the MLP's norm reads. What changes the residual
+        # stream itself is what attention adds to it.
+        return (Port(f"{block}.hook_attn_out", additive=True),)
+    if hook == "hook_attn_in" and n_kv_heads(model) != model.cfg.n_heads:
+        group = model.cfg.n_heads // n_kv_heads(model)
+        query_rows = tuple(head // group for head in range(model.cfg.n_heads))
+        return (
+            Port(f"{block}.hook_q_input", query_rows),
+            Port(f"{block}.hook_k_input"),
+            Port(f"{block}.hook_v_input"),
+        )
+    return (Port(module_name),)
+
+
+def _find_module(model: Module, module_name: str) -> Module:
+    assert isinstance(model, TransformerBridge)
+    try:
+        return model.hook_dict[module_name]
+    except KeyError:
+        raise ModelError(
+            f"This {model.cfg.architecture} model has no hook point {module_name!r}, "
+            "which its computation graph needs. Its architecture is not supported."
+        ) from None
+
+
+def _switches(model: TransformerBridge, separate_qkv: bool | None) -> dict[str, bool]:
+    """TransformerLens computes per-head results and inputs only when asked to."""
+    split = bool(separate_qkv) or n_kv_heads(model) != model.cfg.n_heads
+    return {
+        "use_attn_result": not has_post_norm(model),
+        "use_split_qkv_input": split,
+        "use_attn_in": not split,
+        "use_hook_mlp_in": has_mlps(model),
+    }
+
+
+def _set_switches(model: TransformerBridge, switches: dict[str, bool]) -> None:
+    # Off before on: TransformerLens refuses two ways of splitting at the same time.
+    for switch, is_on in sorted(switches.items(), key=lambda item: item[1]):
+        if bool(getattr(model.cfg, switch, False)) != is_on:
+            getattr(model, f"set_{switch}")(is_on)
+
+
+@contextmanager
+def _open_sites(model: Module, separate_qkv: bool | None) -> Iterator[None]:
+    assert isinstance(model, TransformerBridge)
+    switches = _switches(model, separate_qkv)
+    before = {switch: bool(getattr(model.cfg, switch, False)) for switch in switches}
+    try:
+        try:
+            _set_switches(model, switches)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"The attention of this {model.cfg.architecture} model does not expose "
+                f"its heads ({error}). For TransformerLens's own models use "
+                "`auto_circuit.model_utils.transformer_lens_utils.native_bridge`."
+            ) from error
+        yield
+    finally:
+        _set_switches(model, before)
+
+
+def _probe_input(model: Module) -> Int[Tensor, "batch seq"]:
+    assert isinstance(model, TransformerBridge)
+    seq_len = min(8, getattr(model.cfg, "n_ctx", 8) or 8)
+    tokens = t.arange(2 * seq_len).reshape(2, seq_len) % model.cfg.d_vocab
+    return tokens.to(next(model.parameters()).device)
+
+
+TRANSFORMER_BRIDGE_ADAPTER = ModelAdapter(
+    name="TransformerBridge",
+    handles=lambda model: isinstance(model, TransformerBridge),
+    graph_nodes=_graph_nodes,
+    ports=_ports,
+    find_module=_find_module,
+    open_sites=_open_sites,
+    probe_input=_probe_input,
+    is_transformer=True,
+)
+
+
+def native_bridge(config: TransformerBridgeConfig) -> TransformerBridge:
+    """A TransformerLens model without Hugging Face, whose heads can be patched.
+
+    `TransformerBridge.boot_native` builds the same model with an attention that does not
+    expose its heads. This one has standard (not rotary) positions, any norm or none,
+    causal or bidirectional attention, with or without MLPs. Its weights are random.
+    """
+    model = NativeModel(config)
+    for layer in model.layers:
+        attention = layer.attn
+        attention.head_dim = config.d_head
+        attention.scaling = 1 / attention.scale
+        attention.num_key_value_groups = attention.kv_repeats
+        attention.is_causal = attention.causal
+    bridge = build_bridge_from_module(
+        model,
+        "TransformerLensNative",
+        tl_config=config,
+        post_adapter_hook=_use_attention_with_heads,
+    )
+    return bridge.eval()
+
+
+def _use_attention_with_heads(adapter) -> None:  # noqa: ANN001 (TransformerLens's type)
+    adapter.component_mapping["blocks"].submodules["attn"] = (
+        PositionEmbeddingsAttentionBridge(
+            name="attn",
+            config=adapter.cfg,
+            submodules={name: LinearBridge(name=name) for name in "qkvo"},
+            is_causal=getattr(adapter.cfg, "attention_dir", "causal") == "causal",
+        )
+    )

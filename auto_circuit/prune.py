@@ -1,0 +1,115 @@
+"""Run the circuits that a prune algorithm's scores make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch as t
+from torch import Tensor
+
+from auto_circuit.data import PromptDataLoader
+from auto_circuit.errors import ConfigError, GraphError, near_matches
+from auto_circuit.types import AblationType, CircuitOutputs, PatchType, PruneScores
+from auto_circuit.utils.ablation_activations import Side, iter_src_ablations
+from auto_circuit.utils.custom_tqdm import tqdm
+from auto_circuit.utils.graph_utils import patch_mode, preserved_masks
+from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import circuit_mask
+
+Circuit = dict[str, Tensor]
+
+
+def run_circuits(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    test_edge_counts: Sequence[int],
+    prune_scores: PruneScores,
+    patch_type: PatchType = PatchType.EDGE_PATCH,
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    reverse_clean_corrupt: bool = False,
+    render_graph: bool = False,
+    render_score_threshold: float = 0.0,
+    render_file_path: str | None = None,
+) -> CircuitOutputs:
+    """The model's output with only a circuit's edges intact, for several circuit sizes.
+
+    The circuit of size k has the k edges with the largest |score|, and all that tie with
+    the last of them. Returns {edges really in the circuit: {batch key: output}}; the
+    output is `model(input)[model.out_slice]`.
+
+    | patch_type | reverse | input   | patched in | along            |
+    |------------|---------|---------|------------|------------------|
+    | TREE_PATCH | False   | clean   | corrupt    | all other edges  |
+    | EDGE_PATCH | False   | corrupt | clean      | circuit edges    |
+    | EDGE_PATCH | True    | clean   | corrupt    | circuit edges    |
+    | TREE_PATCH | True    | corrupt | clean      | all other edges  |
+
+    "Patched in" holds for RESAMPLE and BATCH_*; ZERO and TOKENWISE_MEAN_* name what is
+    patched in themselves. Raises GraphError for a size that the graph does not have and
+    for scores that do not fit it, before the model runs.
+
+    Differs from auto-circuit: no edge is in a circuit of size 0; means are computed once.
+    """
+    if render_graph:
+        raise ConfigError(
+            "`render_graph` is not supported by `run_circuits`; draw the scores with "
+            "`auto_circuit.visualize`."
+        )
+    _check_scores(model, prune_scores)
+    masks = _circuit_masks(prune_scores, test_edge_counts, patch_type)
+    clean_input = (patch_type == PatchType.TREE_PATCH) != reverse_clean_corrupt
+    input_side: Side = "clean" if clean_input else "corrupt"
+    patch_side: Side | None = "corrupt" if clean_input else "clean"
+    if ablation_type.mean_over_dataset or ablation_type == AblationType.ZERO:
+        patch_side = None
+    outputs: CircuitOutputs = {n_edges: {} for n_edges in masks}
+    batches = iter_src_ablations(model, dataloader, ablation_type, patch_side)
+    with t.no_grad(), preserved_masks(model):
+        for batch, patch_src_outs in tqdm(batches, total=len(dataloader), leave=False):
+            tokens, kwargs = batch.model_input(input_side)
+            with patch_mode(model, patch_src_outs):
+                for n_edges, mask in masks.items():
+                    set_masks(model, mask)
+                    output = model(tokens, **kwargs)[model.out_slice]
+                    outputs[n_edges][batch.key] = output.clone()
+    return outputs
+
+
+def set_masks(model: PatchableModel, values: Circuit) -> None:
+    """Set every mask to the values (or booleans) of a dictionary like `patch_masks`."""
+    for module_name, mask in model.patch_masks.items():
+        mask.data.copy_(values[module_name])
+
+
+def _circuit_masks(
+    prune_scores: PruneScores, test_edge_counts: Sequence[int], patch_type: PatchType
+) -> dict[int, Circuit]:
+    """{edges really in the circuit: True where an edge is patched}"""
+    masks = {}
+    for edge_count in sorted(set(test_edge_counts)):
+        circuit, n_edges = circuit_mask(prune_scores, edge_count)
+        is_tree = patch_type == PatchType.TREE_PATCH
+        masks[n_edges] = {k: ~v for k, v in circuit.items()} if is_tree else circuit
+    return masks
+
+
+def _check_scores(model: PatchableModel, prune_scores: PruneScores) -> None:
+    expected = {name: mask.shape for name, mask in model.patch_masks.items()}
+    for module_name, scores in prune_scores.items():
+        if module_name not in expected:
+            hint = near_matches(module_name, expected)
+            raise GraphError(
+                f"The scores name {module_name!r}, which is no destination.{hint}"
+            )
+        if scores.shape != expected[module_name]:
+            raise GraphError(
+                f"The scores of {module_name!r} have shape {tuple(scores.shape)}; the "
+                f"graph needs {tuple(expected[module_name])}, [position?, head?, source]."
+            )
+    missing = [name for name in expected if name not in prune_scores]
+    if missing:
+        raise GraphError(
+            f"The scores lack {len(missing)} of the graph's {len(expected)} destination "
+            f"modules, among them {missing[0]!r}. Start from "
+            "`model.new_prune_scores()`."
+        )

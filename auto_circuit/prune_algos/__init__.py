@@ -1,0 +1,1 @@
+"""Prune algorithms: each gives every edge of a model a score."""

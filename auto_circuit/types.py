@@ -1,0 +1,258 @@
+"""The vocabulary of AutoCircuit: nodes, edges, scores, measurements.
+
+Imports only the standard library, torch and jaxtyping, so that every other module can
+import it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum
+from functools import total_ordering
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+MaskFn = Literal["hard_concrete", "sigmoid"] | None
+"""How a mask's raw value becomes the share of an edge that is patched.
+
+`None`: the value itself (0 = the edge carries its current activation, 1 = it is patched).
+"""
+
+OutputSlice = Literal["last_seq", "not_first_seq"] | None
+AutoencoderInput = Literal["mlp_post_act", "resid_delta_mlp", "resid"]
+
+COLOR_PALETTE: list[str] = [
+    "rgb(31, 100, 190)",
+    "rgb(235, 125, 20)",
+    "rgb(40, 150, 70)",
+    "rgb(225, 95, 165)",
+    "rgb(205, 45, 45)",
+    "rgb(125, 80, 180)",
+    "rgb(125, 85, 65)",
+    "rgb(120, 120, 120)",
+    "rgb(185, 175, 35)",
+]
+"""Line colours of the figures, one per algorithm."""
+
+
+class _TitledEnum(Enum):
+    """An Enum whose `str()` is its name in title case, for legends and tables."""
+
+    def __str__(self) -> str:
+        return self.name.replace("_", " ").title()
+
+
+class EdgeCounts(_TitledEnum):
+    """How the circuit sizes of a sweep are chosen."""
+
+    ALL = 1
+    LOGARITHMIC = 2
+    GROUPS = 3
+
+
+TestEdges = EdgeCounts | list[int | float] | list[int] | list[float]
+"""Circuit sizes to test: a rule, numbers of edges (int) or shares of all edges (float)."""
+
+
+class PatchType(_TitledEnum):
+    """Which edges are patched: the circuit's (EDGE) or all the others (TREE)."""
+
+    EDGE_PATCH = 1
+    TREE_PATCH = 2
+
+
+class AblationType(_TitledEnum):
+    """Which activations are patched in.
+
+    RESAMPLE: those of another prompt. ZERO: zeros. TOKENWISE_MEAN_*: the mean at each
+    token position over a data set's clean prompts, corrupt prompts, or both.
+    BATCH_TOKENWISE_MEAN: the mean at each position over the batch that is patched in.
+    BATCH_ALL_TOK_MEAN: the mean over that batch and all of its positions.
+    """
+
+    RESAMPLE = 1
+    ZERO = 2
+    TOKENWISE_MEAN_CLEAN = 3
+    TOKENWISE_MEAN_CORRUPT = 4
+    TOKENWISE_MEAN_CLEAN_AND_CORRUPT = 5
+    BATCH_TOKENWISE_MEAN = 6
+    BATCH_ALL_TOK_MEAN = 7
+
+    @property
+    def mean_over_dataset(self) -> bool:
+        """Is this a mean over a whole data set, the same for every batch?"""
+        return self.clean_dataset or self.corrupt_dataset
+
+    @property
+    def clean_dataset(self) -> bool:
+        """Do the data set's clean prompts enter the mean?"""
+        return self in (
+            AblationType.TOKENWISE_MEAN_CLEAN,
+            AblationType.TOKENWISE_MEAN_CLEAN_AND_CORRUPT,
+        )
+
+    @property
+    def corrupt_dataset(self) -> bool:
+        """Do the data set's corrupt prompts enter the mean?"""
+        return self in (
+            AblationType.TOKENWISE_MEAN_CORRUPT,
+            AblationType.TOKENWISE_MEAN_CLEAN_AND_CORRUPT,
+        )
+
+
+class PatchWrapper(Module, ABC):
+    """The stateful module that patches at one node site (see `utils.patch_wrapper`)."""
+
+    module_name: str
+    patch_mask: Parameter | None
+
+    @abstractmethod
+    def set_mask_batch_size(self, batch_size: int | None) -> None:
+        """Give the mask a leading batch dimension, or take it away (None)."""
+
+
+@total_ordering
+@dataclass(frozen=True, eq=True)
+class Node:
+    """A place in the computation graph that writes to or reads from the residual stream.
+
+    `layer` orders the graph: an edge always goes to a higher layer. `head_idx` is the
+    index along `head_dim` of the module's activation, or None when the module is one
+    node. For the keys and values of grouped-query attention it is the index of the
+    key-value head. `weight` and `weight_head_dim` name the node's weight matrix.
+    """
+
+    name: str
+    module_name: str
+    layer: int
+    head_idx: int | None = None
+    head_dim: int | None = None
+    weight: str | None = None
+    weight_head_dim: int | None = None
+
+    @property
+    def sort_key(self) -> tuple[int, str, int, int]:
+        """(layer, module, head, source index): the fixed order of nodes."""
+        head_idx = -1 if self.head_idx is None else self.head_idx
+        return (self.layer, self.module_name, head_idx, getattr(self, "src_idx", -1))
+
+    def __lt__(self, other: Node) -> bool:
+        return self.sort_key < other.sort_key
+
+    def module(self, model: Any) -> PatchWrapper:
+        """The wrapper of `model` (a PatchableModel) that patches at this node."""
+        return model.wrapper(self.module_name)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, eq=True, repr=False)
+class SrcNode(Node):
+    """A node that writes. `src_idx` is its index in the tensors of source activations."""
+
+    src_idx: int = 0
+
+
+@dataclass(frozen=True, eq=True, repr=False)
+class DestNode(Node):
+    """A node that reads the sources `min_src_idx`, `min_src_idx` + 1, ..."""
+
+    min_src_idx: int = 0
+
+
+@total_ordering
+@dataclass(frozen=True, eq=True, repr=False)
+class Edge:
+    """What one source writes and one destination reads, at one position or at all."""
+
+    src: SrcNode
+    dest: DestNode
+    seq_idx: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The text `source->destination`, without the position."""
+        return f"{self.src.name}->{self.dest.name}"
+
+    @property
+    def patch_idx(self) -> tuple[int, ...]:
+        """The index of the edge in its destination module's mask and scores."""
+        seq_idx = () if self.seq_idx is None else (self.seq_idx,)
+        head_idx = () if self.dest.head_idx is None else (self.dest.head_idx,)
+        return seq_idx + head_idx + (self.src.src_idx - self.dest.min_src_idx,)
+
+    @property
+    def sort_key(self) -> tuple[int, int, str, int, int]:
+        """(position, layer, module, head, source): the fixed order of edges."""
+        seq_idx = -1 if self.seq_idx is None else self.seq_idx
+        layer, module_name, head_idx, _ = self.dest.sort_key
+        return (seq_idx, layer, module_name, head_idx, self.src.src_idx)
+
+    def __lt__(self, other: Edge) -> bool:
+        return self.sort_key < other.sort_key
+
+    def patch_mask(self, model: Any) -> Parameter:
+        """The mask of `model` (a PatchableModel) that holds this edge's entry."""
+        return model.patch_masks[self.dest.module_name]
+
+    def prune_score(self, prune_scores: PruneScores) -> Tensor:
+        """This edge's score (a tensor without dimensions)."""
+        return prune_scores[self.dest.module_name][self.patch_idx]
+
+    def __repr__(self) -> str:
+        return self.name if self.seq_idx is None else f"{self.name} @ {self.seq_idx}"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class MeasurementRow:
+    """One measured number, with all that is needed to read it on its own.
+
+    `n_edges` is the number of edges really in the circuit; `std` the standard deviation
+    over prompts where the metric has one; `n_prompts` the number of prompts measured.
+    """
+
+    task: str
+    algo: str
+    metric: str
+    ablation: str
+    patch_type: str
+    n_edges: int
+    value: float
+    std: float | None = None
+    n_prompts: int | None = None
+    seed: int | None = None
+
+
+BatchKey = int
+PruneScores = dict[str, Tensor]
+"""Destination module name -> [seq?, head?, src]: one number per edge.
+
+Positive: patching the edge lowers the task's metric. Algorithms rank edges by |score|.
+"""
+
+TaskKey = str
+AlgoKey = str
+PruneMetricKey = str
+Measurements = list[tuple[int | float, int | float]]
+"""[(number of edges, value)]"""
+
+BatchOutputs = dict[BatchKey, Tensor]
+CircuitOutputs = dict[int, BatchOutputs]
+"""{number of edges really in the circuit: {batch key: output}}"""
+
+AlgoPruneScores = dict[AlgoKey, PruneScores]
+TaskPruneScores = dict[TaskKey, AlgoPruneScores]
+AlgoMeasurements = dict[AlgoKey, Measurements]
+TaskMeasurements = dict[TaskKey, AlgoMeasurements]
+PruneMetricMeasurements = dict[PruneMetricKey, TaskMeasurements]
+AblationMeasurements = dict[AblationType, PruneMetricMeasurements]

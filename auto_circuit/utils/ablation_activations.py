@@ -1,0 +1,212 @@
+"""The activations that are patched in: those of other prompts, means, or zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch as t
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import Module
+
+from auto_circuit.data import BatchKey, PromptDataLoader, PromptPairBatch
+from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.types import AblationType
+from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
+from auto_circuit.utils.patchable_model import PatchableModel
+
+SrcOuts = Float[Tensor, "src batch seq d_model"]
+Side = Literal["clean", "corrupt"]
+
+
+def check_prefix(model: PatchableModel, dataloader: PromptDataLoader) -> None:
+    """Raise DataError if the loader's prompts lack a prefix that the model lacks too."""
+    prefix = dataloader.kv_cache
+    if prefix is None:
+        if model.kv_caches is not None:
+            raise DataError(
+                "The model puts a prefix before every input (`kv_caches`), but these "
+                "prompts were not cut: they were loaded without `tail_divergence`."
+            )
+    elif model.kv_caches is None or not t.equal(model.kv_caches.tokens, prefix.tokens):
+        raise DataError(
+            f"The first {prefix.seq_len} tokens of these prompts were cut off into a "
+            "prefix cache (`tail_divergence=True`), which the model does not have. Make "
+            "the model with `patchable_model(..., kv_caches=(train_loader.kv_cache, "
+            "test_loader.kv_cache))`."
+        )
+
+
+def src_ablations(
+    model: PatchableModel,
+    sample: Tensor | PromptDataLoader,
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    attention_mask: Tensor | None = None,
+) -> SrcOuts:
+    """What every source writes, under an ablation: [src batch seq d_model].
+
+    sample: the prompts. For the means over a data set a PromptDataLoader; else the
+        tokens of one batch (with their `attention_mask`, if padded).
+    RESAMPLE gives the activations on the batch; ZERO zeros; BATCH_* the mean over the
+    batch (and over positions), repeated; TOKENWISE_MEAN_* the mean over the data set's
+    prompts, repeated to the loader's batch size (a view: nothing is copied). Padding
+    does not count in means. Raises ConfigError if `sample` does not fit the type.
+    """
+    if ablation_type.mean_over_dataset:
+        if not isinstance(sample, PromptDataLoader):
+            raise ConfigError(
+                f"The ablation {ablation_type} is a mean over a data set: `sample` must "
+                f"be a PromptDataLoader, not a {type(sample).__name__}."
+            )
+        mean = _dataset_mean(model, sample, ablation_type)
+        return mean.expand(-1, sample.batch_size or 1, -1, -1)
+    if not isinstance(sample, Tensor):
+        raise ConfigError(
+            f"The ablation {ablation_type} is computed for one batch: `sample` must be a "
+            f"Tensor of tokens, not a {type(sample).__name__}. For a whole loader use "
+            "`batch_src_ablations`."
+        )
+    kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
+    outs = record_src_outs(model, sample, kwargs)
+    return _ablate(outs, ablation_type, attention_mask)
+
+
+def batch_src_ablations(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    clean_corrupt: Side | None = None,
+) -> dict[BatchKey, SrcOuts]:
+    """The activations to patch in for every batch of a loader: {batch key: tensor}.
+
+    clean_corrupt: which prompts they come from. For RESAMPLE and BATCH_* it must be
+    given; the other types say it themselves (or need none), and it must be None.
+    Raises ConfigError otherwise. Means over the data set are computed once.
+
+    All batches are held in memory: for large loaders use `iter_src_ablations`.
+    """
+    return {
+        batch.key: outs
+        for batch, outs in iter_src_ablations(
+            model, dataloader, ablation_type, clean_corrupt
+        )
+    }
+
+
+def iter_src_ablations(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    ablation_type: AblationType,
+    clean_corrupt: Side | None,
+) -> Iterator[tuple[PromptPairBatch, SrcOuts]]:
+    """Each batch with the activations to patch in, one at a time."""
+    _check_side(ablation_type, clean_corrupt)
+    check_prefix(model, dataloader)
+    mean = None
+    if ablation_type.mean_over_dataset:
+        mean = _dataset_mean(model, dataloader, ablation_type)
+    for batch in dataloader:
+        if mean is not None:
+            yield batch, mean.expand(-1, batch.clean.shape[0], -1, -1)
+        else:
+            # ZERO needs an input only for its shape.
+            tokens, kwargs = batch.model_input(clean_corrupt or "clean")
+            outs = record_src_outs(model, tokens, kwargs)
+            yield batch, _ablate(outs, ablation_type, kwargs.get("attention_mask"))
+
+
+def _check_side(ablation_type: AblationType, clean_corrupt: Side | None) -> None:
+    needs_side = not ablation_type.mean_over_dataset and (
+        ablation_type != AblationType.ZERO
+    )
+    if needs_side and clean_corrupt not in ("clean", "corrupt"):
+        raise ConfigError(
+            f"The ablation {ablation_type} needs `clean_corrupt`: 'clean' or 'corrupt', "
+            f"the prompts that the activations come from; got {clean_corrupt!r}."
+        )
+    if not needs_side and clean_corrupt is not None:
+        raise ConfigError(
+            f"The ablation {ablation_type} does not depend on `clean_corrupt`; leave it "
+            f"None (got {clean_corrupt!r})."
+        )
+
+
+@contextmanager
+def _recorded(
+    model: PatchableModel, record: Callable[[PatchWrapperImpl, Tensor], None]
+) -> Iterator[None]:
+    """Inside, `record` sees each source wrapper's output, with a head dimension."""
+
+    def hook(wrapper: PatchWrapperImpl) -> Callable[[Module, Any, Tensor], None]:
+        def forward_hook(module: Module, args: Any, out: Tensor) -> None:
+            record(wrapper, out if wrapper.head_dim is not None else out.unsqueeze(2))
+
+        return forward_hook
+
+    with ExitStack() as stack:
+        stack.enter_context(
+            model.adapter.open_sites(model.wrapped_model, model.separate_qkv)
+        )
+        for wrapper, module in model.plan.src_sites:
+            stack.callback(module.register_forward_hook(hook(wrapper)).remove)
+        yield
+
+
+def record_src_outs(
+    model: PatchableModel, inputs: Tensor, kwargs: dict[str, Tensor]
+) -> SrcOuts:
+    """Run the model and keep what every source writes."""
+    # Tokens outermost in memory: the layout in which the engine reads it fastest.
+    buffer: list[Tensor] = []
+
+    def record(wrapper: PatchWrapperImpl, heads: Tensor) -> None:
+        if not buffer:
+            batch, seq, _, d_model = heads.shape
+            buffer.append(heads.new_empty((batch, seq, model.plan.n_srcs, d_model)))
+        buffer[0][:, :, wrapper.src_idxs] = heads
+
+    with t.no_grad(), _recorded(model, record):
+        model(inputs, **kwargs)
+    return buffer[0].movedim(2, 0)
+
+
+def _ablate(
+    outs: SrcOuts, ablation_type: AblationType, attention_mask: Tensor | None
+) -> SrcOuts:
+    if ablation_type == AblationType.RESAMPLE:
+        return outs
+    if ablation_type == AblationType.ZERO:
+        return t.zeros_like(outs)
+    dims = (1,) if ablation_type == AblationType.BATCH_TOKENWISE_MEAN else (1, 2)
+    is_text = _is_text(outs, attention_mask)
+    total = (outs * is_text).sum(dims, keepdim=True)
+    return (total / is_text.sum(dims, keepdim=True).clamp(min=1)).expand_as(outs)
+
+
+def _is_text(
+    outs: SrcOuts, attention_mask: Tensor | None
+) -> Bool[Tensor, "1 batch seq 1"]:
+    if attention_mask is None:
+        return outs.new_ones((1, *outs.shape[1:3], 1), dtype=t.bool)
+    return attention_mask[None, :, -outs.shape[2] :, None].bool()
+
+
+def _dataset_mean(
+    model: PatchableModel, dataloader: PromptDataLoader, ablation_type: AblationType
+) -> Float[Tensor, "src 1 seq d_model"]:
+    """The mean over a data set's prompts, at each position; padding does not count."""
+    check_prefix(model, dataloader)
+    sides: list[Side] = ["clean"] if ablation_type.clean_dataset else []
+    sides += ["corrupt"] if ablation_type.corrupt_dataset else []
+    total, count = 0.0, 0
+    for batch in dataloader:
+        for side in sides:
+            tokens, kwargs = batch.model_input(side)
+            outs = record_src_outs(model, tokens, kwargs)
+            is_text = _is_text(outs, kwargs.get("attention_mask"))
+            total = total + (outs * is_text).sum(1, keepdim=True)
+            count = count + is_text.sum(1, keepdim=True)
+    assert isinstance(total, Tensor) and isinstance(count, Tensor)
+    return total / count.clamp(min=1)

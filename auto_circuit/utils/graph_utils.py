@@ -1,0 +1,474 @@
+"""Turn a model into a PatchableModel, and patch its edges inside context managers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
+
+import torch as t
+from jaxtyping import Float
+from ordered_set import OrderedSet
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from auto_circuit.data import PrefixCache
+from auto_circuit.errors import ConfigError, GraphError, ModelError
+from auto_circuit.model_utils.adapters import find_adapter
+from auto_circuit.model_utils.model_adapter import ModelAdapter
+from auto_circuit.types import DestNode, Edge, MaskFn, Node, OutputSlice, SrcNode
+from auto_circuit.utils.edge_counts import edge_counts_util
+from auto_circuit.utils.patch_session import (
+    DestPort,
+    PatchPlan,
+    PatchSession,
+    edge_block_groups,
+)
+from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
+from auto_circuit.utils.patchable_model import PatchableModel
+
+__all__ = [
+    "edge_counts_util",
+    "graph_edges",
+    "mask_fn_mode",
+    "patch_mode",
+    "patchable_model",
+    "preserved_masks",
+    "set_all_masks",
+    "set_mask_batch_size",
+    "train_mask_mode",
+    "unpatch",
+]
+
+SEQ_DIM = 1
+
+
+def patchable_model(
+    model: Module,
+    factorized: bool,
+    slice_output: OutputSlice = None,
+    seq_len: int | None = None,
+    separate_qkv: bool | None = None,
+    kv_caches: Sequence[PrefixCache | None] = (None,),
+    device: t.device | str | None = None,
+    adapter: ModelAdapter | None = None,
+) -> PatchableModel:
+    """Compute a model's graph, and make its edges patchable.
+
+    model: a MicroModel, a TransformerBridge, or what `adapter` handles. It is not
+        changed: hooks and switches are on only inside `patch_mode` and the like.
+    factorized: True: an edge from every source to every later destination. False: edges
+        from components to the residual stream right after them (node patching).
+    slice_output: what part of the output counts: "last_seq" (the last position),
+        "not_first_seq", or None (all).
+    seq_len: the number of positions, to give each position edges of its own.
+    separate_qkv: do queries, keys and values have inputs of their own? Transformers only.
+    kv_caches: prefix caches of the dataloaders that will be used (`loader.kv_cache`).
+    device: where the masks are; the model's device if None.
+
+    Runs the model once on a small input to check that every node is seen, and that what
+    a destination reads is the sum of its sources and a constant. Raises ModelError if
+    not, or for an unknown architecture, and ConfigError for arguments that do not fit.
+
+    Differs from auto-circuit, which changed the model in place, for good.
+    """
+    if isinstance(model, PatchableModel):
+        raise ConfigError(
+            "This model is a PatchableModel already. Give its `wrapped_model` to make "
+            "another one; several can share a model."
+        )
+    if seq_len is not None and seq_len < 1:
+        raise ConfigError(f"`seq_len` is {seq_len}; expected at least 1 position.")
+    adapter = adapter or find_adapter(model)
+    srcs, dests = adapter.graph_nodes(model, factorized, separate_qkv)
+    wrappers = _make_wrappers(model, srcs, dests, factorized, seq_len, device)
+    src_wrappers = OrderedSet(w for w in wrappers if w.is_src)
+    dest_wrappers = OrderedSet(w for w in wrappers if w.is_dest)
+    patchable = PatchableModel(
+        nodes=OrderedSet(sorted({*srcs, *dests})),
+        srcs=OrderedSet(srcs),
+        dests=OrderedSet(sorted(dests)),
+        seq_dim=SEQ_DIM,
+        seq_len=seq_len,
+        wrappers=wrappers,
+        src_wrappers=src_wrappers,
+        dest_wrappers=dest_wrappers,
+        out_slice=_out_slice(slice_output),
+        is_factorized=factorized,
+        is_transformer=adapter.is_transformer,
+        separate_qkv=separate_qkv,
+        kv_caches=kv_caches,
+        wrapped_model=model,
+        adapter=adapter,
+        plan=_make_plan(model, adapter, separate_qkv, src_wrappers, dest_wrappers),
+    )
+    _check_graph(patchable)
+    return patchable
+
+
+def unpatch(model: PatchableModel) -> Module:
+    """The model that was wrapped, as it was. Raises GraphError inside `patch_mode`."""
+    if model.patch_session is not None:
+        raise GraphError("`unpatch` inside of `patch_mode`: leave the context first.")
+    return model.wrapped_model
+
+
+def _out_slice(slice_output: OutputSlice) -> slice | tuple[slice | int, ...]:
+    slices: dict[OutputSlice, slice | tuple[slice | int, ...]] = {
+        None: slice(None),
+        "last_seq": (slice(None), -1),
+        "not_first_seq": (slice(None), slice(1, None)),
+    }
+    if slice_output not in slices:
+        raise ConfigError(
+            f"`slice_output` is {slice_output!r}; expected one of {list(slices)}."
+        )
+    return slices[slice_output]
+
+
+# ---------------------------------------------------------------------------- the graph
+
+
+def graph_edges(
+    model: Module,
+    factorized: bool,
+    separate_qkv: bool | None = None,
+    seq_len: int | None = None,
+    adapter: ModelAdapter | None = None,
+) -> tuple[
+    OrderedSet[Node],
+    OrderedSet[SrcNode],
+    OrderedSet[DestNode],
+    dict[int | None, list[Edge]],
+    OrderedSet[Edge],
+    int,
+    int | None,
+]:
+    """(nodes, srcs, dests, edge_dict, edges, seq_dim, seq_len) of a model's graph."""
+    graph = patchable_model(
+        model, factorized, None, seq_len, separate_qkv, adapter=adapter
+    )
+    return (
+        graph.nodes,
+        graph.srcs,
+        graph.dests,
+        graph.edge_dict,
+        graph.edges,
+        graph.seq_dim,
+        graph.seq_len,
+    )
+
+
+def _incoming(dest: DestNode, srcs: list[SrcNode], factorized: bool) -> slice:
+    """The sources that a destination reads: all earlier ones, or those right before."""
+    if factorized:
+        idxs = [src.src_idx for src in srcs if src.layer < dest.layer]
+    else:
+        idxs = [src.src_idx for src in srcs if src.layer + 1 == dest.layer]
+    assert idxs == list(range(dest.min_src_idx, dest.min_src_idx + len(idxs)))
+    return slice(idxs[0], idxs[-1] + 1)
+
+
+def _make_wrappers(
+    model: Module,
+    srcs: list[SrcNode],
+    dests: list[DestNode],
+    factorized: bool,
+    seq_len: int | None,
+    device: t.device | str | None,
+) -> OrderedSet[PatchWrapperImpl]:
+    """One wrapper for each module that is a node site, in the order of the graph."""
+    param = next(model.parameters())
+    by_name: dict[str, dict[str, object]] = {}
+    for module_name, group in groupby(srcs, key=lambda node: node.module_name):
+        nodes = list(group)
+        by_name[module_name] = {
+            "head_dim": nodes[0].head_dim,
+            "is_src": True,
+            "src_idxs": slice(nodes[0].src_idx, nodes[-1].src_idx + 1),
+        }
+    for module_name, group in groupby(dests, key=lambda node: node.module_name):
+        heads = list(group)
+        in_srcs = _incoming(heads[0], srcs, factorized)
+        shape = [] if seq_len is None else [seq_len]
+        shape += [] if heads[0].head_idx is None else [len(heads)]
+        shape += [in_srcs.stop - in_srcs.start]
+        mask = t.zeros(shape, dtype=param.dtype, device=device or param.device)
+        by_name.setdefault(module_name, {}).update(
+            head_dim=heads[0].head_dim,
+            seq_dim=None if seq_len is None else SEQ_DIM,
+            is_dest=True,
+            patch_mask=mask,
+            in_srcs=in_srcs,
+        )
+    return OrderedSet(
+        PatchWrapperImpl(module_name, **kwargs)  # type: ignore[arg-type]
+        for module_name, kwargs in by_name.items()
+    )
+
+
+def _make_plan(
+    model: Module,
+    adapter: ModelAdapter,
+    separate_qkv: bool | None,
+    src_wrappers: OrderedSet[PatchWrapperImpl],
+    dest_wrappers: OrderedSet[PatchWrapperImpl],
+) -> PatchPlan:
+    dest_ports = []
+    for wrapper in dest_wrappers:
+        has_heads = wrapper.head_dim is not None
+        n_heads = wrapper.mask.shape[-2] if has_heads else 1
+        for port in adapter.ports(model, wrapper.module_name, separate_qkv):
+            dest_ports.append(
+                DestPort(
+                    wrapper=wrapper,
+                    module=adapter.find_module(model, port.module_name),
+                    n_rows=len(port.mask_rows) if port.mask_rows else n_heads,
+                    mask_rows=port.mask_rows,
+                    additive=port.additive,
+                )
+            )
+    src_sites = tuple(
+        (wrapper, adapter.find_module(model, wrapper.module_name))
+        for wrapper in src_wrappers
+    )
+    n_srcs = max(w.src_idxs.stop for w in src_wrappers if w.src_idxs is not None)
+    groups = edge_block_groups(dest_ports)
+    return PatchPlan(groups, tuple(dest_ports), src_sites, n_srcs)
+
+
+# ----------------------------------------------------------------- checking the graph
+
+
+def _weight_versions(model: Module) -> tuple[int, ...]:
+    """Changes when a weight is changed in place or replaced."""
+    return tuple(
+        version for p in model.parameters() for version in (p._version, p.data_ptr())
+    )
+
+
+def _check_graph(model: PatchableModel) -> None:
+    """Run the model once: does every node fire, and do sources add up to destinations?
+
+    Stores what reaches each destination besides its sources: biases that belong to no
+    node, such as attention's output bias.
+    """
+    adapter, plan = model.adapter, model.plan
+    outs: dict[PatchWrapperImpl, list[Tensor]] = {w: [] for w in model.src_wrappers}
+    reads: dict[DestPort, list[Tensor]] = {port: [] for port in plan.dest_ports}
+    with ExitStack() as stack:
+        stack.enter_context(adapter.open_sites(model.wrapped_model, model.separate_qkv))
+        for wrapper, module in plan.src_sites:
+            stack.enter_context(_recording(module, outs[wrapper]))
+        for port in plan.dest_ports:
+            stack.enter_context(_recording(port.module, reads[port]))
+        with t.no_grad():
+            model.wrapped_model(adapter.probe_input(model.wrapped_model))
+    for wrapper, fired in outs.items():
+        _check_fired_once(wrapper.module_name, fired, model)
+    sources = t.cat(
+        [
+            (out if wrapper.head_dim is not None else out.unsqueeze(2)).movedim(2, 0)
+            for wrapper, (out,) in outs.items()
+        ]
+    )
+    for port, fired in reads.items():
+        _check_fired_once(port.wrapper.module_name, fired, model)
+        if not port.additive:
+            constant = _constant_at(port, fired[0], sources)
+            model.constants[port.wrapper.module_name] = constant
+    model.weight_versions = _weight_versions(model.wrapped_model)
+
+
+@contextmanager
+def _recording(module: Module, outputs: list[Tensor]) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda module, args, out: outputs.append(out))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_fired_once(name: str, fired: list[Tensor], model: PatchableModel) -> None:
+    if len(fired) != 1:
+        raise ModelError(
+            f"The module {name!r} ran {len(fired)} times in one forward pass of this "
+            f"{type(model.wrapped_model).__name__}, so its node cannot be patched; "
+            "expected once. The architecture is not supported as it is: it needs a "
+            "ModelAdapter of its own."
+        )
+
+
+def _constant_at(
+    port: DestPort,
+    read: Float[Tensor, "batch seq *head d_model"],
+    sources: Float[Tensor, "src batch seq d_model"],
+) -> Float[Tensor, "d_model"]:
+    """What a destination reads besides its sources. Raises ModelError if it varies."""
+    heads = read if read.ndim == 4 else read.unsqueeze(2)
+    if heads.shape[2] != port.n_rows:
+        raise ModelError(
+            f"The activation at {port.wrapper.module_name!r} has {heads.shape[2]} heads; "
+            f"the graph expects {port.n_rows}."
+        )
+    wide = t.promote_types(read.dtype, t.float32)
+    rest = heads.to(wide) - sources[port.srcs].sum(0, dtype=wide).unsqueeze(2)
+    constant = rest.mean(dim=(0, 1, 2))
+    # Rounding of a sum of this many terms, in the model's precision.
+    tolerance = 64 * t.finfo(read.dtype).eps * (1 + heads.abs().max().item())
+    error = (rest - constant).abs().max().item()
+    if error > tolerance:
+        raise ModelError(
+            f"What {port.wrapper.module_name!r} reads is not the sum of its sources: it "
+            f"differs by up to {error:.1e}, and rounding explains {tolerance:.1e}. The "
+            "adapter misses a source, or the model changes the residual stream in "
+            "between."
+        )
+    return constant
+
+
+# ---------------------------------------------------------------------- patching edges
+
+
+@contextmanager
+def patch_mode(
+    model: PatchableModel,
+    patch_src_outs: Float[Tensor, "src batch seq d_model"],
+    edges: Collection[Edge | str] | None = None,
+    curr_src_outs: Float[Tensor, "src batch seq d_model"] | None = None,
+) -> Iterator[None]:
+    """Inside, a call of `model` patches `patch_src_outs` along the edges of its masks.
+
+    patch_src_outs: the activations to patch in, from `src_ablations`.
+    edges: Edges or names ("A0.1->MLP 2") to patch, and no others. None: whatever the
+        masks say (see `set_all_masks`, `PatchableModel.patch_masks`).
+    curr_src_outs: a tensor that receives each source's output, if given.
+
+    On exit, hooks, switches and masks are what they were. Raises GraphError for an
+    unknown edge, for activations of the wrong shape, and for nested use.
+
+    Differs from auto-circuit: the masks do not stay set after the context.
+    """
+    if model.patch_session is not None:
+        raise GraphError("`patch_mode` inside of `patch_mode` on the same model.")
+    found = None if edges is None else [e for edge in edges for e in model.find_edges(edge)]
+    if model.weight_versions != _weight_versions(model.wrapped_model):
+        _check_graph(model)
+    session = PatchSession(
+        model.plan,
+        patch_src_outs,
+        curr_src_outs,
+        model.constants,
+        lambda: any(p.requires_grad for p in model.parameters()),
+    )
+    with ExitStack() as stack:
+        stack.enter_context(
+            model.adapter.open_sites(model.wrapped_model, model.separate_qkv)
+        )
+        if found is not None:
+            stack.enter_context(preserved_masks(model))
+            set_all_masks(model, val=0.0)
+            for edge in found:
+                edge.patch_mask(model).data[(..., *edge.patch_idx)] = 1.0
+        stack.callback(setattr, model, "patch_session", None)
+        stack.callback(session.close)
+        session.open()
+        model.patch_session = session
+        yield
+
+
+def set_all_masks(model: PatchableModel, val: float) -> None:
+    """Set every entry of every mask: 0 patches no edge, 1 patches all of them."""
+    for mask in model.patch_masks.values():
+        mask.data.fill_(val)
+
+
+@contextmanager
+def preserved_masks(model: PatchableModel) -> Iterator[None]:
+    """On exit, the masks have the values that they had on entry."""
+    before = {name: mask.data.clone() for name, mask in model.patch_masks.items()}
+    try:
+        yield
+    finally:
+        for name, mask in model.patch_masks.items():
+            mask.data = before[name]
+
+
+@contextmanager
+def train_mask_mode(
+    model: PatchableModel, requires_grad: bool = True
+) -> Iterator[dict[str, Parameter]]:
+    """Inside, the masks can be trained. Yields {destination module name: mask}.
+
+    The model itself is in eval mode and its weights need no gradients; the wrappers are
+    in train mode, so that `mask_fn_mode`'s dropout is live. On exit all of that is as it
+    was, the masks' values and gradients too: copy what you need inside.
+    """
+    masks = model.patch_masks
+    weights = list(model.wrapped_model.parameters())
+    grads_before = [(p, p.requires_grad) for p in [*weights, *masks.values()]]
+    modes_before = [(module, module.training) for module in model.modules()]
+    with preserved_masks(model):
+        try:
+            model.eval()
+            for wrapper in model.dest_wrappers:
+                wrapper.train()
+            for weight in weights:
+                weight.requires_grad_(False)
+            for mask in masks.values():
+                mask.requires_grad_(requires_grad)
+                mask.grad = None
+            yield masks
+        finally:
+            for module, training in modes_before:
+                module.training = training
+            for param, required_grad in grads_before:
+                param.requires_grad_(required_grad)
+            for mask in masks.values():
+                mask.grad = None
+
+
+@contextmanager
+def mask_fn_mode(
+    model: PatchableModel,
+    mask_fn: MaskFn,
+    dropout_p: float = 0.0,
+    generator: t.Generator | None = None,
+) -> Iterator[None]:
+    """Inside, masks are read through a function and, when trained, with dropout.
+
+    mask_fn: "hard_concrete" (a random sample per example), "sigmoid", or None.
+    generator: where the randomness comes from; the global generator if None.
+    """
+    wrappers = list(model.dest_wrappers)
+    before = [(w, w.mask_fn, w.dropout_p, w.generator) for w in wrappers]
+    try:
+        for wrapper in wrappers:
+            wrapper.mask_fn, wrapper.dropout_p = mask_fn, dropout_p
+            wrapper.generator = generator
+        yield
+    finally:
+        for wrapper, old_fn, old_p, old_generator in before:
+            wrapper.mask_fn, wrapper.dropout_p = old_fn, old_p
+            wrapper.generator = old_generator
+
+
+@contextmanager
+def set_mask_batch_size(model: PatchableModel, batch_size: int | None) -> Iterator[None]:
+    """Inside, every example of a batch of `batch_size` has masks of its own.
+
+    Masks then have a leading batch dimension. On exit they are what they were.
+    `model.patch_masks` stays true all the time. Raises ConfigError for nested use.
+    """
+    if batch_size is None:
+        yield
+        return
+    if batch_size < 1:
+        raise ConfigError(f"`batch_size` is {batch_size}; expected at least 1 example.")
+    wrappers = list(model.dest_wrappers)
+    with ExitStack() as stack:
+        stack.enter_context(preserved_masks(model))
+        for wrapper in wrappers:
+            wrapper.set_mask_batch_size(batch_size)
+            stack.callback(wrapper.set_mask_batch_size, None)
+        yield

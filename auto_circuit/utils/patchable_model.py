@@ -1,0 +1,297 @@
+"""A model with its computation graph, whose edges can be patched."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+from warnings import warn
+
+import torch as t
+from ordered_set import OrderedSet
+from torch import Tensor
+from torch.nn import Module, ModuleList, Parameter
+
+from auto_circuit.data import PrefixCache
+from auto_circuit.errors import ConfigError, GraphError, near_matches
+from auto_circuit.model_utils.model_adapter import ModelAdapter
+from auto_circuit.types import DestNode, Edge, Node, PruneScores, SrcNode
+from auto_circuit.utils.patch_session import PatchPlan, PatchSession
+from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
+
+EdgeDict = dict[int | None, list[Edge]]
+
+
+class PatchableModel(Module):
+    """A model and its graph. Make one with `graph_utils.patchable_model`.
+
+    Outside of `patch_mode` it is the wrapped model: same outputs, same speed.
+
+    nodes, srcs, dests: the graph's nodes, in their fixed order.
+    edges, edge_dict, edge_name_dict, n_edges: the edges, in their fixed order; by
+        position (None without positions); by position and name; how many there are.
+    seq_dim, seq_len: the position dimension of activations, and the number of positions
+        if each has edges of its own.
+    wrappers, src_wrappers, dest_wrappers: the patch wrappers.
+    patch_masks: destination module name -> mask [seq?, head?, src] (1 = patched).
+    out_slice: index of the part of the output that counts: `model(x)[model.out_slice]`.
+    is_factorized, is_transformer, separate_qkv: what kind of graph it is.
+    kv_caches: the prefix that is put before every input, or None.
+
+    Differs from auto-circuit: a prefix cache serves every batch size; wrappers are never
+    looked up by path in the wrapped model, so two PatchableModels over one model do not
+    disturb each other; attributes that it does not have are the wrapped model's.
+    """
+
+    def __init__(
+        self,
+        nodes: OrderedSet[Node],
+        srcs: OrderedSet[SrcNode],
+        dests: OrderedSet[DestNode],
+        seq_dim: int,
+        seq_len: int | None,
+        wrappers: OrderedSet[PatchWrapperImpl],
+        src_wrappers: OrderedSet[PatchWrapperImpl],
+        dest_wrappers: OrderedSet[PatchWrapperImpl],
+        out_slice: slice | tuple[slice | int, ...],
+        is_factorized: bool,
+        is_transformer: bool,
+        separate_qkv: bool | None,
+        wrapped_model: Module,
+        adapter: ModelAdapter,
+        plan: PatchPlan,
+        kv_caches: Sequence[PrefixCache | None] = (None,),
+        edge_dict: EdgeDict | None = None,
+        edges: OrderedSet[Edge] | None = None,
+    ) -> None:
+        super().__init__()
+        self.nodes = nodes
+        self.srcs = srcs
+        self.dests = dests
+        self.seq_dim = seq_dim
+        self.seq_len = seq_len
+        self.wrappers = wrappers
+        self.src_wrappers = src_wrappers
+        self.dest_wrappers = dest_wrappers
+        self.out_slice = out_slice
+        self.is_factorized = is_factorized
+        self.is_transformer = is_transformer
+        self.separate_qkv = separate_qkv
+        self.adapter = adapter
+        self.plan = plan
+        self.kv_caches = _one_prefix(kv_caches)
+        self.wrapped_model = wrapped_model
+        # Registered, so that `.to()` and `.state_dict()` reach the masks.
+        self._wrapper_modules = ModuleList(wrappers)
+        self._wrappers_by_name = {wrapper.module_name: wrapper for wrapper in wrappers}
+        self.constants: dict[str, Tensor] = {}
+        self.weight_versions: tuple[int, ...] | None = None
+        self.patch_session: PatchSession | None = None
+        if edge_dict is not None:
+            self.__dict__["edge_dict"] = edge_dict
+        if edges is not None:
+            self.__dict__["edges"] = edges
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "wrapped_model":
+                raise
+            return getattr(self.wrapped_model, name)
+
+    # ------------------------------------------------------------------- the graph
+
+    @cached_property
+    def edge_dict(self) -> EdgeDict:
+        """The edges at each position; the only key is None without positions."""
+        positions = [None] if self.seq_len is None else list(range(self.seq_len))
+        pairs = [
+            (src, dest)
+            for dest in self.dests
+            for src in self.srcs[self.wrapper(dest.module_name).in_srcs]  # type: ignore[index]
+        ]
+        return {
+            seq_idx: sorted(Edge(src, dest, seq_idx) for src, dest in pairs)
+            for seq_idx in positions
+        }
+
+    @cached_property
+    def edges(self) -> OrderedSet[Edge]:
+        """All the edges: by position, destination and source."""
+        return OrderedSet(edge for edges in self.edge_dict.values() for edge in edges)
+
+    @cached_property
+    def edge_name_dict(self) -> dict[int | None, dict[str, Edge]]:
+        """At each position: name -> edge."""
+        return {
+            seq_idx: {edge.name: edge for edge in edges}
+            for seq_idx, edges in self.edge_dict.items()
+        }
+
+    @property
+    def n_edges(self) -> int:
+        """The number of edges, counted at each position if these are told apart."""
+        return sum(score.numel() for score in self.new_prune_scores().values())
+
+    def wrapper(self, module_name: str) -> PatchWrapperImpl:
+        """The wrapper at a module. Raises GraphError if no node is there."""
+        if module_name not in self._wrappers_by_name:
+            raise GraphError(
+                f"No node of the graph is at the module {module_name!r}."
+                + near_matches(module_name, self._wrappers_by_name)
+            )
+        return self._wrappers_by_name[module_name]
+
+    def find_edges(self, edge: Edge | str) -> list[Edge]:
+        """The edges that an Edge or a name means.
+
+        A name `"A0.1->MLP 2"` means the edge at every position (with a warning if there
+        are several); `"A0.1->MLP 2 @ 3"` the one at position 3. Raises GraphError, with
+        near matches, if the graph has no such edge.
+        """
+        if isinstance(edge, Edge):
+            known = self.edge_name_dict.get(edge.seq_idx, {}).get(edge.name)
+            if known != edge:
+                raise self._unknown_edge(repr(edge))
+            return [edge]
+        name, _, position = edge.partition(" @ ")
+        seq_idxs: list[int | None] = list(self.edge_dict)
+        if position:
+            seq_idxs = [int(position) if position.isdecimal() else None]
+        found = [self.edge_name_dict.get(seq_idx, {}).get(name) for seq_idx in seq_idxs]
+        edges = [edge for edge in found if edge is not None]
+        if not edges or len(edges) != len(found):
+            raise self._unknown_edge(edge)
+        if len(edges) > 1:
+            warn(
+                f"{name!r} names no position, so it means the edge at all {len(edges)} "
+                f'positions. Write "{name} @ 0" for the one at position 0.',
+                stacklevel=3,
+            )
+        return edges
+
+    def _unknown_edge(self, name: str) -> GraphError:
+        bare_name, _, position = name.partition(" @ ")
+        names = next(iter(self.edge_name_dict.values()))
+        where = f" The graph has {self.seq_len} positions." if self.seq_len else ""
+        if position and self.seq_len is None:
+            where = " The graph does not tell positions apart (`seq_len` is None)."
+        hint = "" if bare_name in names else near_matches(bare_name, names)
+        return GraphError(f"The graph has no edge {name!r}.{hint}{where}")
+
+    # -------------------------------------------------------------- masks and scores
+
+    @property
+    def patch_masks(self) -> dict[str, Parameter]:
+        """Destination module name -> its mask."""
+        return {wrapper.module_name: wrapper.mask for wrapper in self.dest_wrappers}
+
+    def new_prune_scores(self, init_val: float = 0.0) -> PruneScores:
+        """A score of `init_val` for every edge."""
+        scores = {}
+        for wrapper in self.dest_wrappers:
+            mask = wrapper.mask.data
+            one = mask if wrapper.mask_batch_size is None else mask[0]
+            scores[wrapper.module_name] = t.full_like(one, init_val)
+        return scores
+
+    def circuit_prune_scores(
+        self,
+        edges: Collection[Edge | str] | None = None,
+        edge_dict: Mapping[Edge, float] | Mapping[str, float] | None = None,
+        bool: bool = False,
+    ) -> PruneScores:
+        """Scores that make a circuit: 1 (or the given value) at some edges, 0 elsewhere.
+
+        edges: Edges or names. edge_dict: Edge or name -> score. bool: boolean tensors.
+        Raises ConfigError unless exactly one of the two is given, GraphError for an
+        unknown edge.
+        """
+        if (edges is None) == (edge_dict is None):
+            raise ConfigError("Give either `edges` or `edge_dict`, not both or neither.")
+        values: Mapping[Any, float] = (
+            edge_dict if edge_dict is not None else dict.fromkeys(edges or (), 1.0)
+        )
+        scores = self.new_prune_scores()
+        for edge_or_name, value in values.items():
+            for edge in self.find_edges(edge_or_name):
+                scores[edge.dest.module_name][edge.patch_idx] = value
+        return {k: v != 0 for k, v in scores.items()} if bool else scores
+
+    def current_patch_masks_as_prune_scores(self) -> PruneScores:
+        """The masks as scores: views that change with the masks."""
+        return {name: mask.data for name, mask in self.patch_masks.items()}
+
+    # ------------------------------------------------------------- running the model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's output; the prefix, if any, is put before the input.
+
+        Raises DataError... see `model_call`.
+        """
+        args, kwargs = self._model_call(args, kwargs)
+        return self.wrapped_model(*args, **kwargs)
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens's `run_with_cache`, with the prefix."""
+        args, kwargs = self._model_call(args, kwargs)
+        return self.wrapped_model.run_with_cache(*args, **kwargs)  # type: ignore[operator]
+
+    def _model_call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Add what the wrapped model needs: the prefix cache and the attention mask."""
+        tokens = args[0] if args else None
+        if not self.is_transformer or not isinstance(tokens, Tensor):
+            return args, kwargs
+        if self.kv_caches is None or "past_key_values" in kwargs:
+            if kwargs.get("attention_mask") is None:
+                mask = self._inferred_attention_mask(tokens)
+                kwargs = kwargs if mask is None else {**kwargs, "attention_mask": mask}
+            return args, kwargs
+        batch_size = tokens.shape[0]
+        kwargs = {**kwargs, "past_key_values": self.kv_caches.past_key_values(batch_size)}
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            prefix = mask.new_ones(batch_size, self.kv_caches.seq_len)
+            kwargs["attention_mask"] = t.cat([prefix, mask], dim=1)
+        return args, kwargs
+
+    def _inferred_attention_mask(self, tokens: Tensor) -> Tensor | None:
+        """A mask for left-padded tokens that came without one."""
+        tokenizer = getattr(self.wrapped_model, "tokenizer", None)
+        pad_id = getattr(tokenizer, "pad_token_id", None)
+        if pad_id is None or tokens.is_floating_point() or tokens.ndim != 2:
+            return None
+        is_padding = (tokens == pad_id).cumprod(dim=1)
+        n_padding = int(is_padding.sum(dim=1).max())
+        if pad_id == getattr(tokenizer, "bos_token_id", None):
+            if n_padding > 1:
+                raise GraphError(
+                    "The input starts with several BOS tokens, which this tokenizer also "
+                    "pads with, so padding cannot be told from text. Pass the mask: "
+                    "`tokens, kwargs = batch.model_input('clean'); model(tokens, "
+                    "**kwargs)`, or `model(tokens, attention_mask=...)`."
+                )
+            return None
+        return 1 - is_padding if n_padding > 0 else None
+
+
+def _one_prefix(kv_caches: Sequence[PrefixCache | None]) -> PrefixCache | None:
+    """The prefix that all the given caches hold, or None."""
+    caches = [cache for cache in kv_caches if cache is not None]
+    for cache in caches:
+        if not isinstance(cache, PrefixCache):
+            raise ConfigError(
+                f"`kv_caches` holds a {type(cache).__name__}; expected the `kv_cache` of "
+                "dataloaders made with `load_datasets_from_json(..., "
+                "tail_divergence=True)`."
+            )
+        if not t.equal(cache.tokens, caches[0].tokens):
+            raise ConfigError(
+                "`kv_caches` holds two different prefixes: "
+                f"{caches[0].tokens.tolist()} and {cache.tokens.tolist()}. Data sets "
+                "with different prefixes need a PatchableModel each."
+            )
+    return caches[0] if caches else None

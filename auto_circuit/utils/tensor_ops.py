@@ -1,0 +1,434 @@
+"""What is done with tensors everywhere: answers, divergences, mask samples, score ranks.
+
+Answers are token ids, `batch.answers` and `batch.wrong_answers`: a tensor
+`[batch *pos n]`, or a list of `[*pos n]` when the prompts have different numbers of them.
+`*pos` is empty when only the last position counts; with answers at every position it is
+that position dimension, and a prompt's value is the mean over its positions.
+
+A mean over prompts gives every prompt the same weight, however many answers it has.
+Half-precision values are averaged in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from warnings import warn
+
+import torch as t
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from auto_circuit.data import PromptPairBatch
+from auto_circuit.errors import DataError, GraphError
+from auto_circuit.types import PruneScores
+
+HARD_CONCRETE_LEFT = -0.1
+HARD_CONCRETE_RIGHT = 1.1
+HARD_CONCRETE_TEMP = 2 / 3
+_MIN_NOISE = 1e-4
+
+Answers = Tensor | list[Tensor]
+
+
+class UndefinedPercentWarning(UserWarning):
+    """A percentage of a number that is zero, but for rounding."""
+
+
+# ------------------------------------------------------------------------ hard concrete
+
+
+def sample_hard_concrete(
+    mask: Float[Tensor, "*mask"],
+    batch_size: int,
+    mask_expanded: bool = False,
+    generator: t.Generator | None = None,
+) -> Float[Tensor, "batch *edges"]:
+    """Random masks in [0, 1] from mask logits, an independent one per batch element.
+
+    The hard concrete distribution: a binary concrete (temperature 2/3) stretched to
+    [-0.1, 1.1] and clamped, so that exact 0s and 1s have positive probability. 0: the
+    edge is as it is, 1: it is patched.
+
+    mask_expanded: does `mask` have the leading batch dimension already? Then the result
+        has its shape, else `[batch_size, *mask.shape]`.
+    generator: where the randomness comes from; the global generator if None.
+
+    Raises GraphError if an expanded mask has another batch size.
+    """
+    if mask_expanded and (mask.ndim == 0 or mask.shape[0] != batch_size):
+        raise GraphError(
+            f"A mask of shape {tuple(mask.shape)} was called expanded, but the batch "
+            f"size is {batch_size}. Its first dimension must be the batch's."
+        )
+    shape = mask.shape if mask_expanded else (batch_size, *mask.shape)
+    logits = at_least_float32(mask)
+    noise = t.rand(shape, generator=generator, device=mask.device, dtype=logits.dtype)
+    noise = noise.clamp(_MIN_NOISE, 1 - _MIN_NOISE)
+    concrete = t.sigmoid((t.logit(noise) + logits) / HARD_CONCRETE_TEMP)
+    return _stretch(concrete).to(mask.dtype)
+
+
+def hard_concrete_value(mask: Float[Tensor, "*mask"]) -> Float[Tensor, "*mask"]:
+    """The mask without randomness, in [0, 1]: the stretched sigmoid of the logits."""
+    return _stretch(t.sigmoid(mask))
+
+
+def hard_concrete_expected_l0(mask: Float[Tensor, "*mask"]) -> Float[Tensor, "*mask"]:
+    """The probability that a sample is not 0, for every entry.
+
+    Its sum is the expected number of edges that are patched at all. It has no noise,
+    unlike the sum of a sample, which auto-circuit penalised.
+    """
+    ratio = -HARD_CONCRETE_LEFT / HARD_CONCRETE_RIGHT
+    return t.sigmoid(mask - HARD_CONCRETE_TEMP * math.log(ratio))
+
+
+def _stretch(concrete: Tensor) -> Tensor:
+    width = HARD_CONCRETE_RIGHT - HARD_CONCRETE_LEFT
+    return (concrete * width + HARD_CONCRETE_LEFT).clamp(0.0, 1.0)
+
+
+# ------------------------------------------------------------------------------- answers
+
+
+def indices_vals(
+    vals: Shaped[Tensor, "*lead vocab"], indices: Int[Tensor, "*lead n"]
+) -> Shaped[Tensor, "*lead n"]:
+    """The values at some indices of the last dimension.
+
+    Raises DataError for an index that the last dimension does not have.
+    """
+    vocab = vals.shape[-1]
+    if indices.numel() and (indices.min() < 0 or indices.max() >= vocab):
+        low, high = int(indices.min()), int(indices.max())
+        raise DataError(
+            f"Answer tokens run from {low} to {high}, but the output has the entries 0 "
+            f"to {vocab - 1}. Are the prompts tokenized for another model?"
+        )
+    return vals.gather(-1, indices.to(vals.device, t.int64))
+
+
+def vocab_avg_val(
+    vals: Float[Tensor, "*lead vocab"], indices: Int[Tensor, "*lead n"]
+) -> Float[Tensor, "*lead"]:
+    """The mean of the values at some indices of the last dimension."""
+    return at_least_float32(indices_vals(vals, indices)).mean(-1)
+
+
+def batch_answer_vals(
+    vals: Float[Tensor, "batch *pos vocab"],
+    batch: PromptPairBatch,
+    wrong_answer: bool = False,
+) -> Float[Tensor, "batch"]:
+    """The mean value of each prompt's correct (or wrong) answers."""
+    tokens, is_answer = _answer_tokens(vals, batch, wrong_answer)
+    if is_answer is None:
+        return _per_prompt(vocab_avg_val(vals, tokens))
+    answer_vals = at_least_float32(indices_vals(vals, tokens))
+    sums = answer_vals.masked_fill(~is_answer, 0.0).sum(-1)
+    return _per_prompt(sums / is_answer.sum(-1))
+
+
+def batch_avg_answer_val(
+    vals: Float[Tensor, "batch *pos vocab"],
+    batch: PromptPairBatch,
+    wrong_answer: bool = False,
+) -> Float[Tensor, ""]:
+    """The mean over prompts of the mean value of a prompt's answers.
+
+    vals: logits, probabilities or log-probabilities. wrong_answer: of the wrong answers
+    instead. Raises DataError if the answers do not fit the values.
+    """
+    return batch_answer_vals(vals, batch, wrong_answer).mean()
+
+
+def batch_answer_diffs(
+    vals: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
+) -> Float[Tensor, "batch"]:
+    """For each prompt: mean value of the correct answers minus that of the wrong ones.
+
+    Positive: the model prefers the correct answers. Differs from auto-circuit: with
+    answers at several positions, their mean.
+    """
+    return batch_answer_vals(vals, batch) - batch_answer_vals(vals, batch, True)
+
+
+def batch_avg_answer_diff(
+    vals: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
+) -> Float[Tensor, ""]:
+    """The mean over prompts of `batch_answer_diffs`."""
+    return batch_answer_diffs(vals, batch).mean()
+
+
+def batch_answer_diff_percents(
+    pred_vals: Float[Tensor, "batch *pos vocab"],
+    target_vals: Float[Tensor, "batch *pos vocab"],
+    batch: PromptPairBatch,
+) -> Float[Tensor, "batch"]:
+    """For each prompt: the answer difference of `pred_vals` in % of `target_vals`'.
+
+    100: the same difference; 0: no preference; negative: the opposite preference. It has
+    no bounds: where the target's difference is small, the percentage is large.
+
+    Differs from auto-circuit: where the target's difference is 0 within rounding, the
+    percentage is NaN, with an UndefinedPercentWarning, and not infinite or noise.
+    """
+    pred_diffs = batch_answer_diffs(pred_vals, batch)
+    target_diffs = batch_answer_diffs(target_vals, batch)
+    scale = batch_answer_vals(target_vals.abs(), batch)
+    scale = scale + batch_answer_vals(target_vals.abs(), batch, True)
+    return percents(pred_diffs, target_diffs, scale * t.finfo(target_vals.dtype).eps / 2)
+
+
+def percents(
+    parts: Float[Tensor, "*n"],
+    wholes: Float[Tensor, "*n"],
+    rounding_errors: Float[Tensor, "*n"],
+) -> Float[Tensor, "*n"]:
+    """100 * parts / wholes; NaN, with a warning, where |whole| <= its rounding error."""
+    undefined = wholes.abs() <= rounding_errors
+    if undefined.any():
+        warn(
+            f"{int(undefined.sum())} of {undefined.numel()} percentages are undefined "
+            "(NaN): the full model's own difference between correct and wrong answers "
+            "is 0 within rounding. Measure the difference itself, or leave such prompts "
+            "out.",
+            UndefinedPercentWarning,
+            stacklevel=2,
+        )
+    return t.where(undefined, t.nan, 100 * parts / wholes)
+
+
+def batch_correct_answers(
+    logits: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
+) -> Float[Tensor, "batch"]:
+    """For each prompt: 1 if its top token is a correct answer, else 0.
+
+    Correct: the best correct answer is strictly above every other token of the
+    vocabulary; a tie is not correct. With answers at several positions, the share of
+    them that are correct.
+    """
+    tokens, _ = _answer_tokens(logits, batch)
+    best_answer = indices_vals(logits, tokens).amax(-1)
+    others = logits.scatter(-1, tokens.to(logits.device), -t.inf).amax(-1)
+    return _per_prompt((best_answer > others).to(t.float32))
+
+
+def correct_answer_proportion(
+    logits: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
+) -> Float[Tensor, ""]:
+    """The share of prompts, in [0, 1], whose top token is a correct answer.
+
+    Differs from auto-circuit: a prompt may have several correct answers, and a tie is
+    not correct (there: the tied token with the lowest id won).
+    """
+    return batch_correct_answers(logits, batch).mean()
+
+
+def batch_greater_answers(
+    logits: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
+) -> Float[Tensor, "batch"]:
+    """For each prompt: 1 if a correct answer is strictly above all wrong ones, else 0.
+
+    A wrong answer that is also a correct one does not count as wrong. With answers at
+    several positions, the share of them where this is so.
+    """
+    tokens, _ = _answer_tokens(logits, batch)
+    wrong_tokens, _ = _answer_tokens(logits, batch, wrong_answer=True)
+    also_correct = (wrong_tokens.unsqueeze(-1) == tokens.unsqueeze(-2)).any(-1)
+    wrong_vals = indices_vals(logits, wrong_tokens)
+    wrong_vals = wrong_vals.masked_fill(also_correct.to(logits.device), -t.inf)
+    best_answer = indices_vals(logits, tokens).amax(-1)
+    return _per_prompt((best_answer > wrong_vals.amax(-1)).to(t.float32))
+
+
+def correct_answer_greater_than_incorrect_proportion(
+    logits: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
+) -> Float[Tensor, ""]:
+    """The share of prompts, in [0, 1], with a correct answer above all wrong answers.
+
+    Differs from auto-circuit: a prompt may have several correct answers, and a tie is
+    not correct (there it was).
+    """
+    return batch_greater_answers(logits, batch).mean()
+
+
+def _answer_tokens(
+    vals: Tensor, batch: PromptPairBatch, wrong_answer: bool = False
+) -> tuple[Int[Tensor, "batch *pos n"], Bool[Tensor, "batch *pos n"] | None]:
+    """Answer tokens as one tensor, and which of its entries count (None: all).
+
+    The rows of a ragged list are filled up with their own first answer.
+    """
+    answers = batch.wrong_answers if wrong_answer else batch.answers
+    name = "wrong_answers" if wrong_answer else "answers"
+    _check_answers(vals, answers, name)
+    if isinstance(answers, Tensor):
+        return answers.long(), None
+    longest = max(row.shape[-1] for row in answers)
+    columns = t.arange(longest)
+    tokens = [row[..., _first_again(columns, row).to(row.device)] for row in answers]
+    counts = t.tensor([row.shape[-1] for row in answers])
+    is_answer = columns < counts[:, None]
+    lead = vals.shape[:-1]
+    is_answer = is_answer.view(lead[0], *[1] * (len(lead) - 1), longest)
+    stacked = t.stack(tokens).long()
+    return stacked, is_answer.expand(stacked.shape).to(vals.device)
+
+
+def _first_again(columns: Tensor, row: Tensor) -> Tensor:
+    """The columns of the row, then column 0 again and again."""
+    return t.where(columns < row.shape[-1], columns, 0)
+
+
+def _check_answers(vals: Tensor, answers: Answers, name: str) -> None:
+    lead = tuple(vals.shape[:-1])
+    rows = answers if isinstance(answers, list) else [answers]
+    for row in rows:
+        if row.is_floating_point():
+            raise DataError(
+                f"`{name}` are numbers ({row.dtype}), not token ids, so the output has "
+                "no entries for them. Compare with them by the mean squared error."
+            )
+        if row.ndim == 0 or row.shape[-1] == 0:
+            raise DataError(f"A prompt has no `{name}`; at least one is needed.")
+    if isinstance(answers, Tensor):
+        fits = tuple(answers.shape[:-1]) == lead
+    else:
+        fits = len(answers) == lead[0] and all(
+            tuple(row.shape[:-1]) == lead[1:] for row in answers
+        )
+    if not fits:
+        found = (
+            tuple(answers.shape)
+            if isinstance(answers, Tensor)
+            else f"{len(answers)} x {tuple(answers[0].shape) if answers else ()}"
+        )
+        raise DataError(
+            f"Output values of shape {tuple(vals.shape)} need `{name}` of shape "
+            f"{(*lead, 'n')}, not {found}. If answers are for the last position only, "
+            'make the model patchable with `slice_output="last_seq"`.'
+        )
+
+
+def _per_prompt(vals: Float[Tensor, "batch *pos"]) -> Float[Tensor, "batch"]:
+    """The mean over positions, if there are any."""
+    return vals if vals.ndim == 1 else vals.flatten(1).mean(1)
+
+
+# --------------------------------------------------------------------------- divergences
+
+
+def at_least_float32(vals: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """The values, half precision turned into float32."""
+    is_half = vals.dtype in (t.float16, t.bfloat16)
+    return vals.float() if is_half else vals
+
+
+def kl_divs(
+    input_logprobs: Float[Tensor, "*lead vocab"],
+    target_logprobs: Float[Tensor, "*lead vocab"],
+) -> Float[Tensor, "*lead"]:
+    """KL(target || input) at every leading index, in nats.
+
+    At least 0 but for rounding, 0 for equal distributions. A token that the target
+    never takes (log-probability -inf) adds nothing.
+    """
+    targets = at_least_float32(target_logprobs)
+    terms = targets.exp() * (targets - at_least_float32(input_logprobs))
+    return terms.masked_fill(targets == -t.inf, 0.0).sum(-1)
+
+
+def multibatch_kl_div(
+    input_logprobs: Float[Tensor, "*lead vocab"],
+    target_logprobs: Float[Tensor, "*lead vocab"],
+) -> Float[Tensor, ""]:
+    """KL(target || input), in nats: the mean over all leading dimensions."""
+    return kl_divs(input_logprobs, target_logprobs).mean()
+
+
+# -------------------------------------------------------------------------- prune scores
+
+
+def flat_prune_scores(prune_scores: Mapping[str, Tensor]) -> Shaped[Tensor, "edges"]:
+    """All scores in one dimension, module after module.
+
+    Raises GraphError if there are none.
+    """
+    if not prune_scores:
+        raise GraphError("The prune scores are empty: they name no module.")
+    return t.cat([scores.detach().flatten() for scores in prune_scores.values()])
+
+
+def desc_prune_scores(prune_scores: Mapping[str, Tensor]) -> Float[Tensor, "edges"]:
+    """All |scores|, the largest first.
+
+    Raises GraphError if a score is NaN, which has no rank.
+    """
+    for module_name, scores in prune_scores.items():
+        n_nan = int(scores.isnan().sum())
+        if n_nan:
+            raise GraphError(
+                f"{n_nan} of the {scores.numel()} scores of {module_name!r} are NaN, so "
+                "edges cannot be ranked. Look for an infinite loss or a division by 0 "
+                "in the algorithm that made them."
+            )
+    return _magnitudes(flat_prune_scores(prune_scores)).sort(descending=True).values
+
+
+def prune_scores_threshold(
+    prune_scores: Mapping[str, Tensor] | Float[Tensor, "edges"], edge_count: int
+) -> Float[Tensor, ""]:
+    """The |score| of the edge of rank `edge_count`; +inf for 0 edges.
+
+    prune_scores: scores, or all |scores| in descending order. For which edges are in a
+    circuit use `circuit_mask`: infinite scores are not below a threshold of +inf.
+
+    Raises GraphError for more edges than there are, fewer than 0, and NaN scores.
+    """
+    if isinstance(prune_scores, Tensor):
+        desc_scores = prune_scores
+    else:
+        desc_scores = desc_prune_scores(prune_scores)
+    n_edges = desc_scores.numel()
+    if not 0 <= edge_count <= n_edges:
+        raise GraphError(
+            f"A circuit of {edge_count} edges was asked for; the graph has {n_edges}, "
+            f"so give a number from 0 to {n_edges}."
+        )
+    if edge_count == 0:
+        return desc_scores.new_tensor(t.inf)
+    return desc_scores[edge_count - 1]
+
+
+def circuit_mask(
+    prune_scores: PruneScores,
+    edge_count: int,
+    desc_scores: Float[Tensor, "edges"] | None = None,
+) -> tuple[dict[str, Bool[Tensor, "*mask"]], int]:
+    """Which edges are in the circuit of a size, and how many these really are.
+
+    The circuit has the `edge_count` edges with the largest |score| and all that tie with
+    the last of them, so the real number may be larger. The circuit of 0 edges is empty,
+    whatever the scores are.
+
+    desc_scores: `desc_prune_scores(prune_scores)`, to sort them once for many sizes.
+    Returns ({module: tensor like its scores, True in the circuit}, number of edges).
+    Raises GraphError for more edges than there are, fewer than 0, and NaN scores.
+    """
+    if desc_scores is None:
+        desc_scores = desc_prune_scores(prune_scores)
+    threshold = prune_scores_threshold(desc_scores, edge_count)
+    mask = {
+        module_name: _magnitudes(scores.detach()).to(threshold.dtype) >= threshold
+        if edge_count > 0
+        else t.zeros_like(scores, dtype=t.bool)
+        for module_name, scores in prune_scores.items()
+    }
+    return mask, int(sum(in_circuit.sum() for in_circuit in mask.values()))
+
+
+def _magnitudes(scores: Shaped[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """|scores| as floating point (circuits may be given as booleans)."""
+    return scores.abs() if scores.is_floating_point() else scores.float().abs()
