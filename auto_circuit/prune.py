@@ -10,7 +10,11 @@ from torch import Tensor
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError, GraphError, near_matches
 from auto_circuit.types import AblationType, CircuitOutputs, PatchType, PruneScores
-from auto_circuit.utils.ablation_activations import Side, iter_src_ablations
+from auto_circuit.utils.ablation_activations import (
+    PER_BATCH_ABLATIONS,
+    Side,
+    iter_src_ablations,
+)
 from auto_circuit.utils.custom_tqdm import tqdm
 from auto_circuit.utils.graph_utils import patch_mode, preserved_masks
 from auto_circuit.utils.patchable_model import PatchableModel
@@ -60,7 +64,7 @@ def run_circuits(
     clean_input = (patch_type == PatchType.TREE_PATCH) != reverse_clean_corrupt
     input_side: Side = "clean" if clean_input else "corrupt"
     patch_side: Side | None = "corrupt" if clean_input else "clean"
-    if ablation_type.mean_over_dataset or ablation_type == AblationType.ZERO:
+    if ablation_type not in PER_BATCH_ABLATIONS:
         patch_side = None
     outputs: CircuitOutputs = {n_edges: {} for n_edges in masks}
     batches = iter_src_ablations(model, dataloader, ablation_type, patch_side)

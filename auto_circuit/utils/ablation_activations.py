@@ -20,6 +20,13 @@ from auto_circuit.utils.patchable_model import PatchableModel
 SrcOuts = Float[Tensor, "src batch seq d_model"]
 Side = Literal["clean", "corrupt"]
 
+PER_BATCH_ABLATIONS = (
+    AblationType.RESAMPLE,
+    AblationType.BATCH_TOKENWISE_MEAN,
+    AblationType.BATCH_ALL_TOK_MEAN,
+)
+"""The ablations whose activations come from one side of each batch."""
+
 
 def check_prefix(model: PatchableModel, dataloader: PromptDataLoader) -> None:
     """Raise DataError if the loader's prompts lack a prefix that the model lacks too."""
@@ -88,7 +95,7 @@ def batch_src_ablations(
     All batches are held in memory: for large loaders use `iter_src_ablations`.
     """
     return {
-        batch.key: outs
+        batch.key: outs.clone() if ablation_type in PER_BATCH_ABLATIONS else outs
         for batch, outs in iter_src_ablations(
             model, dataloader, ablation_type, clean_corrupt
         )
@@ -101,10 +108,13 @@ def iter_src_ablations(
     ablation_type: AblationType,
     clean_corrupt: Side | None,
 ) -> Iterator[tuple[PromptPairBatch, SrcOuts]]:
-    """Each batch with the activations to patch in, one at a time."""
+    """Each batch with the activations to patch in, one at a time.
+
+    The activations share memory: they are good until the next batch is asked for.
+    """
     _check_side(ablation_type, clean_corrupt)
     check_prefix(model, dataloader)
-    mean = None
+    mean = outs = None
     if ablation_type.mean_over_dataset:
         mean = _dataset_mean(model, dataloader, ablation_type)
     for batch in dataloader:
@@ -113,14 +123,12 @@ def iter_src_ablations(
         else:
             # ZERO needs an input only for its shape.
             tokens, kwargs = batch.model_input(clean_corrupt or "clean")
-            outs = record_src_outs(model, tokens, kwargs)
+            outs = record_src_outs(model, tokens, kwargs, reuse=outs)
             yield batch, _ablate(outs, ablation_type, kwargs.get("attention_mask"))
 
 
 def _check_side(ablation_type: AblationType, clean_corrupt: Side | None) -> None:
-    needs_side = not ablation_type.mean_over_dataset and (
-        ablation_type != AblationType.ZERO
-    )
+    needs_side = ablation_type in PER_BATCH_ABLATIONS
     if needs_side and clean_corrupt not in ("clean", "corrupt"):
         raise ConfigError(
             f"The ablation {ablation_type} needs `clean_corrupt`: 'clean' or 'corrupt', "
@@ -155,21 +163,30 @@ def _recorded(
 
 
 def record_src_outs(
-    model: PatchableModel, inputs: Tensor, kwargs: dict[str, Tensor]
+    model: PatchableModel,
+    inputs: Tensor,
+    kwargs: dict[str, Tensor],
+    reuse: SrcOuts | None = None,
 ) -> SrcOuts:
-    """Run the model and keep what every source writes."""
+    """Run the model and keep what every source writes.
+
+    reuse: activations of an earlier call, whose memory may be taken if it fits.
+    """
     # Tokens outermost in memory: the layout in which the engine reads it fastest.
-    buffer: list[Tensor] = []
+    buffer = None if reuse is None else reuse.movedim(0, 2)
 
     def record(wrapper: PatchWrapperImpl, heads: Tensor) -> None:
-        if not buffer:
-            batch, seq, _, d_model = heads.shape
-            buffer.append(heads.new_empty((batch, seq, model.plan.n_srcs, d_model)))
-        buffer[0][:, :, wrapper.src_idxs] = heads
+        nonlocal buffer
+        batch, seq, _, d_model = heads.shape
+        shape = (batch, seq, model.plan.n_srcs, d_model)
+        if buffer is None or buffer.shape != shape:
+            buffer = heads.new_empty(shape)
+        buffer[:, :, wrapper.src_idxs] = heads
 
     with t.no_grad(), _recorded(model, record):
         model(inputs, **kwargs)
-    return buffer[0].movedim(2, 0)
+    assert buffer is not None
+    return buffer.movedim(2, 0)
 
 
 def _ablate(

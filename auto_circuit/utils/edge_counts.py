@@ -25,10 +25,10 @@ def edge_counts_util(
     """Circuit sizes to test, ascending and each once.
 
     edges: all edges of the graph; only their number counts (`range(n)` will do).
-    test_counts: EdgeCounts.ALL: every size. LOGARITHMIC: 1..9, 10, 20, .. 90, 100, 200,
-        .. below the number of edges. GROUPS: the sizes at which a group of equal |score|
-        is complete, best first. A list: numbers of edges (int) and shares of all edges
-        in [0, 1] (float; 1 is one edge, 1.0 all of them), rounded down.
+    test_counts: EdgeCounts.ALL: every size. LOGARITHMIC: 1..9, 10, 20, .. 90, 100,
+        200, .. below the number of edges. GROUPS: the sizes at which a group of equal
+        |score| is complete, best first. A list: numbers of edges (int) and shares of
+        all edges in [0, 1] (float; 1 is one edge, 1.0 all of them), rounded down.
         None: GROUPS if there are few different scores (fewer than 100, and than half
         the edges), else LOGARITHMIC above 200 edges, else ALL.
     zero_edges, all_edges: are 0 and the number of all edges tested? None: both are put
@@ -45,25 +45,15 @@ def edge_counts_util(
     if test_counts is None:
         test_counts = _default_rule(n_edges, prune_scores)
     counts = set(_rule_counts(n_edges, test_counts, prune_scores))
-    for count, wanted in ((0, zero_edges), (n_edges, all_edges)):
-        if wanted is False:
-            counts.discard(count)
+    many = len(counts) > 2
+    for end, wanted in ((0, zero_edges), (n_edges, all_edges)):
+        if many if wanted is None else wanted:
+            counts.add(end)
+        elif wanted is False:
+            counts.discard(end)
     if true_edge_count is not None:
         counts.add(_checked_count(true_edge_count, n_edges, "`true_edge_count`"))
-    return sorted(counts | _end_counts(len(counts), n_edges, zero_edges, all_edges))
-
-
-def _end_counts(
-    n_counts: int, n_edges: int, zero_edges: bool | None, all_edges: bool | None
-) -> set[int]:
-    """0 and the number of all edges, as far as they are wanted."""
-    default = n_counts > 2
-    ends = set()
-    if default if zero_edges is None else zero_edges:
-        ends.add(0)
-    if default if all_edges is None else all_edges:
-        ends.add(n_edges)
-    return ends
+    return sorted(counts)
 
 
 def _default_rule(n_edges: int, prune_scores: PruneScores | None) -> EdgeCounts:
@@ -74,12 +64,20 @@ def _default_rule(n_edges: int, prune_scores: PruneScores | None) -> EdgeCounts:
     return EdgeCounts.LOGARITHMIC if n_edges > LOGARITHMIC_FROM else EdgeCounts.ALL
 
 
+def listed_edge_counts(n_edges: int, counts: Sequence[int | float]) -> list[int]:
+    """Exactly the sizes of a list of numbers of edges and shares, ascending.
+
+    Raises as `edge_counts_util` does, which may also put in 0 and all edges.
+    """
+    return sorted({_listed_count(count, n_edges) for count in counts})
+
+
 def _rule_counts(
     n_edges: int, test_counts: TestEdges, prune_scores: PruneScores | None
 ) -> Sequence[int]:
     """The sizes that the rule or list means, before the ends are looked at."""
     if isinstance(test_counts, (list, tuple)):
-        return [_listed_count(count, n_edges) for count in test_counts]
+        return listed_edge_counts(n_edges, test_counts)
     if test_counts == EdgeCounts.ALL:
         return range(n_edges + 1)
     if test_counts == EdgeCounts.LOGARITHMIC:
@@ -101,7 +99,9 @@ def _logarithmic_counts(n_edges: int) -> list[int]:
 
 def _group_counts(n_edges: int, prune_scores: PruneScores | None) -> list[int]:
     if prune_scores is None:
-        raise ConfigError("EdgeCounts.GROUPS groups edges by score: give `prune_scores`.")
+        raise ConfigError(
+            "EdgeCounts.GROUPS groups edges by score: give `prune_scores`."
+        )
     desc_scores = desc_prune_scores(prune_scores)
     if desc_scores.numel() != n_edges:
         raise GraphError(
@@ -119,8 +119,8 @@ def _listed_count(count: int | float, n_edges: int) -> int:
         return _checked_count(int(count), n_edges, "`test_counts`")
     if not 0.0 <= count <= 1.0:
         raise ConfigError(
-            f"`test_counts` has {count!r}; a float is a share of all edges, from 0.0 to "
-            "1.0. Give a number of edges as an int."
+            f"`test_counts` has {count!r}; a float is a share of all edges, from 0.0 "
+            "to 1.0. Give a number of edges as an int."
         )
     # The tolerance undoes rounding in the product: 0.29 * 100 is 28.999...
     return math.floor(float(count) * n_edges + 1e-6)
@@ -130,5 +130,7 @@ def _checked_count(count: int, n_edges: int, where: str) -> int:
     if count < 0:
         raise ConfigError(f"{where} has {count}; a number of edges is 0 or more.")
     if count > n_edges:
-        raise GraphError(f"{where} has {count}, but the graph has only {n_edges} edges.")
+        raise GraphError(
+            f"{where} has {count}, but the graph has only {n_edges} edges."
+        )
     return count

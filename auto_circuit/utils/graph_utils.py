@@ -336,6 +336,7 @@ def patch_mode(
     patch_src_outs: Float[Tensor, "src batch seq d_model"],
     edges: Collection[Edge | str] | None = None,
     curr_src_outs: Float[Tensor, "src batch seq d_model"] | None = None,
+    overwrite_patch: bool = False,
 ) -> Iterator[None]:
     """Inside, a call of `model` patches `patch_src_outs` along the edges of its masks.
 
@@ -343,6 +344,8 @@ def patch_mode(
     edges: Edges or names ("A0.1->MLP 2") to patch, and no others. None: whatever the
         masks say (see `set_all_masks`, `PatchableModel.patch_masks`).
     curr_src_outs: a tensor that receives each source's output, if given.
+    overwrite_patch: `patch_src_outs` may be overwritten, which saves memory of its size;
+        `model` can then be called once.
 
     On exit, hooks, switches and masks are what they were. Raises GraphError for an
     unknown edge, for activations of the wrong shape, and for nested use.
@@ -360,6 +363,7 @@ def patch_mode(
         curr_src_outs,
         model.constants,
         lambda: any(p.requires_grad for p in model.parameters()),
+        overwrite_patch,
     )
     with ExitStack() as stack:
         stack.enter_context(

@@ -153,15 +153,16 @@ class BlockWork:
 class ForwardPass:
     """The differences of one forward pass, and the gradients that flow back to them.
 
-    diff, grad: [batch, seq, slot, d_model]; slots: the slot of each recorded source.
-    With gradients all sources are recorded, so that source `i` has slot `i`.
+    diff: [batch, seq, slot, d_model]; grad_buffer: the same, [token, slot, d_model];
+    slots: the slot of each recorded source. With gradients all sources are recorded, so that source `i` has slot `i`.
     """
 
     diff: Tensor | None
     slots: dict[int, int]
     works: dict[EdgeBlock, BlockWork]
     patched_base: frozenset[DestPort]
-    grad: Tensor | None = None
+    grad_buffer: Tensor | None = None
+    has_grad: bool = False
     awaits_backward: bool = False
     is_in_backward: bool = False
 
@@ -208,13 +209,16 @@ class ForwardPass:
         """Add to the gradient of the differences what comes from the block's rows."""
         weights = self._per_token(self.works[block].weights).mT
         tokens = self.tokens()
-        assert self.diff is not None
-        if self.grad is None and (block.lo, block.hi) == (0, tokens.shape[1]):
-            self.grad = t.bmm(weights, grads).view_as(self.diff)
-            return
-        if self.grad is None:
-            self.grad = t.zeros_like(self.diff)
-        self.grad.flatten(0, 1)[:, block.lo : block.hi].baddbmm_(weights, grads)
+        if self.grad_buffer is None:
+            self.grad_buffer = t.empty_like(tokens)
+        grad = self.grad_buffer
+        if not self.has_grad and (block.lo, block.hi) == (0, tokens.shape[1]):
+            t.bmm(weights, grads, out=grad)
+        else:
+            if not self.has_grad:
+                grad.zero_()
+            grad[:, block.lo : block.hi].baddbmm_(weights, grads)
+        self.has_grad = True
 
     def enter_backward(self) -> None:
         """When the backward pass that is running ends, forget its gradients."""
@@ -223,7 +227,7 @@ class ForwardPass:
             Variable._execution_engine.queue_callback(self._leave_backward)
 
     def _leave_backward(self) -> None:
-        self.grad = None
+        self.has_grad = False
         self.is_in_backward = False
         self.awaits_backward = False
 
@@ -301,9 +305,9 @@ class _WriteSource(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if ctx.run.grad is None:
+        if not ctx.run.has_grad:
             return grad_out, None, None
-        sent_back = ctx.run.grad[:, :, ctx.srcs].reshape(grad_out.shape)
+        sent_back = ctx.run.grad_buffer[:, ctx.srcs].reshape(grad_out.shape)
         return grad_out - sent_back, None, None
 
 
@@ -320,6 +324,8 @@ class PatchSession:
     curr_src_outs: if given, a tensor of that shape that receives each source's output.
     constants: per destination module, what reaches it besides its sources (biases).
     needs_grad: may gradients be asked for?
+    overwrite_patch: may `patch_src_outs` be overwritten with the differences? Saves a
+        tensor of that size; one forward pass only.
     """
 
     def __init__(
@@ -329,12 +335,14 @@ class PatchSession:
         curr_src_outs: Tensor | None,
         constants: dict[str, Tensor],
         needs_grad: Callable[[], bool],
+        overwrite_patch: bool = False,
     ) -> None:
         self.plan = plan
         self.patch = patch_src_outs
         self.curr_src_outs = curr_src_outs
         self.constants = constants
         self.needs_grad = needs_grad
+        self.overwrite_patch = overwrite_patch
         self.run: ForwardPass | None = None
         self._patch_sums: dict[tuple[int, int], Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -426,18 +434,31 @@ class PatchSession:
             patched_base: frozenset[DestPort] = frozenset()
         else:
             works, slots, patched_base = self._sparse_works(weights)
-        diff = self._buffer((batch, seq, len(slots), d_model))
-        return ForwardPass(diff, slots, works, patched_base)
+        run = ForwardPass(None, slots, works, patched_base)
+        self._give_buffers(run, (batch, seq, len(slots), d_model))
+        return run
 
-    def _buffer(self, shape: tuple[int, ...]) -> Tensor:
-        """A buffer for the differences: the last pass's, if nothing can need it."""
+    def _give_buffers(self, run: ForwardPass, shape: tuple[int, ...]) -> None:
+        """Memory for the differences: the last pass's, if nothing can need it."""
         last = self.run
         if last is not None and last.diff is not None and last.diff.shape == shape:
             same_mode = last.diff.is_inference() == t.is_inference_mode_enabled()
             if same_mode and not last.awaits_backward:
-                buffer, last.diff = last.diff, None
-                return buffer
-        return self.patch.new_empty(shape)
+                run.diff, last.diff = last.diff, None
+                run.grad_buffer, last.grad_buffer = last.grad_buffer, None
+        if run.diff is None and self.overwrite_patch:
+            run.diff = self._patch_as_diff(shape)
+        if run.diff is None:
+            run.diff = self.patch.new_empty(shape)
+
+    def _patch_as_diff(self, shape: tuple[int, ...]) -> Tensor | None:
+        if self.run is not None:
+            raise GraphError(
+                "A second forward pass in a `patch_mode` with `overwrite_patch=True`: "
+                "the first one has overwritten the activations to patch in."
+            )
+        by_token = self.patch.movedim(0, 2)
+        return by_token if by_token.shape == shape and by_token.is_contiguous() else None
 
     def _block_weights(self, batch: int, seq: int) -> dict[EdgeBlock, Tensor]:
         """Each block's share of the masks: [batch or 1, position or 1, row, src]."""

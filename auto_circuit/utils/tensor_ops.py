@@ -1,7 +1,7 @@
-"""What is done with tensors everywhere: answers, divergences, mask samples, score ranks.
+"""What is done with tensors everywhere: answers, divergences, masks, score ranks.
 
 Answers are token ids, `batch.answers` and `batch.wrong_answers`: a tensor
-`[batch *pos n]`, or a list of `[*pos n]` when the prompts have different numbers of them.
+`[batch *pos n]`, or a list of `[*pos n]` when prompts have different numbers of them.
 `*pos` is empty when only the last position counts; with answers at every position it is
 that position dimension, and a prompt's value is the mean over its positions.
 
@@ -12,7 +12,7 @@ Half-precision values are averaged in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from warnings import warn
 
 import torch as t
@@ -35,7 +35,7 @@ class UndefinedPercentWarning(UserWarning):
     """A percentage of a number that is zero, but for rounding."""
 
 
-# ------------------------------------------------------------------------ hard concrete
+# --------------------------------------------------------------------- hard concrete
 
 
 def sample_hard_concrete(
@@ -89,7 +89,7 @@ def _stretch(concrete: Tensor) -> Tensor:
     return (concrete * width + HARD_CONCRETE_LEFT).clamp(0.0, 1.0)
 
 
-# ------------------------------------------------------------------------------- answers
+# ---------------------------------------------------------------------------- answers
 
 
 def indices_vals(
@@ -168,36 +168,43 @@ def batch_answer_diff_percents(
 ) -> Float[Tensor, "batch"]:
     """For each prompt: the answer difference of `pred_vals` in % of `target_vals`'.
 
-    100: the same difference; 0: no preference; negative: the opposite preference. It has
-    no bounds: where the target's difference is small, the percentage is large.
+    100: the same difference; 0: no preference; negative: the opposite preference. It
+    has no bounds: where the target's difference is small, the percentage is large.
 
     Differs from auto-circuit: where the target's difference is 0 within rounding, the
     percentage is NaN, with an UndefinedPercentWarning, and not infinite or noise.
     """
-    pred_diffs = batch_answer_diffs(pred_vals, batch)
     target_diffs = batch_answer_diffs(target_vals, batch)
-    scale = batch_answer_vals(target_vals.abs(), batch)
-    scale = scale + batch_answer_vals(target_vals.abs(), batch, True)
-    return percents(pred_diffs, target_diffs, scale * t.finfo(target_vals.dtype).eps / 2)
+    target_diffs = nan_where_zero(
+        target_diffs, answer_diff_rounding_errors(target_vals, batch)
+    )
+    return 100 * batch_answer_diffs(pred_vals, batch) / target_diffs
 
 
-def percents(
-    parts: Float[Tensor, "*n"],
-    wholes: Float[Tensor, "*n"],
-    rounding_errors: Float[Tensor, "*n"],
+def answer_diff_rounding_errors(
+    vals: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
+) -> Float[Tensor, "batch"]:
+    """How far each of `batch_answer_diffs` may be off because values are rounded."""
+    sizes = batch_answer_vals(vals.abs(), batch)
+    sizes = sizes + batch_answer_vals(vals.abs(), batch, wrong_answer=True)
+    return sizes * (t.finfo(vals.dtype).eps / 2)
+
+
+def nan_where_zero(
+    wholes: Float[Tensor, "*n"], rounding_errors: Float[Tensor, "*n"]
 ) -> Float[Tensor, "*n"]:
-    """100 * parts / wholes; NaN, with a warning, where |whole| <= its rounding error."""
-    undefined = wholes.abs() <= rounding_errors
-    if undefined.any():
+    """What percentages are of: NaN, with a warning, where it is 0 within rounding."""
+    is_zero = wholes.abs() <= rounding_errors
+    if is_zero.any():
         warn(
-            f"{int(undefined.sum())} of {undefined.numel()} percentages are undefined "
+            f"{int(is_zero.sum())} of {is_zero.numel()} percentages are undefined "
             "(NaN): the full model's own difference between correct and wrong answers "
-            "is 0 within rounding. Measure the difference itself, or leave such prompts "
-            "out.",
+            "is 0 within rounding. Measure the difference itself, or leave such "
+            "prompts out.",
             UndefinedPercentWarning,
             stacklevel=2,
         )
-    return t.where(undefined, t.nan, 100 * parts / wholes)
+    return wholes.masked_fill(is_zero, t.nan)
 
 
 def batch_correct_answers(
@@ -317,7 +324,7 @@ def _per_prompt(vals: Float[Tensor, "batch *pos"]) -> Float[Tensor, "batch"]:
     return vals if vals.ndim == 1 else vals.flatten(1).mean(1)
 
 
-# --------------------------------------------------------------------------- divergences
+# ------------------------------------------------------------------------ divergences
 
 
 def at_least_float32(vals: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
@@ -348,7 +355,7 @@ def multibatch_kl_div(
     return kl_divs(input_logprobs, target_logprobs).mean()
 
 
-# -------------------------------------------------------------------------- prune scores
+# ----------------------------------------------------------------------- prune scores
 
 
 def flat_prune_scores(prune_scores: Mapping[str, Tensor]) -> Shaped[Tensor, "edges"]:
@@ -370,9 +377,9 @@ def desc_prune_scores(prune_scores: Mapping[str, Tensor]) -> Float[Tensor, "edge
         n_nan = int(scores.isnan().sum())
         if n_nan:
             raise GraphError(
-                f"{n_nan} of the {scores.numel()} scores of {module_name!r} are NaN, so "
-                "edges cannot be ranked. Look for an infinite loss or a division by 0 "
-                "in the algorithm that made them."
+                f"{n_nan} of the {scores.numel()} scores of {module_name!r} are NaN, "
+                "so edges cannot be ranked. Look for an infinite loss or a division by "
+                "0 in the algorithm that made them."
             )
     return _magnitudes(flat_prune_scores(prune_scores)).sort(descending=True).values
 
@@ -409,9 +416,9 @@ def circuit_mask(
 ) -> tuple[dict[str, Bool[Tensor, "*mask"]], int]:
     """Which edges are in the circuit of a size, and how many these really are.
 
-    The circuit has the `edge_count` edges with the largest |score| and all that tie with
-    the last of them, so the real number may be larger. The circuit of 0 edges is empty,
-    whatever the scores are.
+    The circuit has the `edge_count` edges with the largest |score| and all that tie
+    with the last of them, so the real number may be larger. The circuit of 0 edges is
+    empty, whatever the scores are.
 
     desc_scores: `desc_prune_scores(prune_scores)`, to sort them once for many sizes.
     Returns ({module: tensor like its scores, True in the circuit}, number of edges).
@@ -421,9 +428,11 @@ def circuit_mask(
         desc_scores = desc_prune_scores(prune_scores)
     threshold = prune_scores_threshold(desc_scores, edge_count)
     mask = {
-        module_name: _magnitudes(scores.detach()).to(threshold.dtype) >= threshold
-        if edge_count > 0
-        else t.zeros_like(scores, dtype=t.bool)
+        module_name: (
+            _magnitudes(scores.detach()).to(threshold.dtype) >= threshold
+            if edge_count > 0
+            else t.zeros_like(scores, dtype=t.bool)
+        )
         for module_name, scores in prune_scores.items()
     }
     return mask, int(sum(in_circuit.sum() for in_circuit in mask.values()))

@@ -1,0 +1,47 @@
+"""What metrics need of a model and of a task, so that any of them can be measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from auto_circuit.data import PromptDataLoader
+from auto_circuit.utils.patchable_model import PatchableModel
+
+
+@runtime_checkable
+class SlicedModel(Protocol):
+    """A model of whose output the part `model(tokens)[model.out_slice]` counts."""
+
+    out_slice: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+if TYPE_CHECKING:
+
+    class TaskLike(Protocol):
+        """A behaviour of a model: what `auto_circuit.tasks.Task` is for the metrics."""
+
+        @property
+        def key(self) -> str:
+            """The name under which the task's results are filed."""
+            ...
+
+        @property
+        def model(self) -> PatchableModel:
+            """The model with its graph."""
+            ...
+
+        @property
+        def test_loader(self) -> PromptDataLoader:
+            """The prompts that circuits are measured on."""
+            ...
+
+        @property
+        def true_edge_count(self) -> int | None:
+            """The size of the known circuit, if there is one."""
+            ...
+
+else:
+    # A run-time check of a protocol reads its properties, which would load the model.
+    TaskLike = Any

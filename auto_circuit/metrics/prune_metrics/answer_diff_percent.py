@@ -1,0 +1,105 @@
+"""How much of the full model's preference for the correct answers a circuit has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from jaxtyping import Float
+from torch import Tensor
+
+from auto_circuit.data import PromptPairBatch
+from auto_circuit.metrics.protocols import SlicedModel
+from auto_circuit.metrics.prune_metrics.full_model_outs import (
+    FullModelOuts,
+    ProbFunc,
+    apply_prob_func,
+)
+from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_vals
+from auto_circuit.types import CircuitOutputs, Measurements
+from auto_circuit.utils.tensor_ops import (
+    batch_answer_diff_percents,
+    batch_answer_diffs,
+)
+
+
+def measure_answer_diff_percent(
+    model: SlicedModel,
+    test_loader: Iterable[PromptPairBatch],
+    circuit_outs: CircuitOutputs,
+    prob_func: ProbFunc = "logits",
+    diff_of_means: bool = True,
+    *,
+    full_model_outs: FullModelOuts | None = None,
+) -> Measurements:
+    """The means of `answer_diff_percent`: [(number of edges, %)]."""
+    means, _, _ = answer_diff_percent(
+        model,
+        test_loader,
+        circuit_outs,
+        prob_func,
+        diff_of_means,
+        full_model_outs=full_model_outs,
+    )
+    return means
+
+
+def answer_diff_percent(
+    model: SlicedModel,
+    test_loader: Iterable[PromptPairBatch],
+    circuit_outs: CircuitOutputs,
+    prob_func: ProbFunc = "logits",
+    diff_of_means: bool = True,
+    *,
+    full_model_outs: FullModelOuts | None = None,
+) -> tuple[Measurements, Measurements, Measurements]:
+    """The circuit's answer difference in % of the full model's on the clean prompts.
+
+    100: the full model's; 0: no preference for the correct answers; it has no bounds.
+    Returns (means, standard deviations, points), each [(number of edges, %)].
+
+    diff_of_means: True: 100 * mean(circuit) / mean(model); the deviations are 0 and
+        there are no points. False: the percentage of each prompt; their mean, their
+        unbiased standard deviation, and every prompt as a point. The two differ: a
+        prompt where the model has hardly any preference has a very large percentage.
+    prob_func: as in `measure_answer_diff`.
+    circuit_outs: `run_circuits` on the same loader. full_model_outs: to be shared.
+
+    Raises DataError as `measure_answer_diff` does. Differs from auto-circuit: where the
+    model's difference is 0 within rounding, the percentage is NaN, with an
+    UndefinedPercentWarning.
+    """
+    prompt_func = partial(
+        prompt_answer_diff_percents, prob_func=prob_func, diff_of_means=diff_of_means
+    )
+    circuits = prompt_vals(
+        model, test_loader, circuit_outs, prompt_func, full_model_outs
+    )
+    means: Measurements = [(circuit.n_edges, circuit.mean) for circuit in circuits]
+    if diff_of_means:
+        return means, [(circuit.n_edges, 0.0) for circuit in circuits], []
+    stds: Measurements = [(circuit.n_edges, circuit.std) for circuit in circuits]
+    points: Measurements = [
+        (circuit.n_edges, val) for circuit in circuits for val in circuit.vals
+    ]
+    return means, stds, points
+
+
+def prompt_answer_diff_percents(
+    out: Float[Tensor, "batch *pos vocab"],
+    batch: PromptPairBatch,
+    full: FullModelOuts,
+    prob_func: ProbFunc = "logits",
+    diff_of_means: bool = True,
+) -> Float[Tensor, "batch"]:
+    """Each prompt's answer difference in % of the full model's.
+
+    diff_of_means: in % of the full model's mean over all prompts, else of its
+    difference on the same prompt.
+    """
+    vals = apply_prob_func(out, prob_func)
+    if diff_of_means:
+        diffs = batch_answer_diffs(vals, batch).double()
+        return 100 * diffs / full.mean_answer_diff(prob_func)
+    full_vals = full.vals(batch, "clean", prob_func)
+    return batch_answer_diff_percents(vals, full_vals, batch)

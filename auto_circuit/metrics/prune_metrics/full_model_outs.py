@@ -1,0 +1,95 @@
+"""The full model's outputs, which most metrics compare a circuit's outputs with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch as t
+from jaxtyping import Float
+from torch import Tensor
+
+from auto_circuit.data import PromptPairBatch
+from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.metrics.protocols import SlicedModel
+from auto_circuit.types import BatchKey
+from auto_circuit.utils.tensor_ops import (
+    answer_diff_rounding_errors,
+    at_least_float32,
+    batch_answer_diffs,
+    nan_where_zero,
+)
+
+ProbFunc = Literal["logits", "softmax", "log_softmax"]
+Side = Literal["clean", "corrupt"]
+
+
+def apply_prob_func(
+    logits: Float[Tensor, "*lead vocab"], prob_func: ProbFunc
+) -> Float[Tensor, "*lead vocab"]:
+    """The logits themselves, probabilities, or log-probabilities (nats).
+
+    Raises ConfigError for another `prob_func`.
+    """
+    if prob_func == "logits":
+        return logits
+    if prob_func == "softmax":
+        return at_least_float32(logits).softmax(-1)
+    if prob_func == "log_softmax":
+        return at_least_float32(logits).log_softmax(-1)
+    raise ConfigError(
+        f"`prob_func` is {prob_func!r}; expected 'logits', 'softmax' or 'log_softmax'."
+    )
+
+
+class FullModelOuts:
+    """A model's unpatched outputs on a loader's batches, computed when first asked.
+
+    Give one object to several metrics and the model runs once per prompt, however many
+    metrics and circuits there are. It belongs to one (model, loader) pair and one state
+    of the model: make a new one when the model changes.
+    """
+
+    def __init__(
+        self, model: SlicedModel, dataloader: Iterable[PromptPairBatch]
+    ) -> None:
+        self.model = model
+        self.dataloader = dataloader
+        self._vals: dict[tuple[BatchKey, Side, ProbFunc], Tensor] = {}
+        self._mean_answer_diffs: dict[ProbFunc, float] = {}
+
+    def vals(
+        self, batch: PromptPairBatch, side: Side, prob_func: ProbFunc = "logits"
+    ) -> Float[Tensor, "batch *pos vocab"]:
+        """`model(batch.clean or batch.corrupt)[model.out_slice]`, after `prob_func`."""
+        key = (batch.key, side, prob_func)
+        if key not in self._vals:
+            if prob_func == "logits":
+                self._vals[key] = self._run(batch, side)
+            else:
+                self._vals[key] = apply_prob_func(self.vals(batch, side), prob_func)
+        return self._vals[key]
+
+    def mean_answer_diff(self, prob_func: ProbFunc = "logits") -> float:
+        """The mean difference between correct and wrong answers on the clean prompts.
+
+        NaN, with an UndefinedPercentWarning, if it is 0 within rounding.
+        """
+        if prob_func not in self._mean_answer_diffs:
+            diffs, errors = [], []
+            for batch in self.dataloader:
+                vals = self.vals(batch, "clean", prob_func)
+                diffs.append(batch_answer_diffs(vals, batch).double())
+                errors.append(answer_diff_rounding_errors(vals, batch).double())
+            if not diffs:
+                raise DataError(
+                    "The loader has no batches, so there is nothing to mean."
+                )
+            mean = nan_where_zero(t.cat(diffs).mean(), t.cat(errors).mean())
+            self._mean_answer_diffs[prob_func] = float(mean)
+        return self._mean_answer_diffs[prob_func]
+
+    def _run(self, batch: PromptPairBatch, side: Side) -> Tensor:
+        tokens, kwargs = batch.model_input(side)
+        with t.no_grad():
+            return self.model(tokens, **kwargs)[self.model.out_slice]

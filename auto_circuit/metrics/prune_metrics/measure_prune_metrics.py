@@ -1,0 +1,111 @@
+"""Measure the circuits of many tasks, algorithms and metrics, and draw the results.
+
+This is a driver: it may look up the predefined tasks, which the metrics may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from auto_circuit.errors import ConfigError, near_matches
+from auto_circuit.metrics.protocols import TaskLike
+from auto_circuit.metrics.prune_metrics.prune_metrics import PruneMetric
+from auto_circuit.metrics.prune_metrics.prune_metrics_plot import measurement_figs
+from auto_circuit.metrics.prune_metrics.task_measurements import (
+    nest_rows,
+    task_measurement_rows,
+)
+from auto_circuit.types import (
+    AblationMeasurements,
+    AblationType,
+    MeasurementRow,
+    PatchType,
+    TaskKey,
+    TaskPruneScores,
+    TestEdges,
+)
+from auto_circuit.utils.custom_tqdm import tqdm
+
+__all__ = ["measure_prune_metrics", "measurement_figs", "measurement_rows"]
+
+
+def measure_prune_metrics(
+    ablation_types: Sequence[AblationType],
+    metrics: Sequence[PruneMetric],
+    task_prune_scores: TaskPruneScores,
+    patch_type: PatchType,
+    reverse_clean_corrupt: bool = False,
+    test_edge_counts: TestEdges | None = None,
+    *,
+    tasks: Sequence[TaskLike] | None = None,
+) -> AblationMeasurements:
+    """Measure, on the test prompts, the circuits that prune scores make.
+
+    task_prune_scores: task key -> algorithm key -> scores.
+    patch_type, reverse_clean_corrupt: what is patched into what; see `run_circuits`.
+    test_edge_counts: a list: exactly these sizes. An EdgeCounts rule or None: see
+        `edge_counts_util`; the known circuit's size is tested too.
+    tasks: where the keys are looked up; the predefined tasks if None.
+
+    Returns ablation -> metric key -> task key -> algorithm key -> [(edges, value)].
+    Raises ConfigError for a key without a task.
+    """
+    return nest_rows(
+        measurement_rows(
+            ablation_types,
+            metrics,
+            task_prune_scores,
+            patch_type,
+            reverse_clean_corrupt,
+            test_edge_counts,
+            tasks=tasks,
+        )
+    )
+
+
+def measurement_rows(
+    ablation_types: Sequence[AblationType],
+    metrics: Sequence[PruneMetric],
+    task_prune_scores: TaskPruneScores,
+    patch_type: PatchType,
+    reverse_clean_corrupt: bool = False,
+    test_edge_counts: TestEdges | None = None,
+    *,
+    tasks: Sequence[TaskLike] | None = None,
+) -> list[MeasurementRow]:
+    """`measure_prune_metrics` as one flat table, with deviations and prompt counts.
+
+    A row's `ablation` is the name of the AblationType; its `patch_type` that of the
+    PatchType, with "_REVERSED" appended for reverse_clean_corrupt.
+    """
+    known = _tasks_by_key(tasks, task_prune_scores)
+    rows = []
+    for task_key, algo_prune_scores in tqdm(task_prune_scores.items(), leave=False):
+        rows += task_measurement_rows(
+            known[task_key],
+            algo_prune_scores,
+            ablation_types,
+            metrics,
+            patch_type,
+            reverse_clean_corrupt,
+            test_edge_counts,
+        )
+    return rows
+
+
+def _tasks_by_key(
+    tasks: Sequence[TaskLike] | None, task_prune_scores: TaskPruneScores
+) -> dict[TaskKey, TaskLike]:
+    """The tasks of all the scores; raises ConfigError before anything is measured."""
+    if tasks is None:
+        from auto_circuit.tasks import TASKS
+
+        tasks = TASKS
+    known = {task.key: task for task in tasks}
+    for key in task_prune_scores:
+        if key not in known:
+            raise ConfigError(
+                f"There are scores for the task {key!r}, but no such task."
+                f"{near_matches(key, known)} Give your own with `tasks=`."
+            )
+    return known

@@ -1,0 +1,158 @@
+"""Figures of measurements against circuit size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from auto_circuit.metrics.area_under_curve_plot import average_auc_plot
+from auto_circuit.metrics.prune_metrics.prune_metrics import (
+    PRUNE_METRICS,
+    PruneMetric,
+    find_metric,
+)
+from auto_circuit.types import (
+    COLOR_PALETTE,
+    AblationMeasurements,
+    AlgoKey,
+    Measurements,
+    TaskMeasurements,
+)
+
+ZERO_EDGES_X = 0.5
+"""Where 0 edges are drawn on a logarithmic axis."""
+DASHES = ("solid", "dash", "dot", "dashdot")
+
+
+def measurement_figs(
+    measurements: AblationMeasurements,
+    auc_plots: bool = False,
+    *,
+    metrics: Sequence[PruneMetric] = PRUNE_METRICS,
+    algo_names: Mapping[AlgoKey, str] | None = None,
+) -> tuple[go.Figure, ...]:
+    """A figure per ablation and metric: value against circuit size, a panel per task.
+
+    auc_plots: after each, the mean heights of its curves (`average_auc_plot`).
+    metrics: where metric keys are looked up. algo_names: legend labels (else the keys).
+
+    Raises ConfigError for a metric key that is not in `metrics`.
+    Differs from auto-circuit: no figure is shown, and plotly's defaults stay.
+    """
+    figs = []
+    for ablation_type, by_metric in measurements.items():
+        for metric_key, task_measurements in by_metric.items():
+            metric = find_metric(metric_key, metrics)
+            title = f"{metric.name}, {ablation_type} Ablation"
+            figs.append(
+                edge_patching_plot(task_measurements, metric, title, algo_names)
+            )
+            if auc_plots:
+                figs.append(
+                    average_auc_plot(
+                        task_measurements,
+                        metric.log_x,
+                        metric.log_y,
+                        metric.y_min,
+                        title=f"Area under Curve: {title}",
+                        algo_names=algo_names,
+                    )
+                )
+    return tuple(figs)
+
+
+def edge_patching_plot(
+    task_measurements: TaskMeasurements,
+    metric: PruneMetric,
+    title: str | None = None,
+    algo_names: Mapping[AlgoKey, str] | None = None,
+) -> go.Figure:
+    """A metric against circuit size: a panel for each task, a line for each algorithm.
+
+    An algorithm with a single point is a labelled cross. On a logarithmic axis 0 edges
+    stand at 0.5, and values below the metric's `y_min` at `y_min`; hovering shows the
+    true numbers. An algorithm has the same colour in every panel.
+    """
+    algos = list(
+        dict.fromkeys(a for by_algo in task_measurements.values() for a in by_algo)
+    )
+    fig = make_subplots(
+        rows=1,
+        cols=max(1, len(task_measurements)),
+        subplot_titles=list(task_measurements),
+        shared_yaxes=metric.y_axes_match,
+    )
+    in_legend: set[AlgoKey] = set()
+    for col, by_algo in enumerate(task_measurements.values(), start=1):
+        for algo, points in by_algo.items():
+            name = (algo_names or {}).get(algo, algo)
+            trace = _trace(points, metric, name, **_style(algos.index(algo)))
+            trace.update(legendgroup=algo, showlegend=algo not in in_legend)
+            in_legend.add(algo)
+            fig.add_trace(trace, row=1, col=col)
+    _style_axes(fig, task_measurements, metric)
+    fig.update_layout(title=title, template="plotly_white", hovermode="closest")
+    return fig
+
+
+def _style(algo_idx: int) -> dict[str, Any]:
+    """A colour, and another dash when the colours have run out."""
+    n_colors = len(COLOR_PALETTE)
+    return {
+        "color": COLOR_PALETTE[algo_idx % n_colors],
+        "dash": DASHES[algo_idx // n_colors % len(DASHES)],
+    }
+
+
+def _trace(
+    points: Measurements, metric: PruneMetric, name: str, color: str, dash: str
+) -> go.Scatter:
+    points = sorted(points)
+    single = len(points) == 1
+    return go.Scatter(
+        x=[_shown_x(x, metric) for x, _ in points],
+        y=[_shown_y(y, metric) for _, y in points],
+        customdata=points,
+        hovertemplate="%{customdata[0]} edges: %{customdata[1]:.5g}",
+        name=name,
+        mode="markers+text" if single else "lines+markers",
+        text=[name] if single else None,
+        textposition="top center",
+        marker={"color": color, "symbol": "x" if single else "circle", "size": 6},
+        line={"color": color, "dash": dash},
+    )
+
+
+def _shown_x(n_edges: int | float, metric: PruneMetric) -> int | float:
+    return ZERO_EDGES_X if metric.log_x and n_edges == 0 else n_edges
+
+
+def _shown_y(value: int | float, metric: PruneMetric) -> int | float:
+    if not metric.log_y or metric.y_min is None:
+        return value
+    return max(value, metric.y_min)
+
+
+def _style_axes(
+    fig: go.Figure, task_measurements: TaskMeasurements, metric: PruneMetric
+) -> None:
+    fig.update_xaxes(title_text="Circuit Edges")
+    fig.update_yaxes(title_text=metric.name, col=1)
+    if metric.log_y:
+        fig.update_yaxes(type="log")
+    if metric.log_x:
+        counts = [
+            n_edges
+            for by_algo in task_measurements.values()
+            for points in by_algo.values()
+            for n_edges, _ in points
+        ]
+        powers = [10**i for i in range(len(str(int(max(counts, default=1)))) + 1)]
+        fig.update_xaxes(
+            type="log",
+            tickvals=[ZERO_EDGES_X, *powers],
+            ticktext=["0", *(f"{power:,}" for power in powers)],
+        )
