@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from auto_circuit.data import PromptDataLoader
-from auto_circuit.utils.patchable_model import PatchableModel
 
 
 @runtime_checkable
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
             ...
 
         @property
-        def model(self) -> PatchableModel:
-            """The model with its graph."""
+        def model(self) -> Any:
+            """The PatchableModel (Any, so that a `cached_property` will do)."""
             ...
 
         @property

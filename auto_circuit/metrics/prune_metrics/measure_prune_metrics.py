@@ -97,11 +97,8 @@ def _tasks_by_key(
     tasks: Sequence[TaskLike] | None, task_prune_scores: TaskPruneScores
 ) -> dict[TaskKey, TaskLike]:
     """The tasks of all the scores; raises ConfigError before anything is measured."""
-    if tasks is None:
-        from auto_circuit.tasks import TASKS
-
-        tasks = TASKS
-    known = {task.key: task for task in tasks}
+    candidates = _predefined_tasks() if tasks is None else tasks
+    known = {task.key: task for task in candidates}
     for key in task_prune_scores:
         if key not in known:
             raise ConfigError(
@@ -109,3 +106,10 @@ def _tasks_by_key(
                 f"{near_matches(key, known)} Give your own with `tasks=`."
             )
     return known
+
+
+def _predefined_tasks() -> Sequence[TaskLike]:
+    # Imported when asked for: whoever gives tasks of their own needs none of these.
+    from auto_circuit.tasks import TASKS
+
+    return TASKS

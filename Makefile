@@ -1,0 +1,77 @@
+# AutoCircuit. Each target sets up what it needs in $(VENV), from nothing but Python and
+# make, and a second call installs nothing unless pyproject.toml or constraints.txt changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test lint format bench pocket-model datasets lock clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
+	  | awk -F ':.*## ' '{ printf "  make %-13s %s\n", $$1, $$2 }'
+	@echo
+	@echo '  ARGS="..." is handed on; PYTHON=python3.12 picks the Python for a new $(VENV).'
+
+run: $(VENV)/.stamp-run  ## run a sweep: make run ARGS="--help"
+	$(BIN)/python experiments.py $(ARGS)
+
+test: $(VENV)/.stamp-dev  ## run the tests: make test ARGS=--runslow
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.stamp-dev  ## check format, lint, types, spelling, layers and lock file
+	$(BIN)/black --check --quiet --diff .
+	$(BIN)/ruff check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	$(BIN)/codespell
+	$(BIN)/lint-imports
+	$(BIN)/poetry check --lock
+
+format: $(VENV)/.stamp-dev  ## format the code and repair what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/black .
+
+bench: $(VENV)/.stamp-run  ## measure speed and memory
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+pocket-model: $(VENV)/.stamp-run  ## train the small model that the package carries
+	$(BIN)/python scripts/train_pocket_model.py $(ARGS)
+
+datasets: $(VENV)/.stamp-run  ## write datasets/*.json anew
+	@set -e; for generator in $(sort $(wildcard datasets/*_generator.py)); do \
+	  echo "$$generator"; $(BIN)/python "$$generator"; \
+	done
+
+lock: $(VENV)/.stamp-dev  ## bring poetry.lock up to date with pyproject.toml
+	$(BIN)/poetry lock
+
+clean:  ## remove $(VENV), caches and builds (results/ stays)
+	rm -rf $(VENV) build dist *.egg-info .*_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The virtual environment with a pip that knows dependency groups. One that is already
+# there (poetry's, for example) is used as it is.
+$(VENV)/.stamp-pip: constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+	  $(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 15) or sys.exit("AutoCircuit needs Python 3.10 to 3.14; $(PYTHON) is %d.%d. Choose another one: make PYTHON=python3.12" % v)' \
+	  && $(PYTHON) -m venv $(VENV); \
+	fi
+	@$(PIP) --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade
+	$(INSTALL) --quiet pip
+	@touch $@
+
+$(VENV)/.stamp-run: $(VENV)/.stamp-pip pyproject.toml
+	@echo "Installing AutoCircuit into $(VENV); the first time takes a few minutes."
+	$(INSTALL) --quiet --editable .
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-pip pyproject.toml
+	@echo "Installing AutoCircuit and its developers' tools into $(VENV); the first time takes a few minutes."
+	$(INSTALL) --quiet --editable . --group dev
+	@touch $@ $(VENV)/.stamp-run

@@ -1,0 +1,52 @@
+"""How large a source's output is, as the score of all of its edges.
+
+Cost: one forward pass per batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch as t
+
+from auto_circuit.data import PromptDataLoader
+from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.types import AblationType, Edge, PruneScores
+from auto_circuit.utils.ablation_activations import iter_src_ablations
+from auto_circuit.utils.patchable_model import PatchableModel
+
+
+def activation_magnitude_prune_scores(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    official_edges: Collection[Edge] | None,
+) -> PruneScores:
+    """The mean |activation| of an edge's source on the clean prompts (at least 0).
+
+    The mean is over prompts, positions and dimensions; padding does not count. Differs
+    from auto-circuit, which took the mean before the absolute value, and another node's
+    value in unfactorized graphs.
+    """
+    total = t.zeros(model.plan.n_srcs)
+    count = 0
+    clean = iter_src_ablations(model, dataloader, AblationType.RESAMPLE, "clean")
+    for batch, outs in clean:
+        _, kwargs = batch.model_input("clean")
+        magnitudes = outs.abs().mean(dim=-1)
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            magnitudes = magnitudes * mask[:, -outs.shape[2] :]
+        total = total + magnitudes.sum(dim=(1, 2)).cpu()
+        count += magnitudes[0].numel() if mask is None else int(mask.sum())
+    means = total / count
+    return {
+        wrapper.module_name: means[wrapper.in_srcs].to(wrapper.mask).expand_as(scores)
+        for wrapper, scores in zip(
+            model.dest_wrappers, model.new_prune_scores().values(), strict=True
+        )
+    }
+
+
+ACT_MAG_PRUNE_ALGO = PruneAlgo(
+    key="Act Mag", name="Activation Magnitude", func=activation_magnitude_prune_scores
+)

@@ -1,0 +1,38 @@
+"""The known circuit of a task, as scores. Costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from auto_circuit.data import PromptDataLoader
+from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.types import Edge, PruneScores
+from auto_circuit.utils.patchable_model import PatchableModel
+
+
+def ground_truth_prune_scores(
+    model: PatchableModel,
+    dataloader: PromptDataLoader | None,
+    official_edges: Collection[Edge] | None,
+) -> PruneScores:
+    """1 for every edge of the known circuit, 0 for all others.
+
+    Raises ConfigError if there is no known circuit, GraphError if it has an edge that
+    the graph has not.
+    """
+    if official_edges is None:
+        raise ConfigError(
+            "There is no known circuit: `official_edges` is None. The task needs a "
+            "`_true_edge_func`; leave the ground truth out for tasks without one."
+        )
+    return model.circuit_prune_scores(edges=official_edges)
+
+
+GROUND_TRUTH_PRUNE_ALGO = PruneAlgo(
+    key="Official Circuit",
+    name="Ground Truth",
+    _short_name="GT",
+    func=ground_truth_prune_scores,
+    needs_true_edges=True,
+)

@@ -1,0 +1,79 @@
+"""The prune algorithms, and how to run several on several tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from auto_circuit.errors import ConfigError, near_matches
+from auto_circuit.metrics.prune_metrics.task_measurements import TaskLike
+from auto_circuit.prune_algos.activation_magnitude import ACT_MAG_PRUNE_ALGO
+from auto_circuit.prune_algos.ground_truth import GROUND_TRUTH_PRUNE_ALGO
+from auto_circuit.prune_algos.mask_gradient import (
+    INTEGRATED_EDGE_GRADS_LOGIT_DIFF_PRUNE_ALGO,
+    LOGIT_DIFF_GRAD_PRUNE_ALGO,
+    LOGIT_MSE_GRAD_PRUNE_ALGO,
+    LOGPROB_DIFF_GRAD_PRUNE_ALGO,
+    LOGPROB_GRAD_PRUNE_ALGO,
+)
+from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.prune_algos.random_edges import RANDOM_PRUNE_ALGO
+from auto_circuit.types import AlgoKey, PruneScores, TaskPruneScores
+from auto_circuit.utils.custom_tqdm import tqdm
+
+__all__ = [
+    "GROUND_TRUTH_PRUNE_ALGO",
+    "LOGIT_DIFF_GRAD_PRUNE_ALGO",
+    "PRUNE_ALGOS",
+    "PRUNE_ALGO_DICT",
+    "PruneAlgo",
+    "RANDOM_PRUNE_ALGO",
+    "find_prune_algo",
+    "run_prune_algos",
+]
+
+PRUNE_ALGOS: tuple[PruneAlgo, ...] = (
+    GROUND_TRUTH_PRUNE_ALGO,
+    ACT_MAG_PRUNE_ALGO,
+    RANDOM_PRUNE_ALGO,
+    INTEGRATED_EDGE_GRADS_LOGIT_DIFF_PRUNE_ALGO,
+    LOGPROB_GRAD_PRUNE_ALGO,
+    LOGPROB_DIFF_GRAD_PRUNE_ALGO,
+    LOGIT_DIFF_GRAD_PRUNE_ALGO,
+    LOGIT_MSE_GRAD_PRUNE_ALGO,
+)
+PRUNE_ALGO_DICT: dict[AlgoKey, PruneAlgo] = {algo.key: algo for algo in PRUNE_ALGOS}
+
+
+def find_prune_algo(name: str) -> PruneAlgo:
+    """The algorithm with this key, name or short name. Raises ConfigError for others."""
+    for algo in PRUNE_ALGOS:
+        if name in (algo.key, algo.name, algo.short_name):
+            return algo
+    names = [algo.short_name for algo in PRUNE_ALGOS]
+    raise ConfigError(
+        f"There is no prune algorithm {name!r}.{near_matches(name, names)} "
+        f"Known: {', '.join(names)}."
+    )
+
+
+def run_prune_algo(task: TaskLike, algo: PruneAlgo) -> PruneScores:
+    """One algorithm's scores on one task's training prompts."""
+    return algo.func(task.model, task.train_loader, task.true_edges)
+
+
+def run_prune_algos(
+    tasks: Sequence[TaskLike], prune_algos: Sequence[PruneAlgo]
+) -> TaskPruneScores:
+    """{task key: {algorithm key: scores}}, for any tasks and algorithms.
+
+    Algorithms that need a known circuit are left out on tasks without one. To save
+    memory, run one task at a time and call its `free()` in between.
+    """
+    return {
+        task.key: {
+            algo.key: run_prune_algo(task, algo)
+            for algo in tqdm(prune_algos, desc=task.name)
+            if task.true_edges is not None or not algo.needs_true_edges
+        }
+        for task in tasks
+    }

@@ -1,0 +1,300 @@
+"""Tasks: a behaviour of a model, prompts that show it and, if known, its circuit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch as t
+from torch.nn import Module
+
+from auto_circuit.data import PromptDataLoader, load_datasets_from_json
+from auto_circuit.errors import ConfigError, DataError, near_matches
+from auto_circuit.model_utils.load_model import load_transformer
+from auto_circuit.types import AutoencoderInput, Edge, OutputSlice, TaskKey
+from auto_circuit.utils.graph_utils import patchable_model
+from auto_circuit.utils.misc import repo_path_to_abs_path
+from auto_circuit.utils.patchable_model import PatchableModel
+
+PerSplit = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A behaviour of a model: a frozen description; what it names loads on first use.
+
+    key, name: its name in results, and for people.
+    batch_size, batch_count: prompts per batch and batches, for (train, test) or both.
+    token_circuit: does each token position have edges of its own?
+    _model_def: a model (TransformerBridge, MicroModel), a Hugging Face hub name, or a
+        local folder.
+    _dataset_name: a prompt file: `datasets/<name>.json`, or a path to one.
+    factorized, separate_qkv, slice_output: see `patchable_model`.
+    _true_edge_func: (model) or (model, token_positions, word_idxs, seq_start_idx) -> the
+        edges of the known circuit; None if it is not known.
+    dtype: the type in which the model is loaded, if it is named.
+    device: where it is loaded and run; a GPU if there is one, when None.
+    seed: shuffles the prompts.
+
+    Differs from auto-circuit: frozen, no global caches (`free` drops what was loaded),
+    and a clear error for what cannot be had.
+    """
+
+    key: TaskKey
+    name: str
+    batch_size: PerSplit
+    batch_count: PerSplit
+    token_circuit: bool
+    _model_def: Module | str | Path
+    _dataset_name: str | Path
+    factorized: bool = True
+    separate_qkv: bool = True
+    _true_edge_func: Callable[..., Collection[Edge]] | None = None
+    slice_output: OutputSlice = "last_seq"
+    autoencoder_input: AutoencoderInput | None = None
+    autoencoder_max_latents: int | None = None
+    autoencoder_pythia_size: str | None = None
+    autoencoder_prune_with_corrupt: bool | None = None
+    dtype: t.dtype = t.float32
+    device: str | None = None
+    seed: int = 42
+
+    @cached_property
+    def model(self) -> PatchableModel:
+        """The model, with its graph."""
+        train_loader, test_loader = self._loaders
+        return patchable_model(
+            self._bare_model,
+            factorized=self.factorized,
+            slice_output=self.slice_output,
+            seq_len=train_loader.seq_len if self.token_circuit else None,
+            separate_qkv=self.separate_qkv,
+            kv_caches=(train_loader.kv_cache, test_loader.kv_cache),
+        )
+
+    @property
+    def train_loader(self) -> PromptDataLoader:
+        """The prompts that algorithms see."""
+        return self._loaders[0]
+
+    @property
+    def test_loader(self) -> PromptDataLoader:
+        """The prompts that circuits are measured on."""
+        return self._loaders[1]
+
+    @cached_property
+    def true_edges(self) -> Collection[Edge] | None:
+        """The edges of the known circuit, or None."""
+        if self._true_edge_func is None:
+            return None
+        if not self.token_circuit:
+            return self._true_edge_func(self.model)
+        return self._true_edge_func(
+            self.model,
+            token_positions=True,
+            word_idxs=self.train_loader.word_idxs,
+            seq_start_idx=self.train_loader.diverge_idx,
+        )
+
+    @property
+    def true_edge_count(self) -> int | None:
+        """How many edges the known circuit has, or None."""
+        return None if self.true_edges is None else len(self.true_edges)
+
+    def free(self) -> None:
+        """Drop the model and the data; they load again when they are asked for."""
+        for name in ("model", "_loaders", "_bare_model", "true_edges"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def _bare_model(self) -> Module:
+        if isinstance(self._model_def, Module):
+            return self._model_def
+        if self.autoencoder_input is not None:
+            raise ConfigError(
+                f"The task {self.key!r} asks for sparse autoencoders "
+                "(`autoencoder_input`), which this version cannot insert."
+            )
+        return load_transformer(self._model_def, self._device, self.dtype)
+
+    @property
+    def _device(self) -> t.device:
+        if isinstance(self._model_def, Module):
+            return next(self._model_def.parameters()).device
+        return t.device(self.device or ("cuda" if t.cuda.is_available() else "cpu"))
+
+    @cached_property
+    def _loaders(self) -> tuple[PromptDataLoader, PromptDataLoader]:
+        path = self._dataset_path()
+        model: Any = self._bare_model
+        has_tokenizer = getattr(model, "tokenizer", None) is not None
+        sizes, counts = _per_split(self.batch_size), _per_split(self.batch_count)
+        return load_datasets_from_json(
+            model=model if has_tokenizer else None,
+            path=path,
+            device=self._device,
+            prepend_bos=has_tokenizer,
+            batch_size=sizes,
+            train_test_size=(sizes[0] * counts[0], sizes[1] * counts[1]),
+            return_seq_length=self.token_circuit,
+            tail_divergence=has_tokenizer,
+            random_seed=self.seed,
+        )
+
+    def _dataset_path(self) -> Path:
+        name = str(self._dataset_name)
+        path = Path(name)
+        if path.suffix != ".json":
+            path = repo_path_to_abs_path(f"datasets/{name}.json")
+        if not path.exists():
+            raise DataError(
+                f"The task {self.key!r} needs the prompt file {path}, which does not "
+                "exist. Write one in the format of `datasets/` (see "
+                "`load_datasets_from_json`), or give the task another `_dataset_name`."
+            )
+        return path
+
+
+def _per_split(value: PerSplit) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+POCKET_MODEL = Path(__file__).parent / "pocket_model"
+"""The folder of the small language model that comes with the package."""
+
+POCKET_IOI_TASK = Task(
+    key="Pocket IOI",
+    name="Indirect Object Identification (pocket model)",
+    batch_size=128,
+    batch_count=(1, 1),
+    token_circuit=False,
+    _model_def=POCKET_MODEL,
+    _dataset_name="pocket/ioi_prompts",
+)
+POCKET_IOI_TOKEN_TASK = Task(
+    key="Pocket IOI Tokens",
+    name="Indirect Object Identification by position (pocket model)",
+    batch_size=128,
+    batch_count=(1, 1),
+    token_circuit=True,
+    _model_def=POCKET_MODEL,
+    _dataset_name="pocket/ioi_single_template_prompts",
+)
+POCKET_GREATERTHAN_TASK = Task(
+    key="Pocket Greaterthan",
+    name="Greater-than (pocket model)",
+    batch_size=128,
+    batch_count=(1, 1),
+    token_circuit=False,
+    _model_def=POCKET_MODEL,
+    _dataset_name="pocket/greaterthan_prompts",
+)
+POCKET_DOCSTRING_TASK = Task(
+    key="Pocket Docstring",
+    name="Docstring completion by position (pocket model)",
+    batch_size=128,
+    batch_count=(1, 1),
+    token_circuit=True,
+    _model_def=POCKET_MODEL,
+    _dataset_name="pocket/docstring_prompts",
+)
+POCKET_TASKS: tuple[Task, ...] = (
+    POCKET_IOI_TASK,
+    POCKET_IOI_TOKEN_TASK,
+    POCKET_GREATERTHAN_TASK,
+    POCKET_DOCSTRING_TASK,
+)
+
+# The published tasks: their models come from the hub.
+
+SPORTS_PLAYERS_TOKEN_CIRCUIT_TASK = Task(
+    key="Sports Players Token Circuit",
+    name="Sports Players",
+    batch_size=(10, 20),
+    batch_count=(10, 5),
+    token_circuit=True,
+    _model_def="EleutherAI/pythia-2.8b-deduped",
+    _dataset_name="sports-players/sports_players_pythia-2.8b-deduped_prompts",
+    separate_qkv=False,
+)
+SPORTS_PLAYERS_COMPONENT_CIRCUIT_TASK = Task(
+    key="Sports Players Component Circuit",
+    name="Sports Players",
+    batch_size=15,
+    batch_count=7,
+    token_circuit=False,
+    _model_def="EleutherAI/pythia-2.8b-deduped",
+    _dataset_name="sports-players/sports_players_pythia-2.8b-deduped_prompts",
+    separate_qkv=False,
+    dtype=t.bfloat16,
+)
+IOI_TOKEN_CIRCUIT_TASK = Task(
+    key="Indirect Object Identification Token Circuit",
+    name="Indirect Object Identification",
+    batch_size=(300, 100),
+    batch_count=1,
+    token_circuit=True,
+    _model_def="gpt2-small",
+    _dataset_name="ioi/ioi_vanilla_template_prompts",
+)
+IOI_COMPONENT_CIRCUIT_TASK = Task(
+    key="Indirect Object Identification Component Circuit",
+    name="Indirect Object Identification",
+    batch_size=64,
+    batch_count=2,
+    token_circuit=False,
+    _model_def="gpt2-small",
+    _dataset_name="ioi/ioi_prompts",
+)
+DOCSTRING_TOKEN_CIRCUIT_TASK = Task(
+    key="Docstring Token Circuit",
+    name="Docstring",
+    batch_size=128,
+    batch_count=2,
+    token_circuit=True,
+    _model_def="attn-only-4l",
+    _dataset_name="docstring_prompts",
+)
+DOCSTRING_COMPONENT_CIRCUIT_TASK = Task(
+    key="Docstring Component Circuit",
+    name="Docstring",
+    batch_size=128,
+    batch_count=2,
+    token_circuit=False,
+    _model_def="attn-only-4l",
+    _dataset_name="docstring_prompts",
+)
+GREATERTHAN_COMPONENT_CIRCUIT_TASK = Task(
+    key="Greaterthan Component Circuit",
+    name="Greaterthan",
+    batch_size=64,
+    batch_count=2,
+    token_circuit=False,
+    _model_def="gpt2-small",
+    _dataset_name="greaterthan_gpt2-small_prompts",
+)
+
+TASKS: tuple[Task, ...] = (
+    *POCKET_TASKS,
+    SPORTS_PLAYERS_TOKEN_CIRCUIT_TASK,
+    SPORTS_PLAYERS_COMPONENT_CIRCUIT_TASK,
+    IOI_TOKEN_CIRCUIT_TASK,
+    IOI_COMPONENT_CIRCUIT_TASK,
+    DOCSTRING_TOKEN_CIRCUIT_TASK,
+    DOCSTRING_COMPONENT_CIRCUIT_TASK,
+    GREATERTHAN_COMPONENT_CIRCUIT_TASK,
+)
+TASK_DICT: dict[TaskKey, Task] = {task.key: task for task in TASKS}
+
+
+def find_task(key: str) -> Task:
+    """The task with this key. Raises ConfigError, with the known keys, for others."""
+    if key not in TASK_DICT:
+        raise ConfigError(
+            f"There is no task {key!r}.{near_matches(key, TASK_DICT)} "
+            f"Known: {', '.join(TASK_DICT)}."
+        )
+    return TASK_DICT[key]

@@ -1,0 +1,34 @@
+"""What every test shares: the --runslow option, no network, two threads.
+
+`auto_circuit` must not be imported here: jaxtyping's pytest hook checks shapes only in
+modules that are imported after it.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before torch: a thread that waits for another must not burn the core that it waits for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--runslow", action="store_true", default=False, help="run the slow tests too"
+    )
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    if config.getoption("--runslow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: needs --runslow"))

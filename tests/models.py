@@ -1,0 +1,133 @@
+"""Tiny random models of every architecture that the engine knows. No download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch as t
+from torch import Tensor
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import (
+    build_bridge_from_module,
+)
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from auto_circuit.model_utils.transformer_lens_utils import native_bridge
+
+N_LAYERS, N_HEADS, D_MODEL, VOCAB, N_CTX = 2, 4, 32, 40, 16
+
+SIZES = {
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": N_HEADS,
+    "hidden_size": D_MODEL,
+    "intermediate_size": 48,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": N_CTX,
+}
+
+
+def randomize(model: t.nn.Module, seed: int = 0) -> None:
+    """Every parameter random, biases and norm weights included."""
+    generator = t.Generator().manual_seed(seed)
+    for param in model.parameters():
+        param.data = 0.2 * t.randn(param.shape, generator=generator, dtype=param.dtype)
+
+
+def _bridge(model: PreTrainedModel) -> TransformerBridge:
+    randomize(model)
+    bridge = build_bridge_from_module(
+        model, type(model).__name__, hf_config=model.config
+    )
+    return bridge.eval().requires_grad_(False)
+
+
+def gpt2() -> TransformerBridge:
+    config = GPT2Config(
+        n_layer=N_LAYERS,
+        n_head=N_HEADS,
+        n_embd=D_MODEL,
+        vocab_size=VOCAB,
+        n_positions=N_CTX,
+    )
+    return _bridge(GPT2LMHeadModel(config))
+
+
+def attn_only() -> TransformerBridge:
+    config = TransformerBridgeConfig(
+        n_layers=N_LAYERS,
+        n_heads=N_HEADS,
+        d_model=D_MODEL,
+        d_head=D_MODEL // N_HEADS,
+        n_ctx=N_CTX,
+        d_vocab=VOCAB,
+        attn_only=True,
+        act_fn="relu",
+        architecture="TransformerLensNative",
+    )
+    bridge = native_bridge(config)
+    randomize(bridge)
+    return bridge.requires_grad_(False)
+
+
+def pythia() -> TransformerBridge:
+    return _bridge(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)))
+
+
+def llama() -> TransformerBridge:
+    return _bridge(LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)))
+
+
+def qwen2() -> TransformerBridge:
+    return _bridge(Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)))
+
+
+def gemma2() -> TransformerBridge:
+    config = Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=D_MODEL // N_HEADS)
+    return _bridge(Gemma2ForCausalLM(config))
+
+
+ARCHITECTURES: dict[str, Callable[[], TransformerBridge]] = {
+    "gpt2": gpt2,
+    "attn_only": attn_only,
+    "pythia": pythia,
+    "llama": llama,
+    "qwen2": qwen2,
+}
+
+
+def tokens(batch: int, seq: int, seed: int = 0) -> Tensor:
+    generator = t.Generator().manual_seed(seed)
+    return t.randint(0, VOCAB, (batch, seq), generator=generator)
+
+
+def state_snapshot(model: t.nn.Module) -> dict[str, object]:
+    """Everything about a model that a context manager must leave as it was."""
+    snapshot: dict[str, object] = {"rng": t.get_rng_state().tolist()}
+    for name, module in model.named_modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks)
+        snapshot[f"{name} hooks"] = [len(h) for h in (*hooks, module._backward_hooks)]
+        snapshot[f"{name} training"] = module.training
+        for switch in ("mask_fn", "dropout_p", "generator", "mask_batch_size"):
+            if hasattr(module, switch):
+                snapshot[f"{name} {switch}"] = getattr(module, switch)
+        config = module.__dict__.get("cfg")
+        for switch in ("attn_result", "attn_in", "split_qkv_input", "hook_mlp_in"):
+            if config is not None:
+                snapshot[f"{name} {switch}"] = getattr(config, f"use_{switch}", None)
+    for name, param in model.named_parameters():
+        grad = None if param.grad is None else param.grad.tolist()
+        snapshot[f"{name} param"] = (param.tolist(), param.requires_grad, grad)
+    return snapshot
