@@ -48,9 +48,7 @@ def randomize(model: t.nn.Module, seed: int = 0) -> None:
 
 def _bridge(model: PreTrainedModel) -> TransformerBridge:
     randomize(model)
-    bridge = build_bridge_from_module(
-        model, type(model).__name__, hf_config=model.config
-    )
+    bridge = build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
     return bridge.eval().requires_grad_(False)
 
 

@@ -51,7 +51,7 @@ def wheel(dist: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a new environment: the wheel, and the dependencies installed here."""
+    """The Python of a new environment: the wheel, and this one's dependencies."""
     folder = tmp_path_factory.mktemp("wheel-env")
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"

@@ -193,9 +193,7 @@ def _heights(
             f"{_some(sizes)}."
         )
     if len(set(sizes)) < len(sizes):
-        raise ConfigError(
-            f"A circuit size has two values; the sizes are {_some(sizes)}."
-        )
+        raise ConfigError(f"A circuit size has two values; the sizes are {_some(sizes)}.")
     ys = [math.log10(max(y, y_min)) if log_y and y_min else y for _, y in points]
     heights = [(float(x), float(y - ys[0])) for x, y in zip(sizes, ys, strict=True)]
     return [(math.log10(x), h) for x, h in heights[1:]] if log_x else heights

@@ -9,7 +9,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from auto_circuit.errors import ModelError
 
-MODEL_ALIASES = {"gpt2-small": "gpt2", "attn-only-4l": "NeelNanda/Attn_Only_4L512W_C4_Code"}
+MODEL_ALIASES = {
+    "gpt2-small": "gpt2",
+    "attn-only-4l": "NeelNanda/Attn_Only_4L512W_C4_Code",
+}
 """TransformerLens's old short names -> hub names."""
 
 
@@ -29,7 +32,9 @@ def load_transformer(
     """
     source = MODEL_ALIASES.get(str(name), str(name))
     try:
-        model = TransformerBridge.boot_transformers(source, device=str(device), dtype=dtype)
+        model = TransformerBridge.boot_transformers(
+            source, device=str(device), dtype=dtype
+        )
     except (OSError, ValueError, KeyError, ConnectionError) as error:
         raise ModelError(
             f"Cannot load the model {source!r}: {_first_line(error)} A hub name needs a "

@@ -88,9 +88,7 @@ def factorized_dest_nodes(model: MicroModel) -> list[DestNode]:
         for layer in range(n_layers)
         for head in range(N_HEADS)
     ]
-    return heads + [
-        DestNode(name="Resid End", module_name="output", layer=n_layers + 1)
-    ]
+    return heads + [DestNode(name="Resid End", module_name="output", layer=n_layers + 1)]
 
 
 def simple_graph_nodes(model: MicroModel) -> GraphNodes:

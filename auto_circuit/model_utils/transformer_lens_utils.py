@@ -149,9 +149,7 @@ def _attention_dests(
     ]
 
 
-def factorized_dest_nodes(
-    model: TransformerBridge, separate_qkv: bool
-) -> list[DestNode]:
+def factorized_dest_nodes(model: TransformerBridge, separate_qkv: bool) -> list[DestNode]:
     """Inputs of heads and MLPs, and the end, in the order in which they run."""
     dests: list[DestNode] = []
     for block in range(model.cfg.n_layers):

@@ -102,7 +102,8 @@ def _mask_values(
             f"`integrated_grad_samples` is {integrated_grad_samples}; expected at least 1."
         )
     return [
-        (point + 0.5) / integrated_grad_samples for point in range(integrated_grad_samples)
+        (point + 0.5) / integrated_grad_samples
+        for point in range(integrated_grad_samples)
     ]
 
 

@@ -99,9 +99,7 @@ def _logarithmic_counts(n_edges: int) -> list[int]:
 
 def _group_counts(n_edges: int, prune_scores: PruneScores | None) -> list[int]:
     if prune_scores is None:
-        raise ConfigError(
-            "EdgeCounts.GROUPS groups edges by score: give `prune_scores`."
-        )
+        raise ConfigError("EdgeCounts.GROUPS groups edges by score: give `prune_scores`.")
     desc_scores = desc_prune_scores(prune_scores)
     if desc_scores.numel() != n_edges:
         raise GraphError(
@@ -130,7 +128,5 @@ def _checked_count(count: int, n_edges: int, where: str) -> int:
     if count < 0:
         raise ConfigError(f"{where} has {count}; a number of edges is 0 or more.")
     if count > n_edges:
-        raise GraphError(
-            f"{where} has {count}, but the graph has only {n_edges} edges."
-        )
+        raise GraphError(f"{where} has {count}, but the graph has only {n_edges} edges.")
     return count

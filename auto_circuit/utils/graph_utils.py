@@ -354,7 +354,9 @@ def patch_mode(
     """
     if model.patch_session is not None:
         raise GraphError("`patch_mode` inside of `patch_mode` on the same model.")
-    found = None if edges is None else [e for edge in edges for e in model.find_edges(edge)]
+    found = (
+        None if edges is None else [e for edge in edges for e in model.find_edges(edge)]
+    )
     if model.weight_versions != _weight_versions(model.wrapped_model):
         _check_graph(model)
     session = PatchSession(

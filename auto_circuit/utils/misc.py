@@ -244,9 +244,7 @@ def set_module_by_name(model: Module, module_name: str, new_module: Module) -> N
     module_by_name(model, module_name)
     parent_name, _, name = module_name.rpartition(".")
     if not name:
-        raise GraphError(
-            "The model itself cannot be replaced: give a submodule's name."
-        )
+        raise GraphError("The model itself cannot be replaced: give a submodule's name.")
     setattr(module_by_name(model, parent_name), name, new_module)
 
 
@@ -358,9 +356,7 @@ def get_most_similar_embeddings(
 def _single_token(model: Any, answer: str) -> int:
     ids = model.to_tokens(answer, prepend_bos=False)[0].tolist()
     if len(ids) != 1:
-        raise DataError(
-            f"The answer {answer!r} is {len(ids)} tokens; give a single one."
-        )
+        raise DataError(f"The answer {answer!r} is {len(ids)} tokens; give a single one.")
     return ids[0]
 
 

@@ -600,9 +600,7 @@ def _worth_picking(block: EdgeBlock, srcs: list[int]) -> list[int]:
     return list(range(block.lo, block.hi)) if 2 * len(srcs) > n_srcs else srcs
 
 
-def _n_columns(
-    columns: dict[EdgeBlock, list[int]], blocks: Iterable[EdgeBlock]
-) -> int:
+def _n_columns(columns: dict[EdgeBlock, list[int]], blocks: Iterable[EdgeBlock]) -> int:
     return sum(len(columns[block]) for block in blocks)
 
 

@@ -119,9 +119,7 @@ def test_a_share_of_no_height_is_nan_and_warns() -> None:
         ([(0, 1.0), (5, 1.0), (5, 2.0)], False, "has two values"),
     ],
 )
-def test_points_without_an_area(
-    points: Measurements, log_x: bool, message: str
-) -> None:
+def test_points_without_an_area(points: Measurements, log_x: bool, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         measurements_auc(points, log_x)
 

@@ -91,9 +91,7 @@ def test_infinite_values_elsewhere_do_not_leak_into_ragged_answers() -> None:
 
 
 @given(
-    st.lists(
-        st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1, max_size=6
-    ),
+    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1, max_size=6),
     st.integers(0, 1000),
 )
 def test_ragged_answers_equal_a_loop(rows: list[list[int]], seed: int) -> None:
@@ -152,9 +150,7 @@ def test_percents_by_hand() -> None:
 
 def test_a_percentage_of_zero_is_nan_and_warns() -> None:
     target = t.tensor([[1.0, 0, 0, 1], [6, 0, 2, 0]])
-    with pytest.warns(
-        UndefinedPercentWarning, match="1 of 2 percentages are undefined"
-    ):
+    with pytest.warns(UndefinedPercentWarning, match="1 of 2 percentages are undefined"):
         percents = batch_answer_diff_percents(VALS, target, SINGLE)
     assert percents.isnan().tolist() == [True, False]
 
@@ -242,9 +238,7 @@ def test_kl_by_hand() -> None:
 def test_kl_averages_over_all_leading_dimensions() -> None:
     logprobs = t.randn(2, 3, 5, generator=t.manual_seed(0)).log_softmax(-1)
     target = t.randn(2, 3, 5, generator=t.manual_seed(1)).log_softmax(-1)
-    reference = t.nn.functional.kl_div(
-        logprobs, target, reduction="sum", log_target=True
-    )
+    reference = t.nn.functional.kl_div(logprobs, target, reduction="sum", log_target=True)
     t.testing.assert_close(multibatch_kl_div(logprobs, target), reference / 6)
 
 

@@ -72,9 +72,7 @@ def answer_diff_percent(
     prompt_func = partial(
         prompt_answer_diff_percents, prob_func=prob_func, diff_of_means=diff_of_means
     )
-    circuits = prompt_vals(
-        model, test_loader, circuit_outs, prompt_func, full_model_outs
-    )
+    circuits = prompt_vals(model, test_loader, circuit_outs, prompt_func, full_model_outs)
     means: Measurements = [(circuit.n_edges, circuit.mean) for circuit in circuits]
     if diff_of_means:
         return means, [(circuit.n_edges, 0.0) for circuit in circuits], []

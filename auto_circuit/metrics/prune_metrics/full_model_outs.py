@@ -50,9 +50,7 @@ class FullModelOuts:
     of the model: make a new one when the model changes.
     """
 
-    def __init__(
-        self, model: SlicedModel, dataloader: Iterable[PromptPairBatch]
-    ) -> None:
+    def __init__(self, model: SlicedModel, dataloader: Iterable[PromptPairBatch]) -> None:
         self.model = model
         self.dataloader = dataloader
         self._vals: dict[tuple[BatchKey, Side, ProbFunc], Tensor] = {}
@@ -82,9 +80,7 @@ class FullModelOuts:
                 diffs.append(batch_answer_diffs(vals, batch).double())
                 errors.append(answer_diff_rounding_errors(vals, batch).double())
             if not diffs:
-                raise DataError(
-                    "The loader has no batches, so there is nothing to mean."
-                )
+                raise DataError("The loader has no batches, so there is nothing to mean.")
             mean = nan_where_zero(t.cat(diffs).mean(), t.cat(errors).mean())
             self._mean_answer_diffs[prob_func] = float(mean)
         return self._mean_answer_diffs[prob_func]

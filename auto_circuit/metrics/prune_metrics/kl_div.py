@@ -58,14 +58,10 @@ def prompt_kl_divs(
     if divs.ndim == 1:
         return divs
     weights = _position_weights(batch, side, full).to(divs)
-    return (divs * weights).flatten(1).sum(1) / weights.expand_as(divs).flatten(1).sum(
-        1
-    )
+    return (divs * weights).flatten(1).sum(1) / weights.expand_as(divs).flatten(1).sum(1)
 
 
-def _position_weights(
-    batch: PromptPairBatch, side: Side, full: FullModelOuts
-) -> Tensor:
+def _position_weights(batch: PromptPairBatch, side: Side, full: FullModelOuts) -> Tensor:
     """1 at the output's positions that are text, 0 at padding."""
     is_clean = side == "clean"
     mask = batch.clean_attention_mask if is_clean else batch.corrupt_attention_mask

@@ -47,9 +47,7 @@ def measurement_figs(
         for metric_key, task_measurements in by_metric.items():
             metric = find_metric(metric_key, metrics)
             title = f"{metric.name}, {ablation_type} Ablation"
-            figs.append(
-                edge_patching_plot(task_measurements, metric, title, algo_names)
-            )
+            figs.append(edge_patching_plot(task_measurements, metric, title, algo_names))
             if auc_plots:
                 figs.append(
                     average_auc_plot(

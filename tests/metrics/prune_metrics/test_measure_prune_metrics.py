@@ -93,9 +93,7 @@ def test_measurements_are_nested(task: FakeTask, calls: list[Any]) -> None:
     assert points[0][1] > points[1][1] > points[2][1]
 
 
-def test_circuits_are_run_once_for_all_metrics(
-    task: FakeTask, calls: list[Any]
-) -> None:
+def test_circuits_are_run_once_for_all_metrics(task: FakeTask, calls: list[Any]) -> None:
     rows = measurement_rows(
         [AblationType.ZERO],
         PRUNE_METRICS,

@@ -149,9 +149,7 @@ def test_answer_values_by_hand(
     out = concat(circuit_outs[5])
     rows = t.arange(6)
     right = out[rows, (rows + 1) % 6].mean().item()
-    wrong = t.stack(
-        [out[i, [i] if i % 2 else [i, (i + 3) % 6]].mean() for i in range(6)]
-    )
+    wrong = t.stack([out[i, [i] if i % 2 else [i, (i + 3) % 6]].mean() for i in range(6)])
     found = measure_answer_val(model, batches, circuit_outs)[1][1]
     assert found == pytest.approx(right)
     found = measure_answer_val(model, batches, circuit_outs, wrong_answer=True)[1][1]
@@ -186,9 +184,7 @@ def test_percent_of_means_is_not_the_mean_of_percents() -> None:
 
     outs = {7: {3: t.tensor([[2.0, 0.0], [2.0, 0.0]])}}
     assert answer_diff_percent(Model(), [batch], outs) == ([(7, 80.0)], [(7, 0.0)], [])
-    means, stds, points = answer_diff_percent(
-        Model(), [batch], outs, diff_of_means=False
-    )
+    means, stds, points = answer_diff_percent(Model(), [batch], outs, diff_of_means=False)
     assert means == [(7, (200 + 50) / 2)]
     assert stds == [(7, pytest.approx(150 / math.sqrt(2)))]
     assert points == [(7, 200.0), (7, 50.0)]
