@@ -1,10 +1,12 @@
-"""What metrics need of a model and of a task, so that any of them can be measured."""
+"""What algorithms and metrics need of a model and of a task."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from auto_circuit.data import PromptDataLoader
+from auto_circuit.types import Edge
 
 
 @runtime_checkable
@@ -41,6 +43,24 @@ if TYPE_CHECKING:
             """The size of the known circuit, if there is one."""
             ...
 
+    class PrunableTask(TaskLike, Protocol):
+        """What a task also has for the algorithms that find its circuit."""
+
+        @property
+        def name(self) -> str:
+            """The task's name for people."""
+            ...
+
+        @property
+        def train_loader(self) -> PromptDataLoader:
+            """The prompts that algorithms see."""
+            ...
+
+        @property
+        def true_edges(self) -> Collection[Edge] | None:
+            """The known circuit, if there is one."""
+            ...
+
 else:
     # A run-time check of a protocol reads its properties, which would load the model.
-    TaskLike = Any
+    TaskLike = PrunableTask = Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from auto_circuit.errors import ConfigError, near_matches
-from auto_circuit.metrics.prune_metrics.task_measurements import TaskLike
+from auto_circuit.metrics.protocols import PrunableTask
 from auto_circuit.prune_algos.activation_magnitude import ACT_MAG_PRUNE_ALGO
 from auto_circuit.prune_algos.ground_truth import GROUND_TRUTH_PRUNE_ALGO
 from auto_circuit.prune_algos.mask_gradient import (
@@ -56,13 +56,13 @@ def find_prune_algo(name: str) -> PruneAlgo:
     )
 
 
-def run_prune_algo(task: TaskLike, algo: PruneAlgo) -> PruneScores:
+def run_prune_algo(task: PrunableTask, algo: PruneAlgo) -> PruneScores:
     """One algorithm's scores on one task's training prompts."""
     return algo.func(task.model, task.train_loader, task.true_edges)
 
 
 def run_prune_algos(
-    tasks: Sequence[TaskLike], prune_algos: Sequence[PruneAlgo]
+    tasks: Sequence[PrunableTask], prune_algos: Sequence[PruneAlgo]
 ) -> TaskPruneScores:
     """{task key: {algorithm key: scores}}, for any tasks and algorithms.
 

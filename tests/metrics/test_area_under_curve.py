@@ -137,7 +137,7 @@ def test_nested_areas() -> None:
     assert task_measurements_auc({"Task": {"EAP": RISING}}) == {"Task": {"EAP": 2.6}}
     by_metric = metric_measurements_auc({"Clean KL Div": {"Task": {"EAP": KL}}})
     assert by_metric["Clean KL Div"]["Task"]["EAP"] == pytest.approx(-1.5)
-    with pytest.raises(ConfigError, match="no such metric"):
+    with pytest.raises(ConfigError, match="There is no metric"):
         metric_measurements_auc({"KL": {"Task": {"EAP": KL}}})
 
 

@@ -216,7 +216,7 @@ def find_metric(
     known = {metric.key: metric for metric in metrics}
     if key not in known:
         raise ConfigError(
-            f"There are measurements of {key!r}, but no such metric."
-            f"{near_matches(key, known)} Give your own with `metrics=`."
+            f"There is no metric {key!r}.{near_matches(key, known)} Known: "
+            f"{', '.join(known)}. Give your own with `metrics=`."
         )
     return known[key]

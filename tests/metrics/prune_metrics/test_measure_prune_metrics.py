@@ -176,7 +176,7 @@ def test_a_metric_of_ones_own(task: FakeTask, calls: list[Any]) -> None:
     measurements = measure_prune_metrics(*measure, tasks=[task])
     (fig,) = measurement_figs(measurements, metrics=[metric])
     assert list(fig.data[0].y) == [4, 8]
-    with pytest.raises(ConfigError, match="'Mine', but no such metric.*`metrics=`"):
+    with pytest.raises(ConfigError, match="no metric 'Mine'.*`metrics=`"):
         measurement_figs(measurements)
 
 

@@ -1,0 +1,452 @@
+"""Prompts: from a JSON file to batches, and the model's outputs on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as t
+
+from auto_circuit.data import (
+    PromptDataLoader,
+    PromptDataset,
+    PromptPair,
+    collate_fn,
+    load_datasets_from_json,
+)
+from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.types import AblationType
+from auto_circuit.utils.ablation_activations import batch_src_ablations, src_ablations
+from auto_circuit.utils.graph_utils import patchable_model
+from auto_circuit.utils.patchable_model import PatchableModel
+from tests.texts import (
+    bpe_tokenizer,
+    name_prompts,
+    prompt,
+    text_model,
+    word_tokenizer,
+    write_prompts,
+)
+
+EXACT = {"atol": 1e-5, "rtol": 0.0}
+RAGGED = [
+    prompt("Ann met Bob", "Dan met Eve"),
+    prompt("the big Ann met Bob at the store", "the big Eve met Dan at the store"),
+    prompt("big Ann met Bob", "big Dan met Eve"),
+]
+
+
+def load(path: Path, model: Any, train_test: tuple[int, int], **options: Any) -> Any:
+    return load_datasets_from_json(
+        model, path, batch_size=2, train_test_size=train_test, **options
+    )
+
+
+def patchable(model: Any, *loaders: PromptDataLoader) -> PatchableModel:
+    return patchable_model(
+        model,
+        factorized=True,
+        slice_output="last_seq",
+        separate_qkv=True,
+        kv_caches=[loader.kv_cache for loader in loaders],
+    )
+
+
+def outputs(model: PatchableModel, loader: PromptDataLoader) -> t.Tensor:
+    """The last logits of every prompt, clean and corrupt."""
+    outs = []
+    for batch in loader:
+        for side in ("clean", "corrupt"):
+            tokens, kwargs = batch.model_input(side)
+            outs.append(model(tokens, **kwargs)[model.out_slice])
+    return t.cat(outs)
+
+
+# -------------------------------------------------------------------------- the prompts
+
+
+def test_tokens_answers_and_split(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer()
+    path = write_prompts(tmp_path, name_prompts(8))
+    train, test = load(path, text_model(tokenizer), (5, 3), shuffle=False)
+    assert [len(batch.clean) for batch in train] == [2, 2, 1]
+    assert [len(batch.clean) for batch in test] == [2, 1]
+    assert (train.n_prompts, test.n_prompts) == (5, 3)
+    batch = next(iter(train))
+    assert tokenizer.decode(batch.clean[0]) == "<bos> Ann met Bob at the store"
+    assert tokenizer.decode(batch.corrupt[0]) == "<bos> Bob met Ann at the store"
+    assert tokenizer.decode(batch.answers[0]) == "Bob"
+    assert tokenizer.decode(batch.wrong_answers[0]) == "Ann"
+    assert batch.batch_diverge_idx == 1
+    assert batch.clean_attention_mask is None
+    assert train.seq_len is None and train.kv_cache is None and train.diverge_idx == 0
+
+
+def test_a_str_path_and_several_files(tmp_path: Path) -> None:
+    model = text_model(word_tokenizer())
+    one = write_prompts(tmp_path, name_prompts(3), "one")
+    two = write_prompts(tmp_path, name_prompts(6)[3:], "two")
+    both = write_prompts(tmp_path, name_prompts(6), "both")
+    train, _ = load_datasets_from_json(model, [str(one), two], train_test_size=(4, 2))
+    expected, _ = load_datasets_from_json(model, str(both), train_test_size=(4, 2))
+    assert t.equal(next(iter(train)).clean, next(iter(expected)).clean)
+
+
+def test_ragged_answers_are_lists(tmp_path: Path) -> None:
+    prompts = [prompt(), prompt(answers=(" Bob", " Dan"))]
+    path = write_prompts(tmp_path, prompts)
+    train, _ = load(path, text_model(word_tokenizer()), (2, 0), shuffle=False)
+    (batch,) = train
+    assert [len(row) for row in batch.answers] == [1, 2]
+    assert batch.wrong_answers.shape == (2, 1)
+
+
+def test_shuffling_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path, name_prompts(20))
+    model = text_model(word_tokenizer())
+
+    def order(**options: Any) -> list[list[int]]:
+        train, _ = load(path, model, (20, 0), **options)
+        return t.cat([batch.clean for batch in train]).tolist()
+
+    assert order() == order(random_seed=42) != order(random_seed=43)
+    assert order(shuffle=False) != order()
+
+
+def test_no_global_state_is_touched(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer()
+    model = text_model(tokenizer)
+    path = write_prompts(tmp_path, RAGGED)
+
+    def state() -> tuple[Any, ...]:
+        # Not Python's `random`: beartype draws from it to check signatures.
+        return (t.get_rng_state().tolist(), np.random.get_state()[1].tolist(), tokenizer.padding_side)  # type: ignore[index]
+
+    before = state()
+    load(path, model, (2, 1), tail_divergence=True)
+    assert state() == before
+
+
+def test_numbers_need_no_model(tmp_path: Path) -> None:
+    prompts = [prompt([[i, 1.0]] * 3, [[-i, 1.0]] * 3, [1], [0]) for i in range(4)]
+    path = write_prompts(tmp_path, prompts, seq_labels=["a", "b", "c"])
+    train, _ = load(path, None, (4, 0), prepend_bos=False)
+    assert next(iter(train)).clean.shape == (2, 3, 2)
+    assert train.seq_len is None  # upstream mistake 15: it was always set
+    train, _ = load(path, None, (4, 0), prepend_bos=False, return_seq_length=True)
+    assert (train.seq_len, train.seq_labels) == (3, ["a", "b", "c"])
+
+
+def test_labels_and_word_positions_count_the_bos(tmp_path: Path) -> None:
+    labels = "A met B at the store".split()
+    path = write_prompts(
+        tmp_path, name_prompts(4), seq_labels=labels, word_idxs={"A": 0, "end": 5}
+    )
+    model = text_model(word_tokenizer())
+    train, _ = load(path, model, (4, 0), return_seq_length=True)
+    assert (train.seq_len, train.word_idxs) == (7, {"A": 1, "end": 6})
+    assert train.seq_labels == ["<|BOS|>", *labels]
+    train, _ = load(path, model, (4, 0), return_seq_length=True, prepend_bos=False)
+    assert (train.seq_len, train.word_idxs) == (6, {"A": 0, "end": 5})
+
+
+# --------------------------------------------------------------------------- batch keys
+
+
+def test_batches_of_the_same_prompts_have_different_keys(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path, [prompt()] * 8)
+    train, test = load(path, text_model(word_tokenizer()), (6, 2))
+    keys = [batch.key for loader in (train, test) for batch in loader]
+    assert len({batch.key for batch in train}) == 3
+    assert all(isinstance(key, int) for key in keys)
+
+
+def test_keys_differ_by_answers() -> None:
+    tokens = t.tensor([1, 2])
+    one = collate_fn([PromptPair(tokens, tokens, t.tensor([1]), t.tensor([2]))])
+    other = collate_fn([PromptPair(tokens, tokens, t.tensor([2]), t.tensor([1]))])
+    assert one.key != other.key
+
+
+def test_keys_are_the_same_in_every_process(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path, [prompt([1, 2], [2, 1], [1], [0])] * 3)
+    script = (
+        "from auto_circuit.data import load_datasets_from_json\n"
+        f"train, _ = load_datasets_from_json(None, {str(path)!r}, prepend_bos=False, "
+        "batch_size=2, train_test_size=(3, 0))\n"
+        "print([batch.key for batch in train])"
+    )
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(printed) == 1 and json.loads(printed.pop())
+
+
+# ---------------------------------------------------------------------- prefix, padding
+
+
+@pytest.mark.parametrize("prompts", [name_prompts(7, "the big {} met {}"), RAGGED])
+def test_prefix_cache_is_exact_for_every_prompt(
+    tmp_path: Path, prompts: list[dict[str, Any]]
+) -> None:
+    model = text_model(word_tokenizer())
+    path = write_prompts(tmp_path, prompts)
+    n_train = len(prompts) - 2
+    whole = load(path, model, (n_train, 2))
+    cut = load(path, model, (n_train, 2), tail_divergence=True)
+    bare = patchable(model, *whole)
+    with_prefix = patchable(model, *cut)
+    is_ragged = prompts is RAGGED
+    assert cut[0].diverge_idx == (0 if is_ragged else 3)
+    for whole_loader, cut_loader in zip(whole, cut, strict=True):
+        t.testing.assert_close(
+            outputs(with_prefix, cut_loader), outputs(bare, whole_loader), **EXACT
+        )
+
+
+def test_the_prefix_is_common_to_all_prompts_not_only_to_a_pair(tmp_path: Path) -> None:
+    # Upstream mistake 1: each pair shares "<bos> Ann met", but only <bos> is common.
+    prompts = [
+        prompt(f"{name} met Bob", f"{name} met Eve")
+        for name in ("Ann", "Cat", "Dan", "Eve")
+    ]
+    model = text_model(word_tokenizer())
+    path = write_prompts(tmp_path, prompts)
+    whole, _ = load(path, model, (3, 1))
+    cut = load(path, model, (3, 1), tail_divergence=True)
+    assert cut[0].diverge_idx == 1
+    t.testing.assert_close(
+        outputs(patchable(model, *cut), cut[0]), outputs(patchable(model), whole), **EXACT
+    )
+
+
+def test_something_is_left_of_identical_prompts(tmp_path: Path) -> None:
+    model = text_model(word_tokenizer())
+    path = write_prompts(tmp_path, [prompt(corrupt=prompt()["clean"])] * 3)
+    train, test = load(path, model, (2, 1), tail_divergence=True)
+    assert train.diverge_idx == 6
+    assert next(iter(train)).clean.shape == (2, 1)
+    whole, _ = load(path, model, (2, 1))
+    t.testing.assert_close(
+        outputs(patchable(model, train, test), train),
+        outputs(patchable(model), whole),
+        **EXACT,
+    )
+
+
+def test_positions_are_those_after_the_prefix(tmp_path: Path) -> None:
+    path = write_prompts(
+        tmp_path,
+        name_prompts(4, "the big {} met {}"),
+        seq_labels="the big A met B".split(),
+        word_idxs={"A": 2},
+    )
+    model = text_model(word_tokenizer())
+    train, _ = load(path, model, (3, 1), tail_divergence=True, return_seq_length=True)
+    assert (train.diverge_idx, train.seq_len) == (3, 3)
+    assert train.seq_labels == ["A", "met", "B"]
+    assert train.word_idxs == {"A": 3}  # in the uncut prompt
+
+
+@pytest.mark.parametrize("tokenizer", [word_tokenizer, bpe_tokenizer])
+@pytest.mark.parametrize("prepend_bos", [True, False])
+def test_padding_changes_nothing(
+    tmp_path: Path, tokenizer: Any, prepend_bos: bool
+) -> None:
+    model = text_model(tokenizer())
+    patched = patchable(model)
+    path = write_prompts(tmp_path, RAGGED)
+    options = {"shuffle": False, "prepend_bos": prepend_bos}
+    padded, _ = load(path, model, (3, 0), **options)
+    assert any(batch.clean_attention_mask is not None for batch in padded)
+    alone = []
+    for i, one in enumerate(RAGGED):
+        one_path = write_prompts(tmp_path, [one], f"one{i}")
+        loader, _ = load(one_path, model, (1, 0), **options)
+        alone.append(outputs(patched, loader))
+    clean, corrupt = t.stack(alone, dim=1)
+    expected = t.cat([clean[:2], corrupt[:2], clean[2:], corrupt[2:]])
+    t.testing.assert_close(outputs(patched, padded), expected, **EXACT)
+
+
+def test_padding_does_not_count_in_means(tmp_path: Path) -> None:
+    model = text_model(word_tokenizer())
+    path = write_prompts(tmp_path, RAGGED)
+    train, _ = load_datasets_from_json(
+        model, path, batch_size=3, train_test_size=(3, 0), shuffle=False
+    )
+    (batch,) = train
+    patched = patchable(model)
+    outs = src_ablations(patched, batch.clean, attention_mask=batch.clean_attention_mask)
+    lengths = batch.clean_attention_mask.sum(1)
+    mean = src_ablations(patched, train, AblationType.TOKENWISE_MEAN_CLEAN)
+    for position in range(outs.shape[2]):
+        is_text = position >= outs.shape[2] - lengths
+        t.testing.assert_close(
+            mean[:, 0, position], outs[:, is_text, position].mean(1), **EXACT
+        )
+
+
+def test_a_tokenizer_that_adds_bos_by_itself_gets_one(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer(adds_bos=True)
+    path = write_prompts(tmp_path, [prompt()])
+    train, _ = load(path, text_model(tokenizer), (1, 0))
+    (batch,) = train
+    assert tokenizer.decode(batch.clean[0]) == "<bos> Ann met Bob at the store"
+    assert tokenizer.decode(batch.answers[0]) == "Bob"
+    train, _ = load(path, text_model(tokenizer), (1, 0), prepend_bos=False)
+    (batch,) = train
+    assert tokenizer.decode(batch.clean[0]) == "Ann met Bob at the store"
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("{", "prompts.json is not JSON"),
+        ("[]", 'must hold an object with a list "prompts"'),
+        ('{"prompts": 3}', 'must hold an object with a list "prompts"'),
+        ('{"prompts": []}', "has no prompts"),
+        ('{"prompts": [3]}', "prompt 0 is a int; expected an object"),
+        ('{"prompts": [{"clean": "Ann"}]}', "prompt 0 has no field 'corrupt'"),
+    ],
+)
+def test_malformed_files(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        load(path, text_model(word_tokenizer()), (1, 0))
+
+
+@pytest.mark.parametrize(
+    "bad,message",
+    [
+        (prompt(corrupt=3), "prompt 1, field 'corrupt': expected a text"),
+        (prompt(answers=[3]), "prompt 1, field 'answers': expected a list of texts"),
+        (prompt(wrong_answers=[]), "field 'wrong_answers': the list is empty"),
+        (prompt(corrupt="Ann met Bob"), "same number of tokens: .* has 7 .* has 4 "),
+        (prompt(answers=[" Bob met"]), "' Bob met' must be one token, but it is"),
+        (prompt(answers=[" Zoe"]), "' Zoe' is not in the tokenizer's vocabulary"),
+        (
+            prompt(clean="Zoe met Bob at the store"),
+            "words that the tokenizer does not know",
+        ),
+        (prompt(clean="", corrupt=""), "has no tokens"),
+    ],
+)
+def test_bad_prompts(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
+    path = write_prompts(tmp_path, [prompt(), bad])
+    with pytest.raises(DataError, match=message):
+        load(path, text_model(word_tokenizer()), (2, 0))
+
+
+def test_answers_of_several_tokens_in_a_byte_level_vocabulary(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path, [prompt(answers=[" zebra"])])
+    with pytest.raises(DataError, match="must be one token, but it is"):
+        load(path, text_model(bpe_tokenizer()), (1, 0))
+
+
+def test_bad_labels_and_positions(tmp_path: Path) -> None:
+    model = text_model(word_tokenizer())
+
+    def load_with(**fields: Any) -> None:
+        path = write_prompts(tmp_path, name_prompts(2), **fields)
+        load(path, model, (2, 0), return_seq_length=True)
+
+    with pytest.raises(DataError, match='"seq_labels" must be a list of texts'):
+        load_with(seq_labels=[3])
+    with pytest.raises(DataError, match='"word_idxs" must map words to positions'):
+        load_with(word_idxs={"A": "x"})
+    with pytest.raises(DataError, match="3 `seq_labels`, but its prompts have 7 tokens"):
+        load_with(seq_labels=["a", "b"])
+    with pytest.raises(DataError, match="'A' at position 10"):
+        load_with(word_idxs={"A": 9})
+    path = write_prompts(tmp_path, RAGGED)
+    with pytest.raises(DataError, match="have 4 to 9 tokens"):
+        load(path, model, (3, 0), return_seq_length=True)
+
+
+def test_too_few_prompts_and_bad_sizes(tmp_path: Path) -> None:
+    model = text_model(word_tokenizer())
+    path = write_prompts(tmp_path, name_prompts(3))
+    with pytest.raises(
+        DataError, match=r"3 prompts, but train_test_size=\(3, 1\) needs 4"
+    ):
+        load(path, model, (3, 1))
+    with pytest.raises(ConfigError, match="`train_test_size`"):
+        load(path, model, (0, 0))
+    with pytest.raises(ConfigError, match="`batch_size` is"):
+        load_datasets_from_json(model, path, batch_size=0, train_test_size=(1, 1))
+    with pytest.raises(ConfigError, match="Without a model"):
+        load(path, None, (1, 1))
+    with pytest.raises(ConfigError, match="empty list"):
+        load_datasets_from_json(model, [], train_test_size=(1, 1))
+    with pytest.raises(DataError, match="There is no prompt file"):
+        load(tmp_path / "nothing.json", model, (1, 1))
+
+
+def test_unpadded_prompts_of_different_lengths(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path, RAGGED)
+    with pytest.raises(DataError, match="with pad=False all must have the same"):
+        load(path, text_model(word_tokenizer()), (3, 0), pad=False)
+
+
+def test_a_model_without_the_loaders_prefix(tmp_path: Path) -> None:
+    # Upstream mistake 22: outputs without the prefix, and no word of it.
+    model = text_model(word_tokenizer())
+    path = write_prompts(tmp_path, name_prompts(4, "the big {} met {}"))
+    cut = load(path, model, (2, 2), tail_divergence=True)
+    with pytest.raises(DataError, match="first 3 tokens of these prompts were cut off"):
+        batch_src_ablations(patchable(model), cut[0], clean_corrupt="clean")
+    whole, _ = load(path, model, (2, 2))
+    with pytest.raises(DataError, match="loaded without `tail_divergence`"):
+        batch_src_ablations(patchable(model, *cut), whole, clean_corrupt="clean")
+
+
+def test_one_prefix_serves_every_batch_size(tmp_path: Path) -> None:
+    # Upstream mistake 34: a KeyError for any other batch size than the loader's.
+    model = text_model(word_tokenizer())
+    path = write_prompts(tmp_path, name_prompts(5, "the big {} met {}"))
+    cut = load(path, model, (3, 2), tail_divergence=True)
+    patched = patchable(model, *cut)
+    clean = next(iter(cut[0])).clean
+    t.testing.assert_close(patched(clean)[:1], patched(clean[:1]), **EXACT)
+
+
+def test_a_model_without_a_kv_cache(tmp_path: Path) -> None:
+    from tests.models import attn_only
+
+    model = attn_only()
+    model.tokenizer = word_tokenizer()
+    path = write_prompts(tmp_path, name_prompts(4))
+    with pytest.raises(ConfigError, match="`tail_divergence` must be False"):
+        load(path, model, (2, 2), tail_divergence=True)
+
+
+def test_parts_of_a_data_set_have_equal_lengths() -> None:
+    rows = [t.tensor([1, 2])] * 2
+    with pytest.raises(DataError, match=r"got \[2, 2, 1, 2\]"):
+        PromptDataset(rows, rows, rows[:1], rows)
+
+
+def test_a_loader_neither_shuffles_nor_drops() -> None:
+    rows = [t.tensor([1, 2])] * 2
+    dataset = PromptDataset(rows, rows, rows, rows)
+    for option in ("shuffle", "drop_last"):
+        with pytest.raises(ConfigError, match=f"does not take `{option}`"):
+            PromptDataLoader(dataset, None, 0, **{option: True})
