@@ -164,6 +164,7 @@ def _timed_scores(
     task: Task, algos: Sequence[PruneAlgo], seconds: Seconds
 ) -> AlgoPruneScores:
     scores: AlgoPruneScores = {}
+    task.model  # loads now, so that no algorithm's time includes it  # noqa: B018
     for algo in tqdm(algos, desc=task.key, leave=False):
         if algo.needs_true_edges and task.true_edges is None:
             continue

@@ -40,7 +40,7 @@ def activation_magnitude_prune_scores(
         count += magnitudes[0].numel() if mask is None else int(mask.sum())
     means = total / count
     return {
-        wrapper.module_name: means[wrapper.in_srcs].to(wrapper.mask).expand_as(scores)
+        wrapper.module_name: scores + means[wrapper.in_srcs].to(scores)
         for wrapper, scores in zip(
             model.dest_wrappers, model.new_prune_scores().values(), strict=True
         )
@@ -48,5 +48,8 @@ def activation_magnitude_prune_scores(
 
 
 ACT_MAG_PRUNE_ALGO = PruneAlgo(
-    key="Act Mag", name="Activation Magnitude", func=activation_magnitude_prune_scores
+    key="Act Mag",
+    name="Activation Magnitude",
+    _short_name="Act Mag",
+    func=activation_magnitude_prune_scores,
 )

@@ -545,19 +545,31 @@ class PatchSession:
 
 
 def _read(run: ForwardPass, block: EdgeBlock, port: DestPort, x: Tensor) -> Tensor:
+    out = _read_first(run, block, x) if port is block.ports[0] else None
     work = run.works[block]
-    if port is block.ports[0]:
-        if t.is_grad_enabled() and (x.requires_grad or work.weights.requires_grad):
-            if work.does_nothing and not work.weights.requires_grad:
-                return x
-            out, *handles = _ReadBlock.apply(x, work.weights, block, run)  # type: ignore[misc]
-            work.handles = dict(zip(block.ports[1:], handles, strict=True))
-            return out
-        work.delta = run.compute(block)
-    if port in work.handles:
-        handle = work.handles[port]
-        return _EnterPort.apply(x, handle, work, block, port)  # type: ignore[no-any-return]
-    return x if work.delta is None else _add_delta(x, work, block, port)
+    if out is None:
+        # Taken out: a handle that stayed would keep the whole pass alive in a circle.
+        handle = work.handles.pop(port, None)
+        if handle is not None:
+            out = _EnterPort.apply(x, handle, work, block, port)
+        else:
+            out = x if work.delta is None else _add_delta(x, work, block, port)
+    if port is block.ports[-1]:
+        work.delta = None
+    return out  # type: ignore[return-value]
+
+
+def _read_first(run: ForwardPass, block: EdgeBlock, x: Tensor) -> Tensor | None:
+    """The patched input of a block's first port, or None if no gradient flows there."""
+    work = run.works[block]
+    if t.is_grad_enabled() and (x.requires_grad or work.weights.requires_grad):
+        if work.does_nothing and not work.weights.requires_grad:
+            return x
+        out, *handles = _ReadBlock.apply(x, work.weights, block, run)  # type: ignore[misc]
+        work.handles = dict(zip(block.ports[1:], handles, strict=True))
+        return out
+    work.delta = run.compute(block)
+    return None
 
 
 def _stack_rows(block: EdgeBlock, masks: dict[PatchWrapperImpl, Tensor]) -> Tensor:
