@@ -228,6 +228,8 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
                 f"`kv_cache` holds {kv_cache.seq_len} tokens but `diverge_idx` is "
                 f"{diverge_idx}; they must be equal."
             )
+        # An iteration draws a seed for its workers: not from the global generator.
+        kwargs.setdefault("generator", t.Generator())
         super().__init__(
             prompt_dataset,  # type: ignore[arg-type]
             collate_fn=collate_fn,

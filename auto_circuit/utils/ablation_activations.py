@@ -166,7 +166,7 @@ def record_src_outs(
     model: PatchableModel,
     inputs: Tensor,
     kwargs: dict[str, Tensor],
-    reuse: SrcOuts | None = None,
+    reuse: Float[Tensor, "src _ _ d_model"] | None = None,
 ) -> SrcOuts:
     """Run the model and keep what every source writes.
 
