@@ -204,7 +204,7 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
         from the start of the uncut prompt.
 
     Differs from auto-circuit: the last batch may be smaller, where it was dropped.
-    Raises DataError for an empty data set, ConfigError for options that shuffle or drop.
+    Raises ConfigError for options that shuffle or drop.
     """
 
     def __init__(

@@ -28,8 +28,12 @@ PER_BATCH_ABLATIONS = (
 """The ablations whose activations come from one side of each batch."""
 
 
-def check_prefix(model: PatchableModel, dataloader: PromptDataLoader) -> None:
-    """Raise DataError if the loader's prompts lack a prefix that the model lacks too."""
+def check_loader(model: PatchableModel, dataloader: PromptDataLoader) -> None:
+    """Raise DataError unless the loader has prompts, and their prefix is the model's."""
+    if dataloader.n_prompts == 0:
+        raise DataError(
+            "The dataloader has no prompts. Load it with a `train_test_size` above 0."
+        )
     prefix = dataloader.kv_cache
     if prefix is None:
         if model.kv_caches is not None:
@@ -113,7 +117,7 @@ def iter_src_ablations(
     The activations share memory: they are good until the next batch is asked for.
     """
     _check_side(ablation_type, clean_corrupt)
-    check_prefix(model, dataloader)
+    check_loader(model, dataloader)
     mean = outs = None
     if ablation_type.mean_over_dataset:
         mean = _dataset_mean(model, dataloader, ablation_type)
@@ -214,7 +218,7 @@ def _dataset_mean(
     model: PatchableModel, dataloader: PromptDataLoader, ablation_type: AblationType
 ) -> Float[Tensor, "src 1 seq d_model"]:
     """The mean over a data set's prompts, at each position; padding does not count."""
-    check_prefix(model, dataloader)
+    check_loader(model, dataloader)
     sides: list[Side] = ["clean"] if ablation_type.clean_dataset else []
     sides += ["corrupt"] if ablation_type.corrupt_dataset else []
     total, count = 0.0, 0

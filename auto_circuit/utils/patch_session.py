@@ -367,6 +367,9 @@ class PatchSession:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self.run is not None and not self.run.awaits_backward:
+            # Even if someone keeps an output, and by it the pass, alive.
+            self.run.diff = self.run.grad_buffer = None
         self.run = None
         self._patch_sums.clear()
 

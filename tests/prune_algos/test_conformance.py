@@ -1,0 +1,112 @@
+"""What every prune algorithm must do. A new line in PRUNE_ALGOS is tested by this."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch as t
+
+from auto_circuit.data import PromptDataLoader, PromptDataset
+from auto_circuit.errors import AutoCircuitError, ConfigError
+from auto_circuit.prune_algos.prune_algos import (
+    PRUNE_ALGO_DICT,
+    PRUNE_ALGOS,
+    PruneAlgo,
+    find_prune_algo,
+    run_prune_algos,
+)
+from auto_circuit.tasks import POCKET_IOI_TASK, Task
+from auto_circuit.types import PruneScores
+from auto_circuit.utils.graph_utils import patchable_model
+from auto_circuit.utils.patchable_model import PatchableModel
+from tests.models import gpt2, llama, state_snapshot
+from tests.test_prune import token_loader
+
+GRAPHS = {
+    "gpt2": lambda: patchable_model(gpt2(), True, "last_seq", separate_qkv=True),
+    "llama": lambda: patchable_model(llama(), True, "last_seq", separate_qkv=False),
+    "positions": lambda: patchable_model(gpt2(), True, "last_seq", 5, separate_qkv=True),
+    "nodes": lambda: patchable_model(gpt2(), False, "last_seq", separate_qkv=True),
+}
+on_all_algos = pytest.mark.parametrize("algo", PRUNE_ALGOS, ids=lambda algo: algo.key)
+
+
+def score(algo: PruneAlgo, model: PatchableModel) -> PruneScores:
+    return algo.func(model, token_loader(), list(model.edges)[::7])
+
+
+@on_all_algos
+@pytest.mark.parametrize("graph", list(GRAPHS))
+def test_scores_fit_the_graph_and_the_model_is_left_alone(
+    algo: PruneAlgo, graph: str
+) -> None:
+    model = GRAPHS[graph]()
+    before = state_snapshot(model)
+    scores = score(algo, model)
+    assert state_snapshot(model) == before
+    expected = model.new_prune_scores()
+    assert list(scores) == list(expected)
+    for name, values in scores.items():
+        assert values.shape == expected[name].shape
+        assert values.dtype == expected[name].dtype
+        assert values.isfinite().all()
+        assert not values.requires_grad
+    assert any((values != 0).any() for values in scores.values())
+    again = score(algo, model)
+    assert all(t.equal(scores[name], again[name]) for name in scores)
+
+
+@on_all_algos
+def test_no_prompts(algo: PruneAlgo) -> None:
+    if algo.key in ("Official Circuit", "Random"):
+        return  # they look at no prompts
+    rows = t.zeros(0, 5, dtype=t.long)
+    loader = PromptDataLoader(PromptDataset(rows, rows, [], []), None, 0)
+    with pytest.raises(AutoCircuitError, match="no prompts"):
+        algo.func(GRAPHS["gpt2"](), loader, None)
+
+
+def test_keys_are_different_and_lead_to_their_algorithms() -> None:
+    assert len(PRUNE_ALGO_DICT) == len(PRUNE_ALGOS)
+    for algo in PRUNE_ALGOS:
+        for name in (algo.key, algo.name, algo.short_name):
+            assert find_prune_algo(name) is algo
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(ConfigError, match="no prune algorithm 'EAPP'.*Did you mean.*EAP"):
+        find_prune_algo("EAPP")
+
+
+def test_run_prune_algos_takes_any_task_and_algorithm() -> None:
+    mine = PruneAlgo(key="Mine", name="Mine", func=lambda m, *_: m.new_prune_scores(2.0))
+    edges = ["Resid Start->MLP 0", "MLP 0->Resid End"]
+    known = replace(
+        POCKET_IOI_TASK,
+        key="Known",
+        batch_size=2,
+        _true_edge_func=lambda model: [e for n in edges for e in model.find_edges(n)],
+    )
+    unknown = Task(
+        key="Unknown",
+        name="Unknown",
+        batch_size=2,
+        batch_count=1,
+        token_circuit=False,
+        _model_def=known.model.wrapped_model,
+        _dataset_name="pocket/ioi_prompts",
+    )
+    truth = find_prune_algo("GT")
+    scores = run_prune_algos([known, unknown], [mine, truth])
+    assert list(scores) == ["Known", "Unknown"]
+    assert list(scores["Known"]) == ["Mine", "Official Circuit"]
+    assert list(scores["Unknown"]) == ["Mine"]
+    official = scores["Known"]["Official Circuit"]
+    assert sum(float(values.sum()) for values in official.values()) == 2.0
+    assert known.true_edge_count == 2
+
+
+def test_the_ground_truth_of_an_unknown_circuit() -> None:
+    with pytest.raises(ConfigError, match="There is no known circuit"):
+        find_prune_algo("GT").func(GRAPHS["gpt2"](), token_loader(), None)
