@@ -1,0 +1,156 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch as t
+from safetensors.torch import load_file
+
+import experiments
+from auto_circuit.errors import ConfigError
+from auto_circuit.metrics.prune_metrics.answer_diff_percent import (
+    measure_answer_diff_percent,
+)
+from auto_circuit.prune import run_circuits
+from auto_circuit.prune_algos.edge_attribution_patching import (
+    edge_attribution_patching_prune_scores,
+)
+from auto_circuit.prune_algos.random_edges import random_prune_scores
+from auto_circuit.tasks import POCKET_IOI_TASK
+from auto_circuit.types import PatchType
+from experiments import ExperimentConfig, run_experiment
+
+REPO = Path(__file__).parents[1]
+SMALL = [
+    *("--tasks", "Pocket IOI"),
+    *("--algos", "Random", "EAP"),
+    *("--metrics", "Logit Diff Percent"),
+    *("--circuit-sizes", "0", "10", "100", "1519"),
+]
+
+
+def run_process(folder: Path, hash_seed: int, *args: str) -> str:
+    environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, REPO / "experiments.py", *args, "--out", folder],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def score_files(folder: Path) -> dict[str, bytes]:
+    (results,) = folder.iterdir()
+    return {path.name: path.read_bytes() for path in (results / "scores").iterdir()}
+
+
+def test_a_small_sweep_in_two_processes(tmp_path: Path) -> None:
+    printed = [run_process(tmp_path / str(i), i, *SMALL) for i in (1, 2)]
+    one, two = (score_files(tmp_path / str(i)) for i in (1, 2))
+    assert list(one) == ["pocket-ioi.safetensors"]
+    assert one == two
+    assert "Pocket IOI" in printed[0] and "EAP" in printed[0]
+    (folder,) = (tmp_path / "1").iterdir()
+    assert re.fullmatch(r"pocket-[0-9a-f]{8}", folder.name)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "logit-diff-percent-area.html",
+        "logit-diff-percent.html",
+        "measurements.parquet",
+        "plotly.min.js",
+        "scores",
+        "summary.csv",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tasks"] == ["Pocket IOI"] and config["patch_type"] == "TREE_PATCH"
+    rows = pd.read_parquet(folder / "measurements.parquet")
+    assert list(rows["n_edges"]) == [0, 10, 100, 1519] * 2
+    assert set(rows["seed"]) == {42} and set(rows["n_prompts"]) == {64}
+    scores = load_file(folder / "scores" / "pocket-ioi.safetensors")
+    assert any((values != 0).any() for values in scores.values())
+    summary = pd.read_csv(folder / "summary.csv")
+    assert list(summary["algorithm"]) == ["Random", "EAP"]
+    assert list(summary["edges_for_80_percent"]) == [1519, 100]
+
+
+@pytest.mark.slow
+def test_the_default_sweep_in_two_processes(tmp_path: Path) -> None:
+    for i in (1, 2):
+        run_process(tmp_path / str(i), i)
+    one, two = (score_files(tmp_path / str(i)) for i in (1, 2))
+    assert len(one) == 4
+    assert one == two
+
+
+def test_eap_finds_the_ioi_circuit_and_chance_does_not() -> None:
+    """At most a tenth of the edges recover 80 % of the logit difference."""
+    task = POCKET_IOI_TASK
+    model = task.model
+    size = model.n_edges // 10
+    percents = {}
+    for name, find in (
+        ("EAP", edge_attribution_patching_prune_scores),
+        ("random", random_prune_scores),
+    ):
+        scores = find(model, task.train_loader, None)
+        outs = run_circuits(model, task.test_loader, [size], scores, PatchType.TREE_PATCH)
+        ((n_edges, percent),) = measure_answer_diff_percent(model, task.test_loader, outs)
+        assert n_edges <= model.n_edges / 10
+        percents[name] = percent
+    assert percents["EAP"] >= 80
+    assert percents["random"] < 20
+
+
+def test_the_folder_is_named_after_all_that_matters() -> None:
+    config = ExperimentConfig()
+    assert config.folder == ExperimentConfig().folder
+    assert config.folder != ExperimentConfig(seed=1).folder
+    assert config.folder.name == ExperimentConfig(out=Path("elsewhere")).folder.name
+
+
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        (ExperimentConfig(tasks=("Poket IOI",)), "no task 'Poket IOI'.*Did you mean"),
+        (ExperimentConfig(algos=("ACDCC",)), "no prune algorithm 'ACDCC'.*Known: .*EAP"),
+        (ExperimentConfig(metrics=("Logit",)), "no metric 'Logit'.*Known: .*Logit Diff"),
+        (ExperimentConfig(metrics=()), "`metrics` is empty"),
+        (ExperimentConfig(algos=("EAP", "EAP")), "`algos` names one of .* twice"),
+    ],
+)
+def test_unknown_names(config: ExperimentConfig, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_experiment(config)
+
+
+def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="ConfigError: There is no task 'Nothing'"):
+        experiments.main(["--tasks", "Nothing"])
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        experiments.main(["--help"])
+    text = capsys.readouterr().out
+    for field in ExperimentConfig.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in text, field
+    for words in ("Keys of tasks", "What is patched in", "The folder that holds"):
+        assert words in re.sub(r"[\s│]+", " ", text)
+
+
+def test_the_summary_of_no_logit_differences() -> None:
+    algo = experiments.find_prune_algo("EAP")
+    summary = experiments.summarize([], {("Task", algo.key): 1.0}, [algo])
+    assert summary["edges_for_80_percent"].isna().all()
+    assert t.tensor(summary["seconds"][0]) == 1.0

@@ -1,0 +1,109 @@
+"""Tasks: the predefined ones, and what they say when something is missing."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import pytest
+import torch as t
+
+from auto_circuit.errors import ConfigError, DataError, ModelError
+from auto_circuit.experiment_utils import load_tl_model
+from auto_circuit.tasks import (
+    IOI_COMPONENT_CIRCUIT_TASK,
+    POCKET_DOCSTRING_TASK,
+    POCKET_IOI_TASK,
+    POCKET_MODEL,
+    POCKET_TASKS,
+    TASK_DICT,
+    TASKS,
+    find_task,
+)
+from tests.models import randomize
+
+N_COMPONENT_EDGES = 1519
+
+
+@pytest.mark.parametrize("task", POCKET_TASKS, ids=lambda task: task.key)
+def test_pocket_tasks_load(task: object) -> None:
+    task = replace(task)  # type: ignore[type-var]
+    model, train, test = task.model, task.train_loader, task.test_loader
+    assert (train.n_prompts, test.n_prompts) == (64, 64)
+    is_ragged = task.key == "Pocket IOI"
+    assert (train.diverge_idx == test.diverge_idx == 0) == is_ragged
+    seq_len = train.seq_len if task.token_circuit else None
+    assert model.seq_len == seq_len
+    assert model.n_edges == N_COMPONENT_EDGES * (seq_len or 1)
+    if task.token_circuit:
+        assert train.seq_labels is not None and len(train.seq_labels) == seq_len
+        assert train.word_idxs
+    clean = {
+        tuple(row) for loader in (train, test) for b in loader for row in b.clean.tolist()
+    }
+    assert len(clean) > 100  # different prompts in both halves
+    assert task.model is model and task.true_edges is None
+    task.free()
+    assert task.model is not model
+
+
+def test_keys_are_different() -> None:
+    assert len(TASK_DICT) == len(TASKS)
+    with pytest.raises(
+        ConfigError, match="no task 'Pocket IO'.*Did you mean.*Pocket IOI"
+    ):
+        find_task("Pocket IO")
+
+
+def test_a_task_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        POCKET_IOI_TASK.batch_size = 3  # type: ignore[misc]
+
+
+def test_a_model_object_or_a_folder() -> None:
+    model = load_tl_model(POCKET_MODEL)
+    mine = replace(
+        POCKET_DOCSTRING_TASK, _model_def=model, batch_size=(3, 2), batch_count=(2, 1)
+    )
+    assert mine.model.wrapped_model is model
+    assert [len(batch.clean) for batch in mine.train_loader] == [3, 3]
+    assert [len(batch.clean) for batch in mine.test_loader] == [2]
+    assert replace(mine, _model_def=str(POCKET_MODEL)).model.n_edges == mine.model.n_edges
+
+
+def test_two_tasks_can_share_a_model() -> None:
+    """auto-circuit wrapped it twice, and the older graph then read the newer one's masks."""
+    model = load_tl_model(POCKET_MODEL)
+    one = replace(POCKET_IOI_TASK, _model_def=model, batch_size=4)
+    other = replace(POCKET_DOCSTRING_TASK, _model_def=model, batch_size=4)
+    assert one.model.wrapped_model is other.model.wrapped_model
+    assert one.model.patch_masks.keys() == other.model.patch_masks.keys()
+    assert one.train_loader.kv_cache is not other.train_loader.kv_cache
+
+
+def test_two_models_on_one_data_set_do_not_share_its_cache() -> None:
+    """auto-circuit cached data sets by file, whatever the model."""
+    mine = replace(POCKET_DOCSTRING_TASK, batch_size=4)
+    randomized = load_tl_model(POCKET_MODEL)
+    randomize(randomized)
+    caches = [
+        task.train_loader.kv_cache
+        for task in (mine, replace(mine, _model_def=randomized))
+    ]
+    assert caches[0] is not None and caches[1] is not None
+    assert not t.allclose(caches[0].keys[0], caches[1].keys[0])
+
+
+def test_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"needs the prompt file .*nothing.json, which does not"
+    ):
+        _ = replace(POCKET_IOI_TASK, _dataset_name="nothing").model
+    with pytest.raises(
+        ModelError, match="Cannot load the model 'gpt2'.*network connection"
+    ):
+        _ = IOI_COMPONENT_CIRCUIT_TASK._bare_model
+    with pytest.raises(ModelError, match="local folder needs config.json"):
+        _ = replace(POCKET_IOI_TASK, _model_def=tmp_path).model
+    with pytest.raises(ConfigError, match="sparse autoencoders"):
+        _ = replace(POCKET_IOI_TASK, autoencoder_input="resid").model
