@@ -43,8 +43,8 @@ bench: $(VENV)/.stamp-run  ## measure speed and memory
 pocket-model: $(VENV)/.stamp-run  ## train the small model that the package carries
 	$(BIN)/python scripts/train_pocket_model.py $(ARGS)
 
-datasets: $(VENV)/.stamp-run  ## write datasets/*.json anew
-	@set -e; for generator in $(sort $(wildcard datasets/*_generator.py)); do \
+datasets: $(VENV)/.stamp-run  ## write the prompt files anew
+	@set -e; for generator in $(sort $(wildcard datasets/*_generator.py datasets/*/*_generator.py)); do \
 	  echo "$$generator"; $(BIN)/python "$$generator"; \
 	done
 

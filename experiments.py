@@ -234,19 +234,17 @@ def print_summary(results: ExperimentResults, console: Console) -> None:
     for title in ("Edges for 80 %\nof logit diff", "Area under\ncurve", "Seconds"):
         table.add_column(title, justify="right")
     last_task = None
-    for row in results.summary.itertuples():
-        edges, area = (
-            "-" if pd.isna(value) else text.format(value)
-            for value, text in (
-                (row.edges_for_80_percent, "{:.0f}"),
-                (row.area, "{:.3f}"),
-            )
-        )
-        if row.task != last_task:
+    formats = {"edges_for_80_percent": "{:.0f}", "area": "{:.3f}", "seconds": "{:.1f}"}
+    for row in results.summary.to_dict("records"):
+        numbers = [
+            "-" if pd.isna(row[column]) else text.format(row[column])
+            for column, text in formats.items()
+        ]
+        if row["task"] != last_task:
             table.add_section()
-        shown = row.task if row.task != last_task else ""
-        table.add_row(shown, row.algorithm, edges, area, f"{row.seconds:.1f}")
-        last_task = row.task
+        shown = row["task"] if row["task"] != last_task else ""
+        table.add_row(shown, row["algorithm"], *numbers)
+        last_task = row["task"]
     console.print(table)
     folder = results.config.folder
     console.print(f"Results: {folder}", soft_wrap=True)

@@ -85,9 +85,13 @@ class Task:
         """The prompts that circuits are measured on."""
         return self._loaders[1]
 
-    @cached_property
+    @property
     def true_edges(self) -> Collection[Edge] | None:
         """The edges of the known circuit, or None."""
+        return self._true_edges
+
+    @cached_property
+    def _true_edges(self) -> Collection[Edge] | None:
         if self._true_edge_func is None:
             return None
         if not self.token_circuit:
@@ -106,7 +110,7 @@ class Task:
 
     def free(self) -> None:
         """Drop the model and the data; they load again when they are asked for."""
-        for name in ("model", "_loaders", "_bare_model", "true_edges"):
+        for name in ("model", "_loaders", "_bare_model", "_true_edges"):
             self.__dict__.pop(name, None)
 
     @cached_property

@@ -33,6 +33,7 @@ from vocabulary import all_words  # noqa: E402
 
 PAD, BOS, UNK = "<pad>", "<bos>", "<unk>"
 SPECIAL_TOKENS = (PAD, BOS, UNK)
+PAD_ID, BOS_ID = 0, 1
 NUMBERS = tuple(f"{number:02}" for number in range(100))
 # Years are two tokens of two digits; a word, a docstring's quotes and any other sign are
 # one token each; spaces and line breaks are none.
@@ -96,7 +97,6 @@ def batches(
     A prompt is followed by one of its answers, picked at random.
     """
     rng = random.Random(config.seed)
-    pad: int = tokenizer.pad_token_id  # type: ignore[assignment]
     while True:
         prompts = [
             sample(rng, False)
@@ -105,13 +105,13 @@ def batches(
         ]
         texts = [f"{p['clean']} {rng.choice(p['answers'])}" for p in prompts]
         ids = [
-            [tokenizer.bos_token_id, *row]
+            [BOS_ID, *row]
             for row in tokenizer(texts, add_special_tokens=False)["input_ids"]
         ]
         length = max(len(row) for row in ids)
-        tokens = t.tensor([row + [pad] * (length - len(row)) for row in ids])
+        tokens = t.tensor([row + [PAD_ID] * (length - len(row)) for row in ids])
         last = t.tensor([len(row) - 2 for row in ids])
-        yield tokens, (tokens != pad).long(), last
+        yield tokens, (tokens != PAD_ID).long(), last
 
 
 def loss_on(
@@ -139,9 +139,9 @@ def train(config: TrainConfig) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.bos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=BOS_ID,
+            eos_token_id=BOS_ID,
+            pad_token_id=PAD_ID,
         )
     )
     optimizer = t.optim.AdamW(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch as t
 from torch import Tensor
@@ -29,7 +30,7 @@ from auto_circuit.model_utils.transformer_lens_utils import native_bridge
 
 N_LAYERS, N_HEADS, D_MODEL, VOCAB, N_CTX = 2, 4, 32, 40, 16
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "num_hidden_layers": N_LAYERS,
     "num_attention_heads": N_HEADS,
     "hidden_size": D_MODEL,

@@ -34,7 +34,7 @@ from tests.texts import (
     write_prompts,
 )
 
-EXACT = {"atol": 1e-5, "rtol": 0.0}
+EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
 RAGGED = [
     prompt("Ann met Bob", "Dan met Eve"),
     prompt("the big Ann met Bob at the store", "the big Eve met Dan at the store"),
@@ -126,7 +126,8 @@ def test_no_global_state_is_touched(tmp_path: Path) -> None:
 
     def state() -> tuple[Any, ...]:
         # Not Python's `random`: beartype draws from it to check signatures.
-        return (t.get_rng_state().tolist(), np.random.get_state()[1].tolist(), tokenizer.padding_side)  # type: ignore[index]
+        numpy_state = str(np.random.get_state())
+        return t.get_rng_state().tolist(), numpy_state, tokenizer.padding_side
 
     before = state()
     load(path, model, (2, 1), tail_divergence=True)
@@ -449,4 +450,4 @@ def test_a_loader_neither_shuffles_nor_drops() -> None:
     dataset = PromptDataset(rows, rows, rows, rows)
     for option in ("shuffle", "drop_last"):
         with pytest.raises(ConfigError, match=f"does not take `{option}`"):
-            PromptDataLoader(dataset, None, 0, **{option: True})
+            PromptDataLoader(dataset, None, 0, None, None, None, **{option: True})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch as t
 from torch import Tensor
@@ -23,7 +25,7 @@ from tests.path_patching import patch_each_edge
 
 SEQ = 5
 CLEAN, CORRUPT = tokens(3, SEQ, seed=1), tokens(3, SEQ, seed=2)
-EXACT = {"atol": 1e-5, "rtol": 0.0}
+EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
 
 GRAPHS = [
     pytest.param(factorized, separate_qkv, seq_len, id=f"{kind}-{qkv}-{positions}")

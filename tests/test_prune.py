@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch as t
@@ -18,7 +19,7 @@ from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import CLEAN, micro_loader, micro_model
 from tests.models import ARCHITECTURES, gpt2, llama, state_snapshot, tokens
 
-EXACT = {"atol": 1e-5, "rtol": 0.0}
+EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
 ALL_CASES = [
     pytest.param(patch_type, reverse, id=f"{patch_type.name}{'-reversed' * reverse}")
     for patch_type in PatchType

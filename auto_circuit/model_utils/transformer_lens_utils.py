@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch as t
 from jaxtyping import Int
@@ -317,7 +318,7 @@ def native_bridge(config: TransformerBridgeConfig) -> TransformerBridge:
     """
     model = NativeModel(config)
     for layer in model.layers:
-        attention = layer.attn
+        attention: Any = layer.attn
         attention.head_dim = config.d_head
         attention.scaling = 1 / attention.scale
         attention.num_key_value_groups = attention.kv_repeats

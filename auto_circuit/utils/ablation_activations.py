@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch as t
 from jaxtyping import Bool, Float
@@ -219,8 +219,11 @@ def _dataset_mean(
 ) -> Float[Tensor, "src 1 seq d_model"]:
     """The mean over a data set's prompts, at each position; padding does not count."""
     check_loader(model, dataloader)
-    sides: list[Side] = ["clean"] if ablation_type.clean_dataset else []
-    sides += ["corrupt"] if ablation_type.corrupt_dataset else []
+    used = {
+        "clean": ablation_type.clean_dataset,
+        "corrupt": ablation_type.corrupt_dataset,
+    }
+    sides = [side for side in get_args(Side) if used[side]]
     total, count = 0.0, 0
     for batch in dataloader:
         for side in sides:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
+from typing import Any
 
 import torch as t
 from jaxtyping import Float
@@ -282,7 +283,10 @@ def _check_graph(model: PatchableModel) -> None:
 
 @contextmanager
 def _recording(module: Module, outputs: list[Tensor]) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda module, args, out: outputs.append(out))
+    def record(module: Module, args: Any, out: Tensor) -> None:
+        outputs.append(out)
+
+    handle = module.register_forward_hook(record)
     try:
         yield
     finally:
@@ -447,7 +451,9 @@ def mask_fn_mode(
     generator: where the randomness comes from; the global generator if None.
     """
     wrappers = list(model.dest_wrappers)
-    before = [(w, w.mask_fn, w.dropout_p, w.generator) for w in wrappers]
+    before: list[tuple[PatchWrapperImpl, MaskFn, float, t.Generator | None]] = [
+        (w, w.mask_fn, w.dropout_p, w.generator) for w in wrappers
+    ]
     try:
         for wrapper in wrappers:
             wrapper.mask_fn, wrapper.dropout_p = mask_fn, dropout_p

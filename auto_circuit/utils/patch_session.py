@@ -154,7 +154,8 @@ class ForwardPass:
     """The differences of one forward pass, and the gradients that flow back to them.
 
     diff: [batch, seq, slot, d_model]; grad_buffer: the same, [token, slot, d_model];
-    slots: the slot of each recorded source. With gradients all sources are recorded, so that source `i` has slot `i`.
+    slots: the slot of each recorded source. With gradients all sources are recorded, so
+    that source `i` has slot `i`.
     """
 
     diff: Tensor | None
@@ -374,9 +375,10 @@ class PatchSession:
         self._patch_sums.clear()
 
     def _hook(self, module: Module, hook: Callable[[Tensor], Tensor | None]) -> None:
-        self._handles.append(
-            module.register_forward_hook(lambda module, args, output: hook(output))
-        )
+        def forward_hook(module: Module, args: Any, output: Tensor) -> Tensor | None:
+            return hook(output)
+
+        self._handles.append(module.register_forward_hook(forward_hook))
 
     # ------------------------------------------------------------------ sources
 

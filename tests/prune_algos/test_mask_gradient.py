@@ -25,7 +25,11 @@ from tests.micro import micro_loader, micro_model
 from tests.models import ARCHITECTURES, gpt2
 from tests.test_prune import token_loader
 
-EAP = {"grad_function": "logit", "answer_function": "avg_diff", "mask_val": 0.0}
+EAP: dict[str, Any] = {
+    "grad_function": "logit",
+    "answer_function": "avg_diff",
+    "mask_val": 0.0,
+}
 SWITCHES = ("set_use_attn_result", "set_use_split_qkv_input", "set_use_hook_mlp_in")
 
 
@@ -192,7 +196,7 @@ def test_on_a_linear_model_scores_are_the_exact_effects() -> None:
 def test_scores_do_not_depend_on_batch_size(samples: int | None) -> None:
     """auto-circuit's grew with the number of batches and of samples."""
     model = make()
-    options = EAP | {"mask_val": 0.0 if samples is None else None}
+    options: dict[str, Any] = EAP | {"mask_val": 0.0 if samples is None else None}
     one, all_ = (
         mask_gradient_prune_scores(
             model, token_loader(5, size), None, integrated_grad_samples=samples, **options
