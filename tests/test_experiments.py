@@ -122,7 +122,7 @@ def test_the_folder_is_named_after_all_that_matters() -> None:
 @pytest.mark.parametrize(
     "config,message",
     [
-        (ExperimentConfig(tasks=("Poket IOI",)), "no task 'Poket IOI'.*Did you mean"),
+        (ExperimentConfig(tasks=("Pocket IO",)), "no task 'Pocket IO'.*Did you mean"),
         (ExperimentConfig(algos=("ACDCC",)), "no prune algorithm 'ACDCC'.*Known: .*EAP"),
         (ExperimentConfig(metrics=("Logit",)), "no metric 'Logit'.*Known: .*Logit Diff"),
         (ExperimentConfig(metrics=()), "`metrics` is empty"),

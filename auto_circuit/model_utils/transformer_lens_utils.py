@@ -276,18 +276,37 @@ def _open_sites(model: Module, separate_qkv: bool | None) -> Iterator[None]:
     assert isinstance(model, TransformerBridge)
     switches = _switches(model, separate_qkv)
     before = {switch: bool(getattr(model.cfg, switch, False)) for switch in switches}
-    try:
+    with _without_zero_bias(model.unembed):
         try:
-            _set_switches(model, switches)
-        except NotImplementedError as error:
-            raise ModelError(
-                f"The attention of this {model.cfg.architecture} model does not expose "
-                f"its heads ({error}). For TransformerLens's own models use "
-                "`auto_circuit.model_utils.transformer_lens_utils.native_bridge`."
-            ) from error
+            try:
+                _set_switches(model, switches)
+            except NotImplementedError as error:
+                raise ModelError(
+                    f"The attention of this {model.cfg.architecture} model does not "
+                    f"expose its heads ({error}). For TransformerLens's own models use "
+                    "`auto_circuit.model_utils.transformer_lens_utils.native_bridge`."
+                ) from error
+            yield
+        finally:
+            _set_switches(model, before)
+
+
+@contextmanager
+def _without_zero_bias(unembed: Any) -> Iterator[None]:
+    """TransformerLens gives every unembedding a bias, mostly of zeros.
+
+    To add it takes as long as half of the unembedding itself (at 50,000 words).
+    """
+    buffers = unembed.original_component._buffers
+    bias = buffers.get("bias")
+    if bias is None or bias.any():
+        yield
+        return
+    buffers["bias"] = None
+    try:
         yield
     finally:
-        _set_switches(model, before)
+        buffers["bias"] = bias
 
 
 def _probe_input(model: Module) -> Int[Tensor, "batch seq"]:

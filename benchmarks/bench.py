@@ -1,0 +1,272 @@
+"""What patching costs, as ratios to the plain Hugging Face model in the same process.
+
+GPT-2-small shape with random weights, 8 prompts of 15 tokens. Every measurement takes turns
+with its plain counterpart (the same forward and backward passes, on the unwrapped model), so
+that a noisy machine slows both; a ratio is that of the shortest times. Memory is the peak
+above the loaded model, each in a process of its own. `make bench` runs this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch as t
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformer_lens.model_bridge.sources._bridge_builder import (
+    build_bridge_from_module,
+)
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from auto_circuit.data import PromptDataLoader, PromptDataset
+from auto_circuit.prune import run_circuits, set_masks
+from auto_circuit.prune_algos.edge_attribution_patching import (
+    edge_attribution_patching_prune_scores,
+)
+from auto_circuit.prune_algos.random_edges import random_prune_scores
+from auto_circuit.types import PatchType
+from auto_circuit.utils.ablation_activations import src_ablations
+from auto_circuit.utils.graph_utils import (
+    patch_mode,
+    patchable_model,
+    set_all_masks,
+    train_mask_mode,
+)
+from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import circuit_mask
+
+Run = Callable[[], object]
+ONE_PERCENT, N_SIZES = 0.01, 5
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured."""
+
+    rounds: int = 10
+    """How often everything is timed; the shortest times count."""
+    batch_size: int = 8
+    seq_len: int = 15
+    n_threads: int = 2
+    out: Path = Path("results/bench.json")
+    """Where the figures are written."""
+    memory_of: str | None = None
+    """Print the peak memory of this case in MB, and nothing else (for `bench` itself)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A measurement, its plain counterpart, and the highest ratio that the design allows."""
+
+    name: str
+    run: Run
+    plain: Run
+    budget: float | None = None
+
+
+class Bench:
+    """The model, the prompts, and the cases."""
+
+    def __init__(self, config: BenchConfig) -> None:
+        t.set_num_threads(config.n_threads)
+        t.manual_seed(0)
+        # Two models: a bridge takes the one that it is built from to pieces.
+        self.hf_model = GPT2LMHeadModel(GPT2Config()).eval().requires_grad_(False)
+        bridge = build_bridge_from_module(
+            GPT2LMHeadModel(GPT2Config()), "GPT2LMHeadModel", hf_config=GPT2Config()
+        )
+        self.model: PatchableModel = patchable_model(
+            bridge.eval().requires_grad_(False), True, "last_seq", separate_qkv=True
+        )
+        shape = (config.batch_size, config.seq_len)
+        self.clean, self.corrupt = (t.randint(0, 50257, shape) for _ in range(2))
+        answers, wrong = ([t.tensor([i])] * config.batch_size for i in (1, 2))
+        dataset = PromptDataset(self.clean, self.corrupt, answers, wrong)
+        self.loader = PromptDataLoader(dataset, None, 0, batch_size=config.batch_size)
+
+    # --------------------------------------------------------------- the plain model
+
+    def forward(self) -> None:
+        with t.no_grad():
+            self.hf_model(self.clean)
+
+    def forward_backward(self) -> None:
+        """The gradient flows down to the embeddings, as it does to the first masks."""
+        embedded = self.hf_model.transformer.wte(self.clean).requires_grad_()
+        _logit_diff(self.hf_model(inputs_embeds=embedded).logits).backward()
+
+    def eap_passes(self) -> None:
+        self.forward()
+        self.forward_backward()
+
+    def six_forwards(self) -> None:
+        for _ in range(1 + N_SIZES):
+            self.forward()
+
+    # --------------------------------------------------------------------- the cases
+
+    def patched(self, masks: dict[str, Tensor]) -> Run:
+        def run() -> float:
+            patch = src_ablations(self.model, self.corrupt)
+            set_masks(self.model, masks)
+            with t.no_grad(), patch_mode(self.model, patch):
+                return self.second(lambda: self.model(self.clean))
+
+        return run
+
+    @staticmethod
+    def second(run: Callable[[], object]) -> float:
+        """Seconds of the second run in a context, which has the first one's buffers."""
+        run()
+        return _seconds(run)
+
+    def bare_bridge(self) -> float:
+        with t.no_grad(), self.model.adapter.open_sites(self.model.wrapped_model, True):
+            return self.second(lambda: self.model(self.clean))
+
+    def mask_training_step(self) -> float:
+        patch = src_ablations(self.model, self.corrupt)
+        set_all_masks(self.model, 0.5)
+        with train_mask_mode(self.model), patch_mode(self.model, patch):
+            return self.second(lambda: _logit_diff(self.model(self.clean)).backward())
+
+    def eap(self) -> None:
+        edge_attribution_patching_prune_scores(self.model, self.loader, None)
+
+    def circuits(self) -> None:
+        scores = random_prune_scores(self.model, None, None)
+        sizes = [round(self.model.n_edges * 0.01 * 3**i) for i in range(N_SIZES)]
+        run_circuits(self.model, self.loader, sizes, scores, PatchType.TREE_PATCH)
+
+    def cases(self) -> list[Case]:
+        scores = random_prune_scores(self.model, None, None)
+        size = round(ONE_PERCENT * self.model.n_edges)
+        circuit, _ = circuit_mask(scores, size)
+        tree = {name: (~mask).float() for name, mask in circuit.items()}
+        return [
+            Case("TransformerBridge, heads exposed", self.bare_bridge, self.forward),
+            Case("dense patched forward", self.patched(scores), self.forward, 1.6),
+            Case("1 % circuit, forward", self.patched(tree), self.forward, 1.35),
+            Case(
+                "mask-training step",
+                self.mask_training_step,
+                self.forward_backward,
+                1.9,
+            ),
+            Case("EAP scores", self.eap, self.eap_passes, 1.35),
+            Case("run_circuits, 5 sizes", self.circuits, self.six_forwards),
+        ]
+
+
+def _logit_diff(logits: Tensor) -> Tensor:
+    return (logits[:, -1, 1] - logits[:, -1, 2]).mean()
+
+
+def main(config: BenchConfig) -> None:
+    """Measure, print a table, write JSON."""
+    bench = Bench(config)
+    cases = {case.name: case for case in bench.cases()}
+    if config.memory_of is not None:
+        print(_peak_memory(cases[config.memory_of].run))
+        return
+    rows = [_measure(case, config.rounds) for case in cases.values()]
+    for row in rows:
+        command = [sys.executable, __file__, "--memory-of", str(row["name"])]
+        row["peak_mb"] = round(
+            float(subprocess.check_output(command, text=True).split()[-1])
+        )
+    n_srcs = bench.model.plan.n_srcs
+    buffer_mb = n_srcs * config.batch_size * config.seq_len * 768 * 4 / 1e6
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(
+        json.dumps({"buffer_mb": buffer_mb, "cases": rows}, indent=2) + "\n"
+    )
+    _print(rows, buffer_mb, config)
+
+
+def _measure(case: Case, rounds: int) -> dict[str, str | float | None]:
+    case.run()
+    case.plain()
+    times, plain_times = [], []
+    for _ in range(rounds):
+        plain_times.append(_seconds(case.plain))
+        times.append(_seconds(case.run))
+    best, plain = min(times), min(plain_times)
+    return {
+        "name": case.name,
+        "seconds": best,
+        "plain_seconds": plain,
+        "ratio": best / plain,
+        "budget": case.budget,
+    }
+
+
+def _seconds(run: Run) -> float:
+    """The seconds that the run returns, or else the seconds that it takes."""
+    start = time.perf_counter()
+    seconds = run()
+    return seconds if isinstance(seconds, float) else time.perf_counter() - start
+
+
+def _measure_memory(name: str) -> int:
+    command = [sys.executable, __file__, "--memory-of", name]
+    # With an allocator that gives memory back, so that what is used can be seen.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    printed = subprocess.check_output(
+        command, env=env, stderr=subprocess.DEVNULL, text=True
+    )
+    return round(float(printed.split()[-1]))
+
+
+def _peak_memory(run: Run) -> float:
+    """MB above what is there before the run (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest value so far
+    before = _status_mb("VmRSS")
+    run()
+    return _status_mb("VmHWM") - before
+
+
+def _status_mb(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise ValueError(field)
+
+
+def _print(
+    rows: list[dict[str, str | float | None]], buffer_mb: float, config: BenchConfig
+) -> None:
+    table = Table(
+        title=f"GPT-2 small, batch {config.batch_size} x {config.seq_len} tokens"
+    )
+    table.add_column("Case")
+    for title in ("Seconds", "Plain model", "Ratio", "Budget", "Peak MB"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        budget = "-" if row["budget"] is None else f"{row['budget']:.2f}"
+        table.add_row(
+            str(row["name"]),
+            f"{row['seconds']:.3f}",
+            f"{row['plain_seconds']:.3f}",
+            f"{row['ratio']:.2f}",
+            budget,
+            f"{row['peak_mb']:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"One buffer of source activations is {buffer_mb:.0f} MB. JSON: {config.out}"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchConfig, description=__doc__))
