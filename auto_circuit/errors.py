@@ -30,6 +30,10 @@ class ConfigError(AutoCircuitError, ValueError):
     """An argument or a configuration field has a value that makes no sense."""
 
 
+class TrainingError(AutoCircuitError, ArithmeticError):
+    """A training of masks has diverged."""
+
+
 def near_matches(name: str, known: Iterable[str], n: int = 3) -> str:
     """A clause that names the closest known names, for the end of an error's text."""
     matches = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)

@@ -74,8 +74,7 @@ def run_circuits(
             with patch_mode(model, patch_src_outs):
                 for n_edges, mask in masks.items():
                     set_masks(model, mask)
-                    output = model(tokens, **kwargs)[model.out_slice]
-                    outputs[n_edges][batch.key] = output.clone()
+                    outputs[n_edges][batch.key] = model.sliced(tokens, **kwargs).clone()
     return outputs
 
 

@@ -6,14 +6,35 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch as t
 from torch.nn import Module
 
 from auto_circuit.data import PromptDataLoader, load_datasets_from_json
 from auto_circuit.errors import ConfigError, DataError, near_matches
+from auto_circuit.metrics.official_circuits.circuits.docstring_official import (
+    docstring_node_based_official_edges,
+    docstring_true_edges,
+)
+from auto_circuit.metrics.official_circuits.circuits.greaterthan_official import (
+    greaterthan_true_edges,
+)
+from auto_circuit.metrics.official_circuits.circuits.ioi_official import (
+    ioi_head_based_official_edges,
+    ioi_true_edges,
+)
+from auto_circuit.metrics.official_circuits.circuits.sports_players_official import (
+    sports_players_true_edges,
+)
+from auto_circuit.metrics.official_circuits.circuits.tracr.reverse_official import (
+    tracr_reverse_true_edges,
+)
+from auto_circuit.metrics.official_circuits.circuits.tracr.xproportion_official import (
+    tracr_xproportion_official_edges,
+)
 from auto_circuit.model_utils.load_model import load_transformer
+from auto_circuit.model_utils.tracr_model_utils import TRACR_TASK_KEY, get_tracr_model
 from auto_circuit.types import AutoencoderInput, Edge, OutputSlice, TaskKey
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.misc import repo_path_to_abs_path
@@ -122,6 +143,9 @@ class Task:
                 f"The task {self.key!r} asks for sparse autoencoders "
                 "(`autoencoder_input`), which this version cannot insert."
             )
+        for program in get_args(TRACR_TASK_KEY):
+            if self._model_def == program:
+                return get_tracr_model(program, self._device)[0]
         return load_transformer(self._model_def, self._device, self.dtype)
 
     @property
@@ -172,8 +196,8 @@ POCKET_MODEL = Path(__file__).parent / "pocket_model"
 POCKET_IOI_TASK = Task(
     key="Pocket IOI",
     name="Indirect Object Identification (pocket model)",
-    batch_size=64,
-    batch_count=1,
+    batch_size=(16, 64),
+    batch_count=(4, 1),
     token_circuit=False,
     _model_def=POCKET_MODEL,
     _dataset_name="pocket/ioi_prompts",
@@ -181,8 +205,8 @@ POCKET_IOI_TASK = Task(
 POCKET_IOI_TOKEN_TASK = Task(
     key="Pocket IOI Tokens",
     name="Indirect Object Identification by position (pocket model)",
-    batch_size=64,
-    batch_count=1,
+    batch_size=(16, 64),
+    batch_count=(4, 1),
     token_circuit=True,
     _model_def=POCKET_MODEL,
     _dataset_name="pocket/ioi_single_template_prompts",
@@ -190,8 +214,8 @@ POCKET_IOI_TOKEN_TASK = Task(
 POCKET_GREATERTHAN_TASK = Task(
     key="Pocket Greaterthan",
     name="Greater-than (pocket model)",
-    batch_size=64,
-    batch_count=1,
+    batch_size=(16, 64),
+    batch_count=(4, 1),
     token_circuit=False,
     _model_def=POCKET_MODEL,
     _dataset_name="pocket/greaterthan_prompts",
@@ -199,8 +223,8 @@ POCKET_GREATERTHAN_TASK = Task(
 POCKET_DOCSTRING_TASK = Task(
     key="Pocket Docstring",
     name="Docstring completion by position (pocket model)",
-    batch_size=64,
-    batch_count=1,
+    batch_size=(16, 64),
+    batch_count=(4, 1),
     token_circuit=True,
     _model_def=POCKET_MODEL,
     _dataset_name="pocket/docstring_prompts",
@@ -223,6 +247,7 @@ SPORTS_PLAYERS_TOKEN_CIRCUIT_TASK = Task(
     _model_def="EleutherAI/pythia-2.8b-deduped",
     _dataset_name="sports-players/sports_players_pythia-2.8b-deduped_prompts",
     separate_qkv=False,
+    _true_edge_func=sports_players_true_edges,
 )
 SPORTS_PLAYERS_COMPONENT_CIRCUIT_TASK = Task(
     key="Sports Players Component Circuit",
@@ -234,6 +259,7 @@ SPORTS_PLAYERS_COMPONENT_CIRCUIT_TASK = Task(
     _dataset_name="sports-players/sports_players_pythia-2.8b-deduped_prompts",
     separate_qkv=False,
     dtype=t.bfloat16,
+    _true_edge_func=sports_players_true_edges,
 )
 IOI_TOKEN_CIRCUIT_TASK = Task(
     key="Indirect Object Identification Token Circuit",
@@ -243,6 +269,7 @@ IOI_TOKEN_CIRCUIT_TASK = Task(
     token_circuit=True,
     _model_def="gpt2-small",
     _dataset_name="ioi/ioi_vanilla_template_prompts",
+    _true_edge_func=ioi_head_based_official_edges,
 )
 IOI_COMPONENT_CIRCUIT_TASK = Task(
     key="Indirect Object Identification Component Circuit",
@@ -252,6 +279,7 @@ IOI_COMPONENT_CIRCUIT_TASK = Task(
     token_circuit=False,
     _model_def="gpt2-small",
     _dataset_name="ioi/ioi_prompts",
+    _true_edge_func=ioi_true_edges,
 )
 DOCSTRING_TOKEN_CIRCUIT_TASK = Task(
     key="Docstring Token Circuit",
@@ -261,6 +289,7 @@ DOCSTRING_TOKEN_CIRCUIT_TASK = Task(
     token_circuit=True,
     _model_def="attn-only-4l",
     _dataset_name="docstring_prompts",
+    _true_edge_func=docstring_node_based_official_edges,
 )
 DOCSTRING_COMPONENT_CIRCUIT_TASK = Task(
     key="Docstring Component Circuit",
@@ -270,6 +299,7 @@ DOCSTRING_COMPONENT_CIRCUIT_TASK = Task(
     token_circuit=False,
     _model_def="attn-only-4l",
     _dataset_name="docstring_prompts",
+    _true_edge_func=docstring_true_edges,
 )
 GREATERTHAN_COMPONENT_CIRCUIT_TASK = Task(
     key="Greaterthan Component Circuit",
@@ -279,10 +309,41 @@ GREATERTHAN_COMPONENT_CIRCUIT_TASK = Task(
     token_circuit=False,
     _model_def="gpt2-small",
     _dataset_name="greaterthan_gpt2-small_prompts",
+    _true_edge_func=greaterthan_true_edges,
+)
+
+# Compiled programs, whose circuits are known exactly. Their models come with the package.
+
+TRACR_REVERSE_TOKEN_CIRCUIT_TASK = Task(
+    key="Tracr reverse Token Circuit",
+    name="Tracr reverse",
+    batch_size=11,
+    batch_count=11,
+    token_circuit=True,
+    _model_def="reverse",
+    _dataset_name="tracr/tracr_reverse_len_5_prompts",
+    slice_output="not_first_seq",
+    _true_edge_func=tracr_reverse_true_edges,
+)
+TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK = Task(
+    key="Tracr xproportion Token Circuit",
+    name="Tracr xproportion",
+    batch_size=64,
+    batch_count=8,
+    token_circuit=True,
+    _model_def="xproportion",
+    _dataset_name="tracr/tracr_xproportion_len_5_prompts",
+    slice_output="not_first_seq",
+    _true_edge_func=tracr_xproportion_official_edges,
+)
+TRACR_TASKS: tuple[Task, ...] = (
+    TRACR_REVERSE_TOKEN_CIRCUIT_TASK,
+    TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK,
 )
 
 TASKS: tuple[Task, ...] = (
     *POCKET_TASKS,
+    *TRACR_TASKS,
     SPORTS_PLAYERS_TOKEN_CIRCUIT_TASK,
     SPORTS_PLAYERS_COMPONENT_CIRCUIT_TASK,
     IOI_TOKEN_CIRCUIT_TASK,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch as t
 from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
@@ -105,6 +106,19 @@ ARCHITECTURES: dict[str, Callable[[], TransformerBridge]] = {
     "llama": llama,
     "qwen2": qwen2,
 }
+
+
+# Every test of an architecture runs on two of them; --runslow runs it on all.
+FAST = ("gpt2", "llama")
+
+
+def architectures(*more: str) -> list[Any]:
+    """The names of all architectures, as parameters of a test."""
+    names = [*ARCHITECTURES, *more]
+    return [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in names
+    ]
 
 
 def tokens(batch: int, seq: int, seed: int = 0) -> Tensor:

@@ -23,16 +23,7 @@ API: dict[str, Any] = json.loads(
 TO_COME = (
     "auto_circuit.experiment_utils:IOI_CIRCUIT_TYPE",
     "auto_circuit.experiment_utils:ioi_circuit_single_template_logit_diff_percent",
-    "auto_circuit.metrics.completeness_metrics.",
-    "auto_circuit.metrics.official_circuits.",
-    "auto_circuit.metrics.prune_scores_similarity:",
     "auto_circuit.model_utils.sparse_autoencoders.",
-    "auto_circuit.model_utils.tracr_model_utils:",
-    "auto_circuit.prune_algos.ACDC:",
-    "auto_circuit.prune_algos.circuit_probing:",
-    "auto_circuit.prune_algos.subnetwork_probing:",
-    "auto_circuit.prune_algos.prune_algos:CIRCUIT_TREE_PROBING_PRUNE_ALGO",
-    "auto_circuit.visualize:",
 )
 PRIVATE = "__init_complete__"  # of auto-circuit's Task: not for users
 

@@ -20,7 +20,15 @@ from auto_circuit.utils.graph_utils import (
     unpatch,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
-from tests.models import ARCHITECTURES, gemma2, gpt2, llama, state_snapshot, tokens
+from tests.models import (
+    ARCHITECTURES,
+    architectures,
+    gemma2,
+    gpt2,
+    llama,
+    state_snapshot,
+    tokens,
+)
 from tests.path_patching import patch_each_edge
 
 SEQ = 5
@@ -34,7 +42,7 @@ GRAPHS = [
     for seq_len, positions in ((None, "all"), (SEQ, "positions"))
 ]
 on_all_graphs = pytest.mark.parametrize("factorized,separate_qkv,seq_len", GRAPHS)
-on_all_architectures = pytest.mark.parametrize("name", [*ARCHITECTURES, "gemma2"])
+on_all_architectures = pytest.mark.parametrize("name", architectures("gemma2"))
 
 
 def make(name: str, *graph: object) -> PatchableModel:
@@ -97,7 +105,7 @@ def test_outside_of_patch_mode_and_after_unpatch_the_model_is_bit_for_bit_bare(
     assert t.equal(bridge(CLEAN), bare)
 
 
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
+@pytest.mark.parametrize("name", architectures())
 @pytest.mark.parametrize("separate_qkv", [True, False], ids=["qkv", "head"])
 @pytest.mark.parametrize("seq_len", [None, SEQ], ids=["all", "positions"])
 def test_each_single_edge_is_an_independent_path_patch(
@@ -163,7 +171,7 @@ def test_sparse_and_dense_computations_agree(
     )
 
 
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
+@pytest.mark.parametrize("name", architectures())
 @on_all_graphs
 def test_mask_gradients_are_finite_differences(
     name: str, factorized: bool, separate_qkv: bool, seq_len: int | None
@@ -246,7 +254,7 @@ def test_tied_masks_over_positions_are_masks_without_positions() -> None:
 
 
 @pytest.mark.parametrize("dtype,atol", [(t.float64, 1e-12), (t.bfloat16, 0.05)])
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
+@pytest.mark.parametrize("name", architectures())
 def test_other_float_types(name: str, dtype: t.dtype, atol: float) -> None:
     bridge = ARCHITECTURES[name]().to(dtype)
     model = patchable_model(bridge, True, separate_qkv=True)
@@ -261,7 +269,7 @@ def test_other_float_types(name: str, dtype: t.dtype, atol: float) -> None:
     t.testing.assert_close(run_with_grad(model, CLEAN, patch), corrupt, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
+@pytest.mark.parametrize("name", architectures())
 @on_all_graphs
 def test_patch_idx_is_a_bijection_between_edges_and_mask_entries(
     name: str, factorized: bool, separate_qkv: bool, seq_len: int | None

@@ -17,7 +17,7 @@ from auto_circuit.utils.ablation_activations import batch_src_ablations, src_abl
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import CLEAN, micro_loader, micro_model
-from tests.models import ARCHITECTURES, gpt2, llama, state_snapshot, tokens
+from tests.models import ARCHITECTURES, architectures, gpt2, llama, state_snapshot, tokens
 
 EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
 ALL_CASES = [
@@ -160,7 +160,7 @@ def plain_outputs(model: PatchableModel, loader: PromptDataLoader) -> dict[str, 
         }
 
 
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
+@pytest.mark.parametrize("name", architectures())
 @pytest.mark.parametrize("seq_len", [None, 5], ids=["all", "positions"])
 @pytest.mark.parametrize("patch_type,reverse", ALL_CASES)
 def test_no_edges_and_all_edges(

@@ -149,5 +149,6 @@ MICRO_MODEL_ADAPTER = ModelAdapter(
     find_module=lambda model, module_name: model.get_submodule(module_name),
     open_sites=lambda model, separate_qkv: nullcontext(),
     probe_input=lambda model: t.arange(12.0).reshape(2, 3, 2) - 4.0,
+    find_unembed=lambda model: None,
     is_transformer=False,
 )

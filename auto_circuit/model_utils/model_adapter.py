@@ -47,6 +47,9 @@ class ModelAdapter:
     open_sites: (model, separate_qkv) -> a context in which every such module fires; it
         restores the model's switches on exit.
     probe_input: model -> a small input to check the graph with.
+    find_unembed: model -> the module that turns the final residual stream into outputs,
+        position by position, if there is one: outputs that nobody asks for are not
+        computed.
     is_transformer: do its nodes need `separate_qkv`, and may it have a KV cache?
     """
 
@@ -57,4 +60,5 @@ class ModelAdapter:
     find_module: Callable[[Module, str], Module]
     open_sites: Callable[[Module, bool | None], AbstractContextManager[None]]
     probe_input: Callable[[Module], Tensor]
+    find_unembed: Callable[[Module], Module | None]
     is_transformer: bool

@@ -324,6 +324,7 @@ TRANSFORMER_BRIDGE_ADAPTER = ModelAdapter(
     find_module=_find_module,
     open_sites=_open_sites,
     probe_input=_probe_input,
+    find_unembed=lambda model: getattr(model, "unembed", None),
     is_transformer=True,
 )
 

@@ -74,7 +74,7 @@ def mask_gradient_prune_scores(
             with patch_mode(model, patch_src_outs, overwrite_patch=once):
                 for point in points:
                     set_all_masks(model, point)
-                    outputs = model(tokens, **kwargs)[model.out_slice]
+                    outputs = model.sliced(tokens, **kwargs)
                     loss = answer_loss(outputs, batch, grad_function, answer_function)
                     (loss * len(tokens)).backward()
         total = n_prompts * len(points)

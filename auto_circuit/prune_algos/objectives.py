@@ -8,12 +8,20 @@ import torch as t
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from auto_circuit.data import PromptPairBatch
+from auto_circuit.data import Answers, PromptPairBatch
 from auto_circuit.errors import ConfigError
-from auto_circuit.utils.tensor_ops import batch_avg_answer_diff, batch_avg_answer_val
+from auto_circuit.utils.tensor_ops import (
+    batch_answer_diffs,
+    batch_avg_answer_diff,
+    batch_avg_answer_val,
+    multibatch_kl_div,
+)
 
 GradFunction = Literal["logit", "prob", "logprob", "logit_exp"]
-AnswerFunction = Literal["avg_diff", "avg_val", "mse"]
+AnswerFunction = Literal["avg_diff", "avg_val", "max_diff", "mse"]
+FaithfulnessTarget = Literal[
+    "kl_div", "mse", "answer", "wrong_answer", "correct_percent", "logit_diff_percent"
+]
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -47,7 +55,8 @@ def answer_loss(
 ) -> Tensor:
     """The mean over a batch's prompts of a loss that is low when answers are right.
 
-    avg_diff: -(answer - wrong answer). avg_val: -answer. mse: the squared error to
+    avg_diff: -(answer - wrong answer), means where there are several. avg_val: -answer.
+    max_diff: -(the best answer - the best wrong answer). mse: the squared error to
     `batch.answers` (for models whose outputs are the answers).
     """
     values = answer_values(outputs, grad_function)
@@ -55,6 +64,12 @@ def answer_loss(
         return -batch_avg_answer_diff(values, batch)
     if answer_function == "avg_val":
         return -batch_avg_answer_val(values, batch)
+    if answer_function == "max_diff":
+        best, best_wrong = (
+            _best_values(values, answers)
+            for answers in (batch.answers, batch.wrong_answers)
+        )
+        return -(best - best_wrong).mean()
     if not isinstance(batch.answers, Tensor):
         raise ConfigError(
             "The mean squared error needs the same number of answers for every prompt; "
@@ -62,3 +77,51 @@ def answer_loss(
         )
     targets = batch.answers.to(values.dtype)
     return mse_loss(values, targets.expand_as(values))
+
+
+def _best_values(values: Tensor, answers: Answers) -> Tensor:
+    """The largest value among each prompt's answers."""
+    rows = zip(values, answers, strict=True)
+    return t.stack([row[..., idxs].amax() for row, idxs in rows])
+
+
+def faithfulness_loss(
+    target: FaithfulnessTarget,
+    outputs: Tensor,
+    batch: PromptPairBatch,
+    clean_outputs: Tensor,
+) -> Tensor:
+    """How unlike the full model a circuit is: a mean over a batch's prompts, to lower.
+
+    outputs, clean_outputs: logits of the circuit and of the full model [batch *pos vocab].
+    kl_div: KL(model || circuit), nats. mse: to `batch.answers`. answer, wrong_answer:
+    minus that logit. correct_percent: minus the share of prompts whose answer is the
+    likeliest word, smoothed to sigmoid(answer - best other), so that it has a gradient.
+    logit_diff_percent: |100 - the circuit's answer difference in % of the model's|.
+
+    Differs from auto-circuit, whose correct_percent had no gradient and the wrong sign.
+    """
+    if target == "kl_div":
+        return multibatch_kl_div(outputs.log_softmax(-1), clean_outputs.log_softmax(-1))
+    if target == "mse":
+        return answer_loss(outputs, batch, "logit", "mse")
+    if target == "answer":
+        return -batch_avg_answer_val(outputs, batch)
+    if target == "wrong_answer":
+        return -batch_avg_answer_val(outputs, batch, wrong_answer=True)
+    if target == "correct_percent":
+        return -_smooth_accuracy(outputs, batch)
+    percents = (
+        100
+        * batch_answer_diffs(outputs, batch)
+        / batch_answer_diffs(clean_outputs, batch)
+    )
+    return (100 - percents).abs().mean()
+
+
+def _smooth_accuracy(outputs: Tensor, batch: PromptPairBatch) -> Tensor:
+    margins = []
+    for row, answers in zip(outputs, batch.answers, strict=True):
+        others = row.index_fill(-1, answers, -t.inf)
+        margins.append(row[..., answers].amax() - others.amax())
+    return t.sigmoid(t.stack(margins)).mean()

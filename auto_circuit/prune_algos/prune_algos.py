@@ -6,8 +6,23 @@ from collections.abc import Sequence
 
 from auto_circuit.errors import ConfigError, near_matches
 from auto_circuit.metrics.protocols import PrunableTask
+from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO, MSE_ACDC_PRUNE_ALGO
 from auto_circuit.prune_algos.activation_magnitude import ACT_MAG_PRUNE_ALGO
+from auto_circuit.prune_algos.circuit_probing import (
+    CIRCUIT_PROBING_PRUNE_ALGO,
+    CIRCUIT_TREE_PROBING_PRUNE_ALGO,
+    MSE_CIRCUIT_TREE_PROBING_PRUNE_ALGO,
+    OPPOSITE_TREE_PROBING_PRUNE_ALGO,
+)
+from auto_circuit.prune_algos.edge_pruning import EDGE_PRUNING_PRUNE_ALGO
+from auto_circuit.prune_algos.exact_edge_patching import EXACT_EDGE_PATCHING_PRUNE_ALGO
 from auto_circuit.prune_algos.ground_truth import GROUND_TRUTH_PRUNE_ALGO
+from auto_circuit.prune_algos.head_importance import HEAD_IMPORTANCE_PRUNE_ALGO
+from auto_circuit.prune_algos.integrated_gradients import (
+    ACTIVATION_INTEGRATED_GRADIENTS_PRUNE_ALGO,
+    CLEAN_CORRUPT_PRUNE_ALGO,
+    INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
+)
 from auto_circuit.prune_algos.mask_gradient import (
     INTEGRATED_EDGE_GRADS_LOGIT_DIFF_PRUNE_ALGO,
     LOGIT_DIFF_GRAD_PRUNE_ALGO,
@@ -15,12 +30,19 @@ from auto_circuit.prune_algos.mask_gradient import (
     LOGPROB_DIFF_GRAD_PRUNE_ALGO,
     LOGPROB_GRAD_PRUNE_ALGO,
 )
+from auto_circuit.prune_algos.matryoshka import MATRYOSHKA_PRUNE_ALGO
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.prune_algos.random_edges import RANDOM_PRUNE_ALGO
+from auto_circuit.prune_algos.subnetwork_probing import (
+    MSE_SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
+    SUBNETWORK_EDGE_PROBING_PRUNE_ALGO,
+    SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
+)
 from auto_circuit.types import AlgoKey, PruneScores, TaskPruneScores
 from auto_circuit.utils.custom_tqdm import tqdm
 
 __all__ = [
+    "CIRCUIT_TREE_PROBING_PRUNE_ALGO",
     "GROUND_TRUTH_PRUNE_ALGO",
     "LOGIT_DIFF_GRAD_PRUNE_ALGO",
     "PRUNE_ALGOS",
@@ -35,11 +57,27 @@ PRUNE_ALGOS: tuple[PruneAlgo, ...] = (
     GROUND_TRUTH_PRUNE_ALGO,
     ACT_MAG_PRUNE_ALGO,
     RANDOM_PRUNE_ALGO,
+    ACDC_PRUNE_ALGO,
+    MSE_ACDC_PRUNE_ALGO,
+    EXACT_EDGE_PATCHING_PRUNE_ALGO,
     INTEGRATED_EDGE_GRADS_LOGIT_DIFF_PRUNE_ALGO,
     LOGPROB_GRAD_PRUNE_ALGO,
     LOGPROB_DIFF_GRAD_PRUNE_ALGO,
     LOGIT_DIFF_GRAD_PRUNE_ALGO,
     LOGIT_MSE_GRAD_PRUNE_ALGO,
+    INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
+    ACTIVATION_INTEGRATED_GRADIENTS_PRUNE_ALGO,
+    CLEAN_CORRUPT_PRUNE_ALGO,
+    HEAD_IMPORTANCE_PRUNE_ALGO,
+    SUBNETWORK_EDGE_PROBING_PRUNE_ALGO,
+    CIRCUIT_PROBING_PRUNE_ALGO,
+    SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
+    CIRCUIT_TREE_PROBING_PRUNE_ALGO,
+    MSE_SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
+    MSE_CIRCUIT_TREE_PROBING_PRUNE_ALGO,
+    OPPOSITE_TREE_PROBING_PRUNE_ALGO,
+    EDGE_PRUNING_PRUNE_ALGO,
+    MATRYOSHKA_PRUNE_ALGO,
 )
 PRUNE_ALGO_DICT: dict[AlgoKey, PruneAlgo] = {algo.key: algo for algo in PRUNE_ALGOS}
 

@@ -15,7 +15,7 @@ from auto_circuit.data import BatchKey, PromptDataLoader, PromptPairBatch
 from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.types import AblationType
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
-from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.patchable_model import PatchableModel, last_position_only
 
 SrcOuts = Float[Tensor, "src batch seq d_model"]
 Side = Literal["clean", "corrupt"]
@@ -187,7 +187,7 @@ def record_src_outs(
             buffer = heads.new_empty(shape)
         buffer[:, :, wrapper.src_idxs] = heads
 
-    with t.no_grad(), _recorded(model, record):
+    with t.no_grad(), _recorded(model, record), last_position_only(model):
         model(inputs, **kwargs)
     assert buffer is not None
     return buffer.movedim(2, 0)

@@ -26,7 +26,7 @@ from auto_circuit.utils.patch_session import (
     edge_block_groups,
 )
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
-from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.patchable_model import LAST_POSITION, PatchableModel
 
 __all__ = [
     "edge_counts_util",
@@ -117,7 +117,7 @@ def unpatch(model: PatchableModel) -> Module:
 def _out_slice(slice_output: OutputSlice) -> slice | tuple[slice | int, ...]:
     slices: dict[OutputSlice, slice | tuple[slice | int, ...]] = {
         None: slice(None),
-        "last_seq": (slice(None), -1),
+        "last_seq": LAST_POSITION,
         "not_first_seq": (slice(None), slice(1, None)),
     }
     if slice_output not in slices:
@@ -341,6 +341,7 @@ def patch_mode(
     edges: Collection[Edge | str] | None = None,
     curr_src_outs: Float[Tensor, "src batch seq d_model"] | None = None,
     overwrite_patch: bool = False,
+    differences: bool = False,
 ) -> Iterator[None]:
     """Inside, a call of `model` patches `patch_src_outs` along the edges of its masks.
 
@@ -350,6 +351,8 @@ def patch_mode(
     curr_src_outs: a tensor that receives each source's output, if given.
     overwrite_patch: `patch_src_outs` may be overwritten, which saves memory of its size;
         `model` can then be called once.
+    differences: `patch_src_outs` already holds what a patched edge adds to what its
+        destination reads: nothing is subtracted, whatever the sources write.
 
     On exit, hooks, switches and masks are what they were. Raises GraphError for an
     unknown edge, for activations of the wrong shape, and for nested use.
@@ -370,6 +373,7 @@ def patch_mode(
         model.constants,
         lambda: any(p.requires_grad for p in model.parameters()),
         overwrite_patch,
+        differences,
     )
     with ExitStack() as stack:
         stack.enter_context(

@@ -327,6 +327,8 @@ class PatchSession:
     needs_grad: may gradients be asked for?
     overwrite_patch: may `patch_src_outs` be overwritten with the differences? Saves a
         tensor of that size; one forward pass only.
+    differences: are `patch_src_outs` the differences themselves? They then do not depend
+        on what the sources write.
     """
 
     def __init__(
@@ -337,6 +339,7 @@ class PatchSession:
         constants: dict[str, Tensor],
         needs_grad: Callable[[], bool],
         overwrite_patch: bool = False,
+        differences: bool = False,
     ) -> None:
         self.plan = plan
         self.patch = patch_src_outs
@@ -344,6 +347,7 @@ class PatchSession:
         self.constants = constants
         self.needs_grad = needs_grad
         self.overwrite_patch = overwrite_patch
+        self.differences = differences
         self.run: ForwardPass | None = None
         self._patch_sums: dict[tuple[int, int], Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -392,7 +396,7 @@ class PatchSession:
             run = self._running()
             heads = out if wrapper.head_dim is not None else out.unsqueeze(2)
             self._record(run, srcs, heads.detach())
-            if t.is_grad_enabled() and out.requires_grad:
+            if t.is_grad_enabled() and out.requires_grad and not self.differences:
                 return _WriteSource.apply(out, run, srcs)  # type: ignore[no-any-return]
             return None
 
@@ -407,11 +411,17 @@ class PatchSession:
         if len(recorded) == len(all_srcs):
             first = run.slots[srcs.start]
             out = run.diff[:, :, first : first + len(recorded)]
-            t.sub(self.patch[srcs].movedim(0, 2), heads, out=out)
+            self._subtract(self.patch[srcs].movedim(0, 2), heads, out)
             return
         for i in recorded:
             out = run.diff[:, :, run.slots[srcs.start + i]]
-            t.sub(self.patch[srcs.start + i], heads[:, :, i], out=out)
+            self._subtract(self.patch[srcs.start + i], heads[:, :, i], out)
+
+    def _subtract(self, patch: Tensor, current: Tensor, out: Tensor) -> None:
+        if self.differences:
+            out.copy_(patch)
+        else:
+            t.sub(patch, current, out=out)
 
     def _running(self) -> ForwardPass:
         if self.run is None:
@@ -498,7 +508,8 @@ class PatchSession:
         for group in self.plan.block_groups:
             base = patched
             ports = {port for block in group for port in block.ports}
-            if not any(port.additive for port in ports):
+            # Fixed differences do not lead to the patched-in run.
+            if not self.differences and not any(port.additive for port in ports):
                 if _n_columns(unpatched, group) < _n_columns(patched, group):
                     base = unpatched
                     on_patched_base += ports

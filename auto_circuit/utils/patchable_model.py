@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 from warnings import warn
@@ -19,6 +20,7 @@ from auto_circuit.types import DestNode, Edge, Node, PruneScores, SrcNode
 from auto_circuit.utils.patch_session import PatchPlan, PatchSession
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
 
+LAST_POSITION = (slice(None), -1)
 EdgeDict = dict[int | None, list[Edge]]
 
 
@@ -233,6 +235,15 @@ class PatchableModel(Module):
         args, kwargs = self._model_call(args, kwargs)
         return self.wrapped_model(*args, **kwargs)
 
+    def sliced(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`model(...)[model.out_slice]`.
+
+        If that is the last position, no other position is unembedded: with a large
+        vocabulary a third of a small model's work.
+        """
+        with last_position_only(self):
+            return self(*args, **kwargs)[self.out_slice]
+
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         """TransformerLens's `run_with_cache`, with the prefix."""
         args, kwargs = self._model_call(args, kwargs)
@@ -276,6 +287,24 @@ class PatchableModel(Module):
                 )
             return None
         return 1 - is_padding if n_padding > 0 else None
+
+
+@contextmanager
+def last_position_only(model: PatchableModel) -> Iterator[None]:
+    """Inside, outputs have one position, the last one, if that is all that counts."""
+    unembed = model.adapter.find_unembed(model.wrapped_model)
+    if unembed is None or model.out_slice != LAST_POSITION:
+        yield
+        return
+
+    def cut(module: Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, -1:], *args[1:])
+
+    handle = unembed.register_forward_pre_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _one_prefix(kv_caches: Sequence[PrefixCache | None]) -> PrefixCache | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch as t
@@ -29,15 +32,51 @@ GRAPHS = {
     "positions": lambda: patchable_model(gpt2(), True, "last_seq", 5, separate_qkv=True),
     "nodes": lambda: patchable_model(gpt2(), False, "last_seq", separate_qkv=True),
 }
+# Trainings, cut short: what they must do here does not depend on how long they last.
+SHORT = {
+    "epochs": 2,
+    "n_steps": 3,
+    "integrated_grad_samples": 3,
+    "circuit_sizes": (5, 20),
+}
+QUICK = (
+    "Official Circuit",
+    "Random",
+    "Act Mag",
+    "Edge Answer Logit Diff Gradient At Clean",
+    "Subnetwork Tree Probing",
+    "Edge Pruning",
+    "Matryoshka Attribution",
+)
 on_all_algos = pytest.mark.parametrize("algo", PRUNE_ALGOS, ids=lambda algo: algo.key)
 
 
 def score(algo: PruneAlgo, model: PatchableModel) -> PruneScores:
-    return algo.func(model, token_loader(), list(model.edges)[::7])
+    func = algo.func
+    if isinstance(func, partial):
+        parameters = inspect.signature(func.func).parameters
+        short = {name: value for name, value in SHORT.items() if name in parameters}
+        if func.keywords.get("integrated_grad_samples") is None:
+            short.pop("integrated_grad_samples", None)
+        func = partial(func, **short)
+    return func(model, token_loader(3, 2), list(model.edges)[::7])
 
 
-@on_all_algos
-@pytest.mark.parametrize("graph", list(GRAPHS))
+def algos_and_graphs() -> list[Any]:
+    """All pairs; the quick ones without --runslow."""
+    return [
+        pytest.param(
+            algo,
+            graph,
+            id=f"{algo.key}-{graph}",
+            marks=() if graph == "gpt2" and algo.key in QUICK else pytest.mark.slow,
+        )
+        for algo in PRUNE_ALGOS
+        for graph in GRAPHS
+    ]
+
+
+@pytest.mark.parametrize("algo,graph", algos_and_graphs())
 def test_scores_fit_the_graph_and_the_model_is_left_alone(
     algo: PruneAlgo, graph: str
 ) -> None:
@@ -64,7 +103,8 @@ def test_no_prompts(algo: PruneAlgo) -> None:
     rows = t.zeros(0, 5, dtype=t.long)
     loader = PromptDataLoader(PromptDataset(rows, rows, [], []), None, 0)
     with pytest.raises(AutoCircuitError, match="no prompts"):
-        algo.func(GRAPHS["gpt2"](), loader, None)
+        model = GRAPHS["gpt2"]()
+        algo.func(model, loader, list(model.edges)[:3])
 
 
 def test_keys_are_different_and_lead_to_their_algorithms() -> None:

@@ -22,7 +22,7 @@ from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import micro_loader, micro_model
-from tests.models import ARCHITECTURES, gpt2
+from tests.models import ARCHITECTURES, architectures, gpt2
 from tests.test_prune import token_loader
 
 EAP: dict[str, Any] = {
@@ -101,7 +101,7 @@ def reference_eap(model: PatchableModel, clean: Tensor, corrupt: Tensor) -> Tens
     return t.stack(scores)
 
 
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
+@pytest.mark.parametrize("name", architectures())
 def test_eap_is_gradient_times_difference(name: str) -> None:
     model = make(name)
     loader = token_loader(4, 4)

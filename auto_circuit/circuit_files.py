@@ -1,0 +1,629 @@
+"""Circuits as files: our own JSON, and the format of the MIB circuit track.
+
+Our JSON names every edge, so that a person can read it and another program can write it:
+
+    {"format": "auto_circuit circuit", "version": 1, "task": "Pocket IOI",
+     "model": {"name": "pocket_model", "factorized": true, ...},
+     "edges": {"A0.3->A2.0.Q": 0.71, "MLP 3->Resid End": -0.2}}
+
+An edge that is not named has the score 0. Where positions have edges of their own, a name
+ends with its position: "A0.3->A2.0.Q @ 4". Nothing is pickled; loading a file runs nothing.
+
+The MIB format (Mueller et al. 2025, https://arxiv.org/abs/2504.13151) is that of the
+EAP-IG package of M. Hanna: `input`, `a0.h1`, `m0` and `logits` are nodes, `a0.h1->a2.h3<q>`
+is an edge. It knows no positions, always tells query, key and value apart, and is always
+factorized.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, cast
+from zipfile import BadZipFile
+
+import torch as t
+from torch import Tensor
+
+from auto_circuit.errors import ConfigError, DataError, GraphError, near_matches
+from auto_circuit.model_utils.transformer_lens_utils import (
+    has_parallel_attention,
+    n_kv_heads,
+)
+from auto_circuit.types import DestNode, Edge, PruneScores, SrcNode
+from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import circuit_mask
+
+FORMAT = "auto_circuit circuit"
+VERSION = 1
+
+ScoredEdge = tuple[Edge, float]
+
+# ------------------------------------------------------------------ scores <-> edges
+
+
+def scored_edges(
+    model: PatchableModel, prune_scores: PruneScores, threshold: int | float = 0.0
+) -> list[ScoredEdge]:
+    """The edges with |score| >= `threshold` (and not 0) and their scores, in order.
+
+    Makes Edges only of these, so it is fast on large graphs. Raises GraphError for
+    scores that do not fit the graph, or are not numbers (NaN).
+    """
+    _check_scores(model, prune_scores)
+    dests = {(dest.module_name, dest.head_idx): dest for dest in model.dests}
+    found = []
+    for module_name, raw_scores in prune_scores.items():
+        scores = raw_scores.detach().cpu().double()
+        idxs = ((scores.abs() >= threshold) & (scores != 0)).nonzero()
+        values = scores[tuple(idxs.T)].tolist()
+        has_heads = (module_name, None) not in dests
+        for idx, value in zip(idxs.tolist(), values, strict=True):
+            dest = dests[module_name, idx[-2] if has_heads else None]
+            src = model.srcs[dest.min_src_idx + idx[-1]]
+            found.append((Edge(src, dest, idx[0] if model.seq_len else None), value))
+    return sorted(found)
+
+
+def _check_scores(model: PatchableModel, prune_scores: PruneScores) -> None:
+    shapes = {name: tuple(scores.shape) for name, scores in prune_scores.items()}
+    for name, mask in model.new_prune_scores().items():
+        shape = shapes.pop(name, None)
+        if shape != tuple(mask.shape):
+            raise GraphError(
+                f"The scores of {name!r} "
+                f"{'are missing' if shape is None else f'have shape {shape}'}; this "
+                f"graph needs {tuple(mask.shape)}, [position?, head?, source]. Were "
+                "they made for another model?"
+            )
+        if prune_scores[name].isnan().any():
+            raise GraphError(f"The scores of {name!r} hold NaN, which has no rank.")
+    if shapes:
+        name = next(iter(shapes))
+        raise GraphError(f"The scores name {name!r}, which is no destination.")
+
+
+class _EdgeFinder:
+    """Finds edges by name, without making all the others."""
+
+    def __init__(self, model: PatchableModel) -> None:
+        self.model = model
+        self.srcs: dict[str, SrcNode] = {src.name: src for src in model.srcs}
+        self.dests: dict[str, DestNode] = {dest.name: dest for dest in model.dests}
+
+    def __call__(self, name: str) -> Edge:
+        bare_name, _, position = name.partition(" @ ")
+        if self.model.seq_len is not None and not position:
+            raise GraphError(
+                f"The edge {name!r} has no position, but in this graph each of "
+                f'{self.model.seq_len} positions has its own: "{name} @ 0".'
+            )
+        src_name, _, dest_name = bare_name.partition("->")
+        src, dest = self.srcs.get(src_name), self.dests.get(dest_name)
+        if src is not None and dest is not None and self._is_edge(src, dest, position):
+            return Edge(src, dest, int(position) if position else None)
+        # Only for its error, which names the nearest edges.
+        return self.model.find_edges(name)[0]
+
+    def _is_edge(self, src: SrcNode, dest: DestNode, position: str) -> bool:
+        in_srcs = self.model.wrapper(dest.module_name).in_srcs
+        assert in_srcs is not None
+        if not in_srcs.start <= src.src_idx < in_srcs.stop:
+            return False
+        if self.model.seq_len is None:
+            return not position
+        return position.isdecimal() and int(position) < self.model.seq_len
+
+
+# ------------------------------------------------------------------------- our format
+
+
+def save_circuit(
+    path: Path | str,
+    model: PatchableModel,
+    circuit: PruneScores | Collection[Edge | str],
+    task: str | None = None,
+) -> None:
+    """Write a circuit, or the scores of all edges, as JSON with named edges.
+
+    circuit: scores, or the edges of a circuit (which get the score 1).
+    task: the key of the task that it was found for.
+
+    Edges with score 0 are left out. Raises GraphError if the circuit does not fit the
+    model's graph, before anything is written.
+    """
+    if isinstance(circuit, Mapping):
+        scores = cast(PruneScores, circuit)
+    else:
+        scores = model.circuit_prune_scores(edges=circuit)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "task": task,
+        "model": model_fingerprint(model),
+        "edges": {
+            repr(edge): score if math.isfinite(score) else str(score)
+            for edge, score in scored_edges(model, scores)
+        },
+    }
+    Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def load_circuit(
+    path: Path | str, model: PatchableModel, any_model_name: bool = False
+) -> PruneScores:
+    """The scores that `save_circuit` wrote; 0 for edges that the file does not name.
+
+    any_model_name: accept a file made for a model of another name. Its graph must still
+        be the same.
+
+    Raises DataError for a file that is missing, malformed or of another version,
+    GraphError for one made for another model and for edges that the graph does not have.
+    """
+    content = _load_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(
+            f'{path} is not a circuit file: its "format" is not {FORMAT!r}. Files of '
+            "the MIB circuit track are read by `load_mib_circuit`."
+        )
+    if content.get("version") != VERSION:
+        raise DataError(
+            f"{path} has format version {content.get('version')!r}; this version of "
+            f"AutoCircuit reads version {VERSION}."
+        )
+    _check_fingerprint(path, content.get("model"), model, any_model_name)
+    named = _named_scores(path, content.get("edges"))
+    return _scores_by_name(path, model, named)
+
+
+def model_fingerprint(model: PatchableModel) -> dict[str, Any]:
+    """What a circuit's model must have in common with another to fit it, as JSON.
+
+    `name` is the last part of the model's name or path. The weights are not looked at.
+    """
+    config = getattr(model.wrapped_model, "cfg", None)
+    name = getattr(config, "model_name", None) or type(model.wrapped_model).__name__
+    sizes = ("n_layers", "n_heads", "n_key_value_heads", "d_model", "d_vocab")
+    return {
+        "name": Path(str(name)).name,
+        "architecture": getattr(config, "architecture", None),
+        **{size: getattr(config, size, None) for size in sizes},
+        "factorized": model.is_factorized,
+        "separate_qkv": model.separate_qkv,
+        "seq_len": model.seq_len,
+        "n_edges": model.n_edges,
+    }
+
+
+def _check_fingerprint(
+    path: Path | str, found: Any, model: PatchableModel, any_model_name: bool
+) -> None:
+    if not isinstance(found, Mapping):
+        raise DataError(f'{path}: "model" must say which model it was made for.')
+    expected = model_fingerprint(model)
+    differences = [
+        f"{key} is {found.get(key)!r}, here {value!r}"
+        for key, value in expected.items()
+        if found.get(key) != value and not (key == "name" and any_model_name)
+    ]
+    if differences:
+        hint = ""
+        if len(differences) == 1 and found.get("name") != expected["name"]:
+            hint = " If it is the same model, pass `any_model_name=True`."
+        raise GraphError(
+            f"{path} was made for another model or graph: {'; '.join(differences)}.{hint}"
+        )
+
+
+def _named_scores(path: Path | str, edges: Any) -> dict[str, float]:
+    if not isinstance(edges, dict):
+        raise DataError(f'{path}: "edges" must map names of edges to scores.')
+    return {name: _score(path, name, value) for name, value in edges.items()}
+
+
+def _score(path: Path | str, name: str, value: Any) -> float:
+    """A finite number, or "inf" or "-inf", which JSON has no numbers for."""
+    if value in ("inf", "-inf"):
+        return float(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise DataError(
+            f'{path}: the score of {name!r} is {value!r}; expected a number, "inf" or '
+            '"-inf".'
+        )
+    return float(value)
+
+
+def _scores_by_name(
+    path: Path | str, model: PatchableModel, named: Mapping[str, float]
+) -> PruneScores:
+    find_edge = _EdgeFinder(model)
+    scores = model.new_prune_scores()
+    for name, value in named.items():
+        try:
+            edge = find_edge(name)
+        except GraphError as error:
+            raise GraphError(f"{path}: {error}") from None
+        scores[edge.dest.module_name][edge.patch_idx] = value
+    return scores
+
+
+def _load_json(path: Path | str) -> Any:
+    try:
+        return json.loads(_existing(path).read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON, or it is damaged: {error}") from error
+
+
+def _existing(path: Path | str) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        names = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"There is no file {path}.{near_matches(path.name, names)}")
+    return path
+
+
+# ----------------------------------------------------------------------------- MIB
+
+_OUR_HEAD = re.compile(r"A(\d+)\.(\d+)(?:\.([QKV]))?")
+
+
+@dataclass(frozen=True)
+class _MibGraph:
+    """A model's graph in MIB's words.
+
+    src_nodes, dst_nodes: names in the order of the .pt file's tensors. places: our
+    edge at each (source, destination) that has one. group: query heads per key-value
+    head.
+    """
+
+    config: dict[str, Any]
+    src_nodes: list[str]
+    dst_nodes: list[str]
+    places: dict[tuple[str, str], Edge]
+    group: int
+
+    @property
+    def edge_names(self) -> dict[str, tuple[str, str]]:
+        return {f"{src}->{dst}": (src, dst) for src, dst in self.places}
+
+    def shared(self, dst_node: str) -> int:
+        """How many MIB edges one of our edges into this destination stands for."""
+        return self.group if dst_node.endswith(("<k>", "<v>")) else 1
+
+
+def save_mib_circuit(
+    path: Path | str,
+    model: PatchableModel,
+    prune_scores: PruneScores,
+    edge_count: int | None = None,
+) -> None:
+    """Write scores and a circuit in the format of the MIB circuit track.
+
+    path: `.json`, or `.pt` for tensors [source, destination].
+    edge_count: the circuit ("in_graph") is the edges with this many largest |score|, and
+        ties; None: all edges whose score is not 0.
+
+    Positive scores are helpful edges in both. A node is "in_graph" if an edge of the
+    circuit touches it; `logits` always is.
+
+    With grouped-query attention MIB gives every query head a key and a value input of
+    its own; ours has one per key-value head. Its score is split evenly among its query
+    heads, so that they add up to it (attribution is a sum); `load_mib_circuit` adds them
+    up again. How MIB's own files rank such edges, we could not check against a file of
+    theirs.
+
+    Raises ConfigError for a graph that the format cannot hold: with positions,
+    unfactorized, without separate q/k/v or MLPs, or with heads that are not sources
+    (Gemma 2); GraphError for scores that do not fit or are infinite.
+    """
+    suffix = _mib_suffix(path)
+    graph = _mib_graph(model)
+    _check_scores(model, prune_scores)
+    if any(not scores.isfinite().all() for scores in prune_scores.values()):
+        raise GraphError(
+            "The MIB format has no place for infinite scores: replace them by a number "
+            "larger than all others."
+        )
+    circuit = {name: scores != 0 for name, scores in prune_scores.items()}
+    if edge_count is not None:
+        circuit, _ = circuit_mask(prune_scores, edge_count)
+    score_of, is_in_graph = _listed(prune_scores), _listed(circuit)
+    rows = {
+        (src, dst): (
+            float(_at(score_of, edge)) / graph.shared(dst),
+            bool(_at(is_in_graph, edge)),
+        )
+        for (src, dst), edge in graph.places.items()
+    }
+    touched = {"logits"} | {
+        _mib_node(name)
+        for place, (_, in_graph) in rows.items()
+        for name in place
+        if in_graph
+    }
+    if suffix == ".json":
+        content = _mib_json(graph, rows, touched)
+        Path(path).write_text(json.dumps(content, allow_nan=False))
+    else:
+        t.save(_mib_tensors(graph, rows, touched), path)
+
+
+def load_mib_circuit(
+    path: Path | str, model: PatchableModel, in_graph: bool = False
+) -> PruneScores:
+    """The scores in a file of the MIB circuit track (`.json` or `.pt`).
+
+    in_graph: instead of the scores, 1 for the edges of the circuit and 0 for others.
+
+    Edges that the file leaves out have the score 0. Scores of nodes and neurons are not
+    read. Entries of the tensors where there is no edge must be 0 or not finite.
+    Grouped-query attention: see `save_mib_circuit`.
+
+    The .pt file is read with `weights_only=True`: loading it runs no code. Raises
+    DataError for a malformed file, GraphError for one made for another model or with
+    unknown edges, ConfigError for a graph that the format cannot hold.
+    """
+    suffix = _mib_suffix(path)
+    graph = _mib_graph(model)
+    content = _load_json(path) if suffix == ".json" else _load_tensors(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not a MIB circuit: it holds no dictionary.")
+    _check_mib_config(path, content.get("cfg"), graph.config)
+    read = _read_mib_json if suffix == ".json" else _read_mib_tensors
+    found = model.new_prune_scores()
+    for src, dst, score, is_in_graph in read(path, content, graph):
+        edge = graph.places[src, dst]
+        scores = found[edge.dest.module_name]
+        if in_graph:
+            scores[edge.patch_idx] = max(float(scores[edge.patch_idx]), is_in_graph)
+        else:
+            scores[edge.patch_idx] += score
+    return found
+
+
+def _mib_suffix(path: Path | str) -> str:
+    suffix = Path(path).suffix
+    if suffix not in (".json", ".pt"):
+        raise ConfigError(f"{path}: a MIB circuit is a .json or a .pt file.")
+    return suffix
+
+
+def _listed(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Nested lists, which are much faster to read one by one."""
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+def _at(nested: Mapping[str, Any], edge: Edge) -> Any:
+    value = nested[edge.dest.module_name]
+    for idx in edge.patch_idx:
+        value = value[idx]
+    return value
+
+
+# ------------------------------------------------------------- MIB: names and the graph
+
+
+def _mib_graph(model: PatchableModel) -> _MibGraph:
+    _check_mib_can_hold(model)
+    bridge: Any = model.wrapped_model
+    config = bridge.cfg
+    group = config.n_heads // n_kv_heads(bridge)
+    dests = {
+        name: dest for dest in model.dests for name in _mib_dest_names(dest.name, group)
+    }
+    places = {
+        (_mib_name(src.name), name): Edge(src, dest)
+        for name, dest in dests.items()
+        for src in model.srcs[model.wrapper(dest.module_name).in_srcs]  # type: ignore[index]
+    }
+    return _MibGraph(
+        config={
+            "n_layers": config.n_layers,
+            "n_heads": config.n_heads,
+            "parallel_attn_mlp": has_parallel_attention(bridge),
+            "d_model": config.d_model,
+        },
+        src_nodes=[_mib_name(src.name) for src in model.srcs],
+        dst_nodes=_mib_dst_nodes(config.n_layers, config.n_heads),
+        places=places,
+        group=group,
+    )
+
+
+def _check_mib_can_hold(model: PatchableModel) -> None:
+    problem = None
+    names = {src.name for src in model.srcs}
+    if not model.is_transformer:
+        problem = "is not a transformer's"
+    elif model.seq_len is not None:
+        problem = "tells positions apart (use `seq_len=None`)"
+    elif not model.is_factorized:
+        problem = "is not factorized"
+    elif not model.separate_qkv:
+        problem = "does not tell query, key and value apart (use `separate_qkv=True`)"
+    elif "A0.0" not in names:
+        problem = "has no heads as sources, because the model normalises attention's sum"
+    elif "MLP 0" not in names:
+        problem = "has no MLPs"
+    if problem:
+        raise ConfigError(
+            f"The MIB format cannot hold this graph: it {problem}. `save_circuit` can."
+        )
+
+
+def _mib_name(name: str) -> str:
+    """MIB's name of a node: "a0.h1" for "A0.1", "a0.h1<q>" for "A0.1.Q"."""
+    head = _OUR_HEAD.fullmatch(name)
+    if head is not None:
+        layer, idx, letter = head.groups()
+        return f"a{layer}.h{idx}" + (f"<{letter.lower()}>" if letter else "")
+    fixed = {"Resid Start": "input", "Resid End": "logits"}
+    return fixed.get(name) or name.replace("MLP ", "m")
+
+
+def _mib_dest_names(name: str, group: int) -> list[str]:
+    """MIB's names of a destination: a key-value head is one input of each query head."""
+    head = _OUR_HEAD.fullmatch(name)
+    if head is None or head[3] == "Q" or group == 1:
+        return [_mib_name(name)]
+    layer, idx, letter = head.groups()
+    heads = range(group * int(idx), group * (int(idx) + 1))
+    return [f"a{layer}.h{query}<{letter.lower()}>" for query in heads]
+
+
+def _mib_dst_nodes(n_layers: int, n_heads: int) -> list[str]:
+    names = []
+    for layer in range(n_layers):
+        names += [f"a{layer}.h{head}<{x}>" for x in "qkv" for head in range(n_heads)]
+        names.append(f"m{layer}")
+    return [*names, "logits"]
+
+
+def _mib_node(name: str) -> str:
+    """The node of a destination: "a0.h1" for "a0.h1<q>"."""
+    return name.partition("<")[0]
+
+
+# ------------------------------------------------------------------ MIB: writing files
+
+_MibRows = Mapping[tuple[str, str], tuple[float, bool]]
+
+
+def _mib_json(graph: _MibGraph, rows: _MibRows, touched: set[str]) -> dict[str, Any]:
+    return {
+        "cfg": graph.config,
+        "nodes": {
+            name: {"in_graph": name in touched} for name in [*graph.src_nodes, "logits"]
+        },
+        "edges": {
+            f"{src}->{dst}": {"score": score, "in_graph": in_graph}
+            for (src, dst), (score, in_graph) in rows.items()
+        },
+    }
+
+
+def _mib_tensors(graph: _MibGraph, rows: _MibRows, touched: set[str]) -> dict[str, Any]:
+    columns = {name: column for column, name in enumerate(graph.dst_nodes)}
+    lines = {name: line for line, name in enumerate(graph.src_nodes)}
+    scores = t.zeros(len(lines), len(columns))
+    in_graph = t.zeros(len(lines), len(columns), dtype=t.bool)
+    for (src, dst), (score, is_in_graph) in rows.items():
+        scores[lines[src], columns[dst]] = score
+        in_graph[lines[src], columns[dst]] = is_in_graph
+    return {
+        "cfg": graph.config,
+        "src_nodes": graph.src_nodes,
+        "dst_nodes": graph.dst_nodes,
+        "edges_scores": scores,
+        "edges_in_graph": in_graph,
+        "nodes_in_graph": t.tensor([name in touched for name in graph.src_nodes]),
+    }
+
+
+# ------------------------------------------------------------------ MIB: reading files
+
+_MibRow = tuple[str, str, float, bool]
+
+
+def _check_mib_config(path: Path | str, found: Any, expected: dict[str, Any]) -> None:
+    if not isinstance(found, Mapping):
+        raise DataError(f'{path} is not a MIB circuit: it has no "cfg".')
+    differences = [
+        f"{key} is {found[key]!r}, here {value!r}"
+        for key, value in expected.items()
+        if key in found and found[key] != value
+    ]
+    if differences:
+        raise GraphError(f"{path} was made for another model: {'; '.join(differences)}.")
+
+
+def _read_mib_json(path: Path | str, content: Any, graph: _MibGraph) -> Iterator[_MibRow]:
+    edges = content.get("edges")
+    if not isinstance(edges, dict):
+        raise DataError(f'{path} is not a MIB circuit: "edges" must be a dictionary.')
+    _check_known_nodes(path, content.get("nodes") or (), [*graph.src_nodes, "logits"])
+    places = graph.edge_names
+    for name, entry in edges.items():
+        if name not in places:
+            raise GraphError(
+                f"{path} names the edge {name!r}, which this model does not have."
+                + near_matches(name, places)
+            )
+        if not isinstance(entry, dict) or not isinstance(entry.get("in_graph"), bool):
+            raise DataError(
+                f'{path}: the edge {name!r} needs {{"score": number, "in_graph": '
+                f"true or false}}; found {entry!r}."
+            )
+        # Files that only list a circuit have no scores.
+        score = _finite(path, name, entry.get("score", float(entry["in_graph"])))
+        yield (*places[name], score, entry["in_graph"])
+
+
+def _finite(path: Path | str, name: str, value: Any) -> float:
+    score = _score(path, name, value)
+    if math.isinf(score):
+        raise DataError(f"{path}: the score of {name!r} is {value!r}; it must be finite.")
+    return score
+
+
+def _check_known_nodes(
+    path: Path | str, names: Iterable[Any], known: Collection[str]
+) -> None:
+    for name in names:
+        if name not in known:
+            raise GraphError(
+                f"{path} names the node {name!r}, which this model does not have."
+                + near_matches(str(name), known)
+            )
+
+
+def _read_mib_tensors(
+    path: Path | str, content: Any, graph: _MibGraph
+) -> Iterator[_MibRow]:
+    src_nodes, dst_nodes = content.get("src_nodes"), content.get("dst_nodes")
+    if not isinstance(src_nodes, list) or not isinstance(dst_nodes, list):
+        raise DataError(f'{path}: "src_nodes" and "dst_nodes" must be lists of names.')
+    _check_known_nodes(path, src_nodes, graph.src_nodes)
+    _check_known_nodes(path, dst_nodes, graph.dst_nodes)
+    shape = (len(src_nodes), len(dst_nodes))
+    scores = _matrix(path, content, "edges_scores", shape).tolist()
+    in_graph = _matrix(path, content, "edges_in_graph", shape).bool().tolist()
+    for row, src in enumerate(src_nodes):
+        for column, dst in enumerate(dst_nodes):
+            score, is_in_graph = scores[row][column], in_graph[row][column]
+            if (src, dst) in graph.places:
+                name = f"{src}->{dst}"
+                yield src, dst, _finite(path, name, score), is_in_graph
+            elif is_in_graph or (score != 0 and math.isfinite(score)):
+                raise GraphError(
+                    f"{path} has an edge from {src!r} to {dst!r}, which this model does "
+                    "not have."
+                )
+
+
+def _matrix(path: Path | str, content: Any, name: str, shape: tuple[int, int]) -> Tensor:
+    matrix = content.get(name)
+    if not isinstance(matrix, Tensor) or tuple(matrix.shape) != shape:
+        found = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix)
+        raise DataError(
+            f'{path}: "{name}" must be a tensor of shape {shape}, [source, destination]; '
+            f"found {found}."
+        )
+    return matrix.detach().to("cpu", t.float64)
+
+
+def _load_tensors(path: Path | str) -> Any:
+    file = _existing(path)
+    try:
+        return t.load(file, map_location="cpu", weights_only=True)
+    except (UnpicklingError, BadZipFile, RuntimeError, EOFError, ValueError) as error:
+        raise DataError(
+            f"{path} is not a file of tensors, is damaged, or holds objects that could "
+            f"run code, which are not loaded: {error}"
+        ) from error

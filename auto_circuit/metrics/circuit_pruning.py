@@ -1,0 +1,208 @@
+"""Circuits without dead ends: only edges on a path from the inputs to the output.
+
+An algorithm ranks edges one by one, so the best of them may hang in the air: an edge
+from a head that reads nothing of the circuit, or into a head that nothing reads. Such
+an edge is a *dead end*. With resampled activations it carries what would be patched in
+anyway, or nobody listens, so that the circuit's output is the same without it.
+
+How activations get from a destination to a source:
+
+- In the factorized graph a destination feeds the sources of its own component, which
+  are those whose name is the same up to the first dot (`A0.1.Q` feeds `A0.1`), head for
+  head. With grouped-query attention a key-value head feeds the query heads of its
+  group; where heads are not told apart on one side (`A0`), all are connected.
+- In the unfactorized graph the residual stream feeds all sources of the next layer.
+- A head lives if *any* of its inputs (query, key, value) does.
+- With edges at each position, everything stays at its position, except for what
+  attention reads as keys and values: that reaches the same and all later positions
+  (all positions, if the model's attention is bidirectional). An edge into the output
+  counts only at a position that the model's `out_slice` keeps.
+
+A source that no destination feeds (the embeddings) is an input; a destination that
+feeds no source (the final residual stream) is the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch as t
+from jaxtyping import Bool
+from torch import Tensor
+
+from auto_circuit.metrics.circuit_outs import Circuit, check_circuit
+from auto_circuit.types import DestNode, SrcNode
+from auto_circuit.utils.patchable_model import PatchableModel
+
+
+class _Link(NamedTuple):
+    """A source that a destination feeds, and whether on the way positions mix."""
+
+    src_idx: int
+    mixes_positions: bool
+
+
+def connected_circuit(model: PatchableModel, circuit: Mapping[str, Tensor]) -> Circuit:
+    """The edges of a circuit that lie on a path from an input to the output.
+
+    circuit: destination module -> boolean tensor `[seq?, head?, src]` like its mask,
+        True for the circuit's edges. Returned in the same form, on the same device. The
+        module says what a path is.
+
+    Raises GraphError for a circuit of another graph.
+    Source: the pruning of MIB (Mueller et al. 2025, arXiv 2504.13151).
+    """
+    check_circuit(model, circuit)
+    links = _links(model)
+    reached = _reached_srcs(model, circuit, links)
+    needed = _needed_dests(model, circuit, links)
+    connected = {name: edges.clone() for name, edges in circuit.items()}
+    for dest in model.dests:
+        rows = _rows(model, connected, dest)
+        rows &= reached[:, _in_srcs(model, dest)] & needed[dest][:, None]
+    return connected
+
+
+def weighted_edge_count(model: PatchableModel, circuit: Mapping[str, Tensor]) -> float:
+    """The size of a circuit: its edges, each with the kept share of its source.
+
+    The sum over edges (u, v) of |N_u in the circuit| / |N_u|, where N_u are the neurons
+    of the source u. Our sources (the embeddings, a head, an MLP; in Gemma 2 the whole
+    attention of a layer) are kept whole or not at all, so the share is 1 for an edge of
+    `connected_circuit` and 0 for a dead end, and the number is that of the connected
+    edges: from 0 to `model.n_edges`. (In graphs with positions, counted at each.)
+
+    Raises GraphError for a circuit of another graph. Source: MIB (arXiv 2504.13151).
+    """
+    connected = connected_circuit(model, circuit)
+    return float(sum(int(edges.sum()) for edges in connected.values()))
+
+
+def _reached_srcs(
+    model: PatchableModel,
+    circuit: Mapping[str, Tensor],
+    links: dict[DestNode, list[_Link]],
+) -> Bool[Tensor, "seq src"]:
+    """Which sources the inputs reach."""
+    device = next(iter(circuit.values())).device
+    reached = t.ones(model.seq_len or 1, len(model.srcs), dtype=t.bool, device=device)
+    for link in (link for of_dest in links.values() for link in of_dest):
+        reached[:, link.src_idx] = False
+    is_causal = _is_causal(model)
+    # In the order of the graph, so that what a destination reads is known.
+    for dest in sorted(model.dests):
+        edges = _rows(model, circuit, dest)
+        lives = (edges & reached[:, _in_srcs(model, dest)]).any(-1)
+        for link in links[dest]:
+            arrives = _mixed(lives, is_causal) if link.mixes_positions else lives
+            reached[:, link.src_idx] |= arrives
+    return reached
+
+
+def _needed_dests(
+    model: PatchableModel,
+    circuit: Mapping[str, Tensor],
+    links: dict[DestNode, list[_Link]],
+) -> dict[DestNode, Bool[Tensor, "seq"]]:
+    """Which destinations reach the output."""
+    device = next(iter(circuit.values())).device
+    needed_srcs = t.zeros(
+        model.seq_len or 1, len(model.srcs), dtype=t.bool, device=device
+    )
+    is_causal = _is_causal(model)
+    needed: dict[DestNode, Tensor] = {}
+    for dest in sorted(model.dests, reverse=True):
+        if links[dest]:
+            lives = t.zeros_like(needed_srcs[:, 0])
+            for link in links[dest]:
+                src_lives = needed_srcs[:, link.src_idx]
+                mixes = link.mixes_positions
+                lives |= _mixed(src_lives, is_causal, True) if mixes else src_lives
+        else:
+            lives = _output_positions(model).to(device)
+        needed[dest] = lives
+        edges = _rows(model, circuit, dest)
+        needed_srcs[:, _in_srcs(model, dest)] |= edges & lives[:, None]
+    return needed
+
+
+def _rows(
+    model: PatchableModel, circuit: Mapping[str, Tensor], dest: DestNode
+) -> Bool[Tensor, "seq src"]:
+    """A view of the edges into a destination."""
+    edges = circuit[dest.module_name]
+    edges = edges if model.seq_len is not None else edges.unsqueeze(0)
+    return edges if dest.head_idx is None else edges[:, dest.head_idx]
+
+
+def _in_srcs(model: PatchableModel, dest: DestNode) -> slice:
+    in_srcs = model.wrapper(dest.module_name).in_srcs
+    assert in_srcs is not None
+    return in_srcs
+
+
+# ------------------------------------------------------------- from destination to source
+
+
+def _links(model: PatchableModel) -> dict[DestNode, list[_Link]]:
+    """What every destination feeds."""
+    feeds = _same_component if model.is_factorized else _next_layer
+    return {
+        dest: [
+            _Link(src.src_idx, _mixes_positions(src, dest))
+            for src in model.srcs
+            if feeds(model, src, dest)
+        ]
+        for dest in model.dests
+    }
+
+
+def _next_layer(model: PatchableModel, src: SrcNode, dest: DestNode) -> bool:
+    return src.layer == dest.layer + 1
+
+
+def _same_component(model: PatchableModel, src: SrcNode, dest: DestNode) -> bool:
+    if src.layer != dest.layer or _component(src) != _component(dest):
+        return False
+    if src.head_idx is None or dest.head_idx is None:
+        return True
+    n_src_heads = sum(other.module_name == src.module_name for other in model.srcs)
+    n_dest_heads = sum(other.module_name == dest.module_name for other in model.dests)
+    return src.head_idx * n_dest_heads // n_src_heads == dest.head_idx
+
+
+def _component(node: SrcNode | DestNode) -> str:
+    return node.name.partition(".")[0]
+
+
+def _mixes_positions(src: SrcNode, dest: DestNode) -> bool:
+    """Is it attention that reads the destination, and not only as its query?"""
+    return "attn" in src.module_name and not dest.module_name.endswith("hook_q_input")
+
+
+# ------------------------------------------------------------------------------ positions
+
+
+def _is_causal(model: PatchableModel) -> bool:
+    config = getattr(model.wrapped_model, "cfg", None)
+    return getattr(config, "attention_dir", "causal") != "bidirectional"
+
+
+def _mixed(
+    lives: Bool[Tensor, "seq"], is_causal: bool, backwards: bool = False
+) -> Bool[Tensor, "seq"]:
+    """The positions that attention takes something to (or, backwards, takes it from)."""
+    if not is_causal:
+        return lives.any().expand_as(lives)
+    if backwards:
+        return lives.flip(0).cumsum(0).flip(0) > 0
+    return lives.cumsum(0) > 0
+
+
+def _output_positions(model: PatchableModel) -> Bool[Tensor, "seq"]:
+    if model.seq_len is None:
+        return t.ones(1, dtype=t.bool)
+    kept = t.zeros(1, model.seq_len, dtype=t.bool)
+    kept[model.out_slice] = True
+    return kept[0]

@@ -1,0 +1,231 @@
+"""Train the knockout under which a circuit differs most from the model.
+
+A mask over the circuit's edges says what is knocked out, in the circuit and in the model
+alike. It is trained by gradient descent to make the two differ, while a penalty keeps it
+to about a fifth of the circuit. The circuit passes the test (`same_under_knockouts`) if
+even this knockout leaves the two alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import torch as t
+from torch import Tensor
+
+from auto_circuit.data import PromptPairBatch
+from auto_circuit.errors import ConfigError, TrainingError, near_matches
+from auto_circuit.metrics.circuit_outs import Circuit, check_circuit, n_circuit_edges
+from auto_circuit.metrics.completeness_metrics.same_under_knockouts import (
+    find_task_like,
+    known_circuit_size,
+)
+from auto_circuit.metrics.protocols import PrunableTask
+from auto_circuit.types import (
+    AblationType,
+    AlgoKey,
+    MaskFn,
+    PruneScores,
+    TaskPruneScores,
+)
+from auto_circuit.utils.ablation_activations import batch_src_ablations
+from auto_circuit.utils.graph_utils import mask_fn_mode, patch_mode, train_mask_mode
+from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import (
+    batch_avg_answer_diff,
+    circuit_mask,
+    hard_concrete_expected_l0,
+    multibatch_kl_div,
+)
+
+KnockoutTarget = Literal["kl_div", "logit_diff"]
+
+INIT_LOGIT = -math.log(5)
+"""Where mask logits start: mostly not knocked out, as in auto-circuit."""
+SURE_LOGIT = 99.0
+"""A logit so large that the mask is 1 exactly (or 0, if negative) and has no gradient."""
+TARGET_SHARE = 5
+"""The penalty starts when more than one in this many edges of the circuit is out."""
+
+
+def train_same_under_knockouts(
+    task_prune_scores: TaskPruneScores,
+    algo_keys: Sequence[AlgoKey],
+    learning_rate: int | float,
+    epochs: int,
+    regularize_lambda: int | float,
+    faithfulness_target: KnockoutTarget = "kl_div",
+    *,
+    circuit_size: int | None = None,
+    seed: int = 0,
+    tasks: Sequence[PrunableTask] | None = None,
+) -> TaskPruneScores:
+    """Trained knockout scores for the circuits of some algorithms on each task.
+
+    algo_keys: the algorithms, which must have scores on every task.
+    circuit_size: the number of edges of every circuit; that of the task's known circuit
+        if None. tasks: where the keys are looked up; the predefined tasks if None.
+    The other parameters: `train_same_under_knockout_prune_scores`. The result is the
+    `knockout_ps` of `measure_same_under_knockouts`.
+
+    Raises ConfigError, before anything is trained, for a key without a task or without
+    scores, and for a size that is not known.
+    Differs from auto-circuit, which trained for all algorithms, whatever `algo_keys` was,
+    and showed a figure.
+    """
+    for task_key, algo_scores in task_prune_scores.items():
+        known_circuit_size(find_task_like(task_key, tasks), circuit_size)
+        for algo in algo_keys:
+            if algo not in algo_scores:
+                raise ConfigError(
+                    f"The algorithm {algo!r} has no scores on the task {task_key!r}."
+                    + near_matches(algo, algo_scores)
+                )
+    trained: TaskPruneScores = {}
+    for task_key, algo_scores in task_prune_scores.items():
+        task = find_task_like(task_key, tasks)
+        trained[task_key] = {
+            algo: train_same_under_knockout_prune_scores(
+                task,
+                algo_scores[algo],
+                known_circuit_size(task, circuit_size),
+                learning_rate,
+                epochs,
+                regularize_lambda,
+                faithfulness_target=faithfulness_target,
+                seed=seed,
+            )
+            for algo in algo_keys
+        }
+    return trained
+
+
+def train_same_under_knockout_prune_scores(
+    task: PrunableTask,
+    algo_ps: PruneScores,
+    circuit_size: int,
+    learning_rate: int | float,
+    epochs: int,
+    regularize_lambda: int | float,
+    mask_fn: MaskFn = "hard_concrete",
+    faithfulness_target: KnockoutTarget = "kl_div",
+    seed: int = 0,
+) -> PruneScores:
+    """Knockout scores: positive for the edges whose loss sets circuit and model apart.
+
+    algo_ps, circuit_size: the circuit, as in `same_under_knockout`.
+    epochs: how often all training prompts are seen. regularize_lambda: the weight of the
+        penalty: (expected knockouts - target) / target, if that is positive, where the
+        target is a fifth of the circuit and at least one edge.
+    faithfulness_target: what is made large: "kl_div": KL(model without K || circuit
+        without K); "logit_diff": the model's logit difference minus the circuit's.
+    seed: of the masks' randomness; the global generator is left alone.
+
+    Returns mask logits for the circuit's edges, 0 outside: above 0, the mask is above a
+    half. Adam. Raises ConfigError for an empty circuit and arguments that make no sense,
+    GraphError for scores of another graph, TrainingError if the loss diverges. Cost: two
+    forward passes and a backward pass through both per batch and epoch.
+
+    Differs from auto-circuit: circuit and model see the same random mask; the penalty is
+    on the expected size; a target is at least one edge.
+    """
+    _check(epochs, mask_fn, faithfulness_target)
+    model: PatchableModel = task.model
+    circuit, n_edges = circuit_mask(algo_ps, circuit_size)
+    check_circuit(model, circuit)
+    if not n_edges:
+        raise ConfigError(
+            "The circuit has no edges, so none can be knocked out. Give a `circuit_size` "
+            "of at least 1."
+        )
+    device = next(iter(model.patch_masks.values())).device
+    generator = t.Generator(device).manual_seed(seed)
+    patches = batch_src_ablations(
+        model, task.train_loader, AblationType.RESAMPLE, "corrupt"
+    )
+    with train_mask_mode(model) as masks, mask_fn_mode(model, mask_fn, 0.0, generator):
+        for mask in masks.values():
+            mask.data.fill_(INIT_LOGIT)
+        optimizer = t.optim.Adam(masks.values(), lr=learning_rate)
+        batches = (batch for _ in range(epochs) for batch in task.train_loader)
+        for batch in batches:
+            optimizer.zero_grad()
+            with patch_mode(model, patches[batch.key]):
+                outs = _both_outs(model, batch, masks, circuit, generator)
+                loss = -_difference(*outs, batch, faithfulness_target)
+                loss = loss + regularize_lambda * _size_penalty(masks, circuit, mask_fn)
+                _check_finite(loss, learning_rate)
+                loss.backward()
+            optimizer.step()
+        return {
+            name: mask.detach().where(circuit[name], t.zeros_like(mask))
+            for name, mask in masks.items()
+        }
+
+
+def _both_outs(
+    model: PatchableModel,
+    batch: PromptPairBatch,
+    masks: Mapping[str, Tensor],
+    circuit: Circuit,
+    generator: t.Generator,
+) -> tuple[Tensor, Tensor]:
+    """The outputs of the model and of the circuit, with the same edges knocked out."""
+    tokens, kwargs = batch.model_input("clean")
+    state = generator.get_state()
+    _set_outside(masks, circuit, -SURE_LOGIT)
+    model_out = model(tokens, **kwargs)[model.out_slice]
+    generator.set_state(state)
+    _set_outside(masks, circuit, SURE_LOGIT)
+    return model_out, model(tokens, **kwargs)[model.out_slice]
+
+
+def _set_outside(masks: Mapping[str, Tensor], circuit: Circuit, logit: float) -> None:
+    for name, mask in masks.items():
+        mask.data.masked_fill_(~circuit[name], logit)
+
+
+def _difference(
+    model_out: Tensor,
+    circuit_out: Tensor,
+    batch: PromptPairBatch,
+    faithfulness_target: KnockoutTarget,
+) -> Tensor:
+    if faithfulness_target == "logit_diff":
+        model_diff = batch_avg_answer_diff(model_out, batch)
+        return model_diff - batch_avg_answer_diff(circuit_out, batch)
+    return multibatch_kl_div(circuit_out.log_softmax(-1), model_out.log_softmax(-1))
+
+
+def _size_penalty(
+    masks: Mapping[str, Tensor], circuit: Circuit, mask_fn: MaskFn
+) -> Tensor:
+    size = hard_concrete_expected_l0 if mask_fn == "hard_concrete" else t.sigmoid
+    inside = t.cat([mask[circuit[name]] for name, mask in masks.items()])
+    target = max(1, n_circuit_edges(circuit) // TARGET_SHARE)
+    return t.relu(size(inside).sum() - target) / target
+
+
+def _check_finite(loss: Tensor, learning_rate: int | float) -> None:
+    if not math.isfinite(loss.item()):
+        raise TrainingError(
+            f"The loss is {loss.item()}: the training diverged. Lower the learning rate "
+            f"(it is {learning_rate})."
+        )
+
+
+def _check(epochs: int, mask_fn: MaskFn, faithfulness_target: KnockoutTarget) -> None:
+    if epochs < 1:
+        raise ConfigError(f"`epochs` is {epochs}; expected at least 1.")
+    if mask_fn not in ("hard_concrete", "sigmoid"):
+        raise ConfigError(
+            f"`mask_fn` is {mask_fn!r}; expected 'hard_concrete' or 'sigmoid', which keep "
+            "masks between 0 and 1."
+        )
+    if faithfulness_target not in get_args(KnockoutTarget):
+        raise ConfigError(
+            f"`faithfulness_target` is {faithfulness_target!r}; expected one of "
+            f"{get_args(KnockoutTarget)}."
+        )

@@ -1,0 +1,256 @@
+"""Faithfulness against circuit size, and its areas CPR and CMD, as MIB defines them.
+
+The faithfulness of a circuit C is the share of the model's behaviour that it keeps:
+
+    f(C) = (m(C) - m(nothing)) / (m(N) - m(nothing))
+
+where m is a metric, N the full model and `nothing` the circuit without edges. It is
+measured at *budgets*, shares k of all edges: the circuit has int(k * n_edges) edges.
+
+- CPR, the circuit performance ratio, is the area under f. Edges are ranked by signed
+  score, so that those that raise the metric come first. Higher is better.
+- CMD, the circuit-model distance, is the area under |1 - f|. Edges are ranked by
+  |score|, since what lowers the metric is part of the mechanism too. 0 is best.
+
+Both areas are sums of trapezoids from the smallest budget to the largest.
+Source: Mueller et al. 2025, MIB (arXiv 2504.13151).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+from warnings import warn
+
+import torch as t
+
+from auto_circuit.data import PromptDataLoader
+from auto_circuit.errors import ConfigError
+from auto_circuit.metrics.circuit_pruning import weighted_edge_count
+from auto_circuit.metrics.prune_metrics.prune_metrics import (
+    LOGIT_DIFF_METRIC,
+    PruneMetric,
+)
+from auto_circuit.prune import run_circuits
+from auto_circuit.types import AblationType, Measurements, PatchType, PruneScores
+from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import (
+    UndefinedPercentWarning,
+    circuit_mask,
+    desc_prune_scores,
+    flat_prune_scores,
+)
+
+Ranking = Literal["signed", "absolute"]
+
+MIB_BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""The shares of all edges at which MIB measures."""
+
+
+@dataclass(frozen=True)
+class FaithfulnessPoint:
+    """How faithful the circuit of one budget is.
+
+    share: the budget, as a share of all edges: (0, 1]. n_edges: the circuit's edges.
+    value: the metric m(C). faithfulness: f(C), 0 for nothing, 1 for the full model; it
+        has no bounds.
+    weighted_edge_count: the edges that are no dead ends, at most n_edges; None if they
+        were not counted.
+    """
+
+    share: float
+    n_edges: int
+    value: float
+    faithfulness: float
+    weighted_edge_count: float | None = None
+
+
+FaithfulnessCurve = Sequence[FaithfulnessPoint]
+
+
+# -------------------------------------------------------------------------- the curve
+
+
+def faithfulness_curve(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    prune_scores: PruneScores,
+    ranking: Ranking = "signed",
+    metric: PruneMetric = LOGIT_DIFF_METRIC,
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    budgets: Sequence[float] = MIB_BUDGETS,
+) -> list[FaithfulnessPoint]:
+    """The faithfulness of the circuits that scores make, at each budget, ascending.
+
+    ranking: "signed" (largest score first, for CPR) or "absolute" (largest |score|
+        first, for CMD). Among equal scores the earlier edge of the graph is first, so
+        that a circuit has exactly int(share * n_edges) edges.
+    metric: higher for what the model does. ablation_type: what is patched in along all
+        edges outside the circuit, the input being clean.
+
+    NaN, with a warning, if the metric is the same for the full model and for nothing.
+    Raises ConfigError for a share outside of (0, 1] and for an unknown ranking,
+    GraphError for scores of another graph or NaN. Cost: a forward pass per budget.
+    """
+    _check_budgets(budgets)
+    ranks = edge_ranks(prune_scores, ranking)
+    n_edges = model.n_edges
+    sizes = {share: int(share * n_edges) for share in sorted(budgets)}
+    outs = run_circuits(
+        model,
+        dataloader,
+        [0, *sizes.values(), n_edges],
+        ranks,
+        PatchType.TREE_PATCH,
+        ablation_type,
+    )
+    values = dict(metric.metric_func(model, dataloader, outs))
+    return [
+        FaithfulnessPoint(
+            share=share,
+            n_edges=size,
+            value=float(values[size]),
+            faithfulness=faithfulness(values[size], values[0], values[n_edges]),
+            weighted_edge_count=weighted_edge_count(model, circuit_mask(ranks, size)[0]),
+        )
+        for share, size in sizes.items()
+    ]
+
+
+def measured_faithfulness(points: Measurements) -> list[FaithfulnessPoint]:
+    """The faithfulness curve of measurements that were made already, ascending.
+
+    points: [(number of edges, value)], among them 0 edges and, as the largest, all
+        edges. The point at 0 edges is left out: its faithfulness is 0.
+
+    Shares are those of the real numbers of edges, so that areas start at the smallest
+    circuit. Raises ConfigError without a point at 0 edges or above it.
+    """
+    values = dict(sorted(points))
+    if 0 not in values or len(values) < 2:
+        raise ConfigError(
+            "Faithfulness compares with the circuits of 0 and of all edges; the "
+            f"measured sizes are {list(values)}. Measure with `zero_edges=True` and "
+            "`all_edges=True`."
+        )
+    n_edges = max(values)
+    return [
+        FaithfulnessPoint(
+            share=size / n_edges,
+            n_edges=int(size),
+            value=float(value),
+            faithfulness=faithfulness(value, values[0], values[n_edges]),
+        )
+        for size, value in values.items()
+        if size > 0
+    ]
+
+
+def faithfulness(
+    value: int | float, nothing: int | float, full_model: int | float
+) -> float:
+    """f = (m(C) - m(nothing)) / (m(N) - m(nothing)); NaN, with a warning, for 0 / 0.
+
+    0: as nothing does; 1: as the full model does; above 1: more; negative: the opposite.
+    """
+    if full_model == nothing:
+        warn(
+            f"The metric is {full_model:g} for the full model and for the circuit "
+            "without edges, so faithfulness is undefined (NaN).",
+            UndefinedPercentWarning,
+            stacklevel=2,
+        )
+        return math.nan
+    return float((value - nothing) / (full_model - nothing))
+
+
+def edge_ranks(prune_scores: PruneScores, ranking: Ranking = "signed") -> PruneScores:
+    """Scores that are all different: n_edges for the best edge, down to 1.
+
+    `run_circuits` and `circuit_mask`, which rank by |score|, then rank by `ranking`, and
+    a circuit has exactly the edges that it is asked to have. Of equal scores the first
+    is the best. Raises ConfigError for an unknown ranking, GraphError for NaN scores.
+    """
+    if ranking not in ("signed", "absolute"):
+        raise ConfigError(f"`ranking` is {ranking!r}; expected 'signed' or 'absolute'.")
+    desc_prune_scores(prune_scores)  # Raises for NaN, which has no rank.
+    scores = flat_prune_scores(prune_scores).double()
+    keys = scores if ranking == "signed" else scores.abs()
+    best_first = keys.argsort(descending=True, stable=True)
+    ranks = t.empty_like(scores)
+    n_edges = len(scores)
+    ranks[best_first] = t.arange(n_edges, 0, -1).to(scores)
+    sizes = [of_module.numel() for of_module in prune_scores.values()]
+    return {
+        name: of_module.view(prune_scores[name].shape)
+        for name, of_module in zip(prune_scores, ranks.split(sizes), strict=True)
+    }
+
+
+def _check_budgets(budgets: Sequence[float]) -> None:
+    bad = [share for share in budgets if not 0 < share <= 1]
+    if bad or not budgets:
+        raise ConfigError(
+            f"`budgets` has {bad or 'no shares'}; expected shares of all edges, above 0 "
+            "and at most 1."
+        )
+
+
+# -------------------------------------------------------------------------- the areas
+
+
+def circuit_performance_ratio(curve: FaithfulnessCurve, log_scale: bool = False) -> float:
+    """CPR: the area under f(k). Higher is better; it has no bounds.
+
+    A model's own faithfulness, f = 1 everywhere, has 0.999 at MIB's budgets, and
+    nothing has 0. Rank by signed score. log_scale: over ln(k) instead of k.
+    Raises ConfigError for fewer than two budgets.
+    """
+    return _area(curve, lambda point: point.faithfulness, log_scale)
+
+
+def circuit_model_distance(curve: FaithfulnessCurve, log_scale: bool = False) -> float:
+    """CMD: the area under |1 - f(k)|. 0 (all circuits do as the model) or more.
+
+    Nothing has 0.999 at MIB's budgets. Rank by |score|. log_scale: over ln(k).
+    Raises ConfigError for fewer than two budgets.
+    """
+    return _area(curve, lambda point: abs(1 - point.faithfulness), log_scale)
+
+
+def value_area(curve: FaithfulnessCurve, log_scale: bool = False) -> float:
+    """The area under the metric's value itself, in the metric's unit.
+
+    Measured with CORRECT_ANSWER_PERCENT_METRIC it is the area under accuracy: 0 to 99.9
+    at MIB's budgets. Raises ConfigError for fewer than two budgets.
+    """
+    return _area(curve, lambda point: point.value, log_scale)
+
+
+def mean_faithfulness(curve: FaithfulnessCurve) -> float:
+    """The mean of f over the budgets, each with the same weight."""
+    if not curve:
+        raise ConfigError("The curve has no points, so there is nothing to mean.")
+    return math.fsum(point.faithfulness for point in curve) / len(curve)
+
+
+def _area(
+    curve: FaithfulnessCurve,
+    height: Callable[[FaithfulnessPoint], float],
+    log_scale: bool,
+) -> float:
+    if len({point.share for point in curve}) < 2:
+        raise ConfigError(
+            f"An area needs at least two different budgets; the curve has {len(curve)} "
+            "points."
+        )
+    points = sorted(curve, key=lambda point: point.share)
+    xs = [math.log(point.share) if log_scale else point.share for point in points]
+    heights = [height(point) for point in points]
+    return math.fsum(
+        (x1 - x0) * (h0 + h1) / 2
+        for (x0, h0), (x1, h1) in pairwise(zip(xs, heights, strict=True))
+    )

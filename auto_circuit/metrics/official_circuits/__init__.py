@@ -1,0 +1,1 @@
+"""Known circuits of published papers, and how well scores agree with them."""

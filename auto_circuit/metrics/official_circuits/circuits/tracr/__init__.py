@@ -1,0 +1,1 @@
+"""The circuits of transformers that were compiled from programs by Tracr."""

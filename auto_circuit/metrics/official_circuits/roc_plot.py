@@ -1,0 +1,103 @@
+"""Figures of ROCs: how well scores tell a known circuit from all other edges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from auto_circuit.types import (
+    COLOR_PALETTE,
+    AlgoKey,
+    AlgoMeasurements,
+    Measurements,
+    TaskMeasurements,
+)
+
+BASE_WIDTH, WIDTH_STEP = 2, 2
+"""The width in pixels of the last line, and by how much each before it is wider."""
+
+
+def task_roc_plot(
+    algo_measurements: AlgoMeasurements,
+    title: str | None = None,
+    variable_width: bool = False,
+    algo_names: Mapping[AlgoKey, str] | None = None,
+) -> go.Figure:
+    """The ROCs of one task: a line for each algorithm, true against false positives.
+
+    The other arguments are those of `roc_plot`.
+    """
+    return roc_plot({title or "": algo_measurements}, variable_width, algo_names)
+
+
+def roc_plot(
+    taskname_measurements: TaskMeasurements,
+    variable_width: bool = False,
+    algo_names: Mapping[AlgoKey, str] | None = None,
+) -> go.Figure:
+    """ROCs: a panel for each task, a line for each algorithm; dotted is chance.
+
+    taskname_measurements: task name -> algorithm -> [(false, true positive rate)] of `measure_roc`.
+    variable_width: earlier algorithms have wider lines, so that equal curves all show.
+    algo_names: legend labels (else the keys).
+
+    Points are joined by straight lines, whose area is `roc_auc`. An algorithm has the
+    same colour in every panel.
+    """
+    algos = list(
+        dict.fromkeys(a for by_algo in taskname_measurements.values() for a in by_algo)
+    )
+    fig = make_subplots(
+        rows=1,
+        cols=max(1, len(taskname_measurements)),
+        subplot_titles=list(taskname_measurements),
+        shared_yaxes=True,
+    )
+    in_legend: set[AlgoKey] = set()
+    for col, by_algo in enumerate(taskname_measurements.values(), start=1):
+        fig.add_trace(_chance_line(), row=1, col=col)
+        for algo, points in by_algo.items():
+            name = (algo_names or {}).get(algo, algo)
+            trace = _trace(points, name, algos, algos.index(algo), variable_width)
+            trace.update(legendgroup=algo, showlegend=algo not in in_legend)
+            in_legend.add(algo)
+            fig.add_trace(trace, row=1, col=col)
+    fig.update_xaxes(title_text="False Positive Rate", range=[-0.02, 1.02])
+    fig.update_yaxes(range=[-0.02, 1.02])
+    fig.update_yaxes(title_text="True Positive Rate", col=1)
+    fig.update_layout(template="plotly_white", hovermode="closest")
+    return fig
+
+
+def _chance_line() -> go.Scatter:
+    return go.Scatter(
+        x=[0, 1],
+        y=[0, 1],
+        mode="lines",
+        line={"color": "rgb(160, 160, 160)", "dash": "dot", "width": 1},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def _trace(
+    points: Measurements,
+    name: str,
+    algos: Sequence[AlgoKey],
+    algo_idx: int,
+    variable_width: bool,
+) -> go.Scatter:
+    n_behind = len(algos) - 1 - algo_idx if variable_width else 0
+    return go.Scatter(
+        x=[false_rate for false_rate, _ in points],
+        y=[true_rate for _, true_rate in points],
+        name=name,
+        mode="lines",
+        line={
+            "color": COLOR_PALETTE[algo_idx % len(COLOR_PALETTE)],
+            "width": BASE_WIDTH + WIDTH_STEP * n_behind,
+        },
+        hovertemplate="false %{x:.4f}, true %{y:.4f}",
+    )

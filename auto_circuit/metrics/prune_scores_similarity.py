@@ -1,0 +1,151 @@
+"""How much the circuits of different algorithms overlap.
+
+The similarity of two circuits is the number of edges that are in both, divided by the size
+of the larger one: 0 is no common edge, 1 the same circuit. Circuits are those that
+`run_circuits` runs: the edges with the largest |score| and all that tie with the last of
+them, so a circuit may be larger than asked for, and then is like a small one only in part.
+
+Two random circuits of k of n edges have a similarity of k / n, on average.
+
+Differs from auto-circuit, where circuits with ties had no similarity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
+
+import torch as t
+from jaxtyping import Bool
+from torch import Tensor
+
+from auto_circuit.errors import ConfigError, GraphError
+from auto_circuit.metrics.official_circuits.known_circuits import tasks_with_circuits
+from auto_circuit.metrics.protocols import PrunableTask
+from auto_circuit.metrics.prune_scores_similarity_plot import Figure, similarity_fig
+from auto_circuit.types import AlgoKey, AlgoPruneScores, TaskKey, TaskPruneScores
+from auto_circuit.utils.tensor_ops import (
+    circuit_mask,
+    desc_prune_scores,
+    flat_prune_scores,
+)
+
+AlgoSimilarities = dict[int, dict[AlgoKey, dict[AlgoKey, float]]]
+"""{edges asked for: {algorithm: {algorithm: similarity}}}, each pair once."""
+
+
+def prune_score_similarities(
+    algo_prune_scores: AlgoPruneScores, edge_counts: Sequence[int]
+) -> AlgoSimilarities:
+    """The similarity, in [0, 1], of the circuits of each two algorithms; see the module.
+
+    algo_prune_scores: algorithm key -> scores, all of one graph.
+    edge_counts: the sizes of the circuits that are compared. Circuits of 0 edges are
+        empty, so they are the same: 1.
+
+    Returns {size: {first: {second: similarity}}}: each pair once, the first before the
+    second in `algo_prune_scores` or the same. Raises ConfigError without sizes,
+    GraphError for a size that the graph does not have, for NaN scores and for scores of
+    different graphs.
+    """
+    if not edge_counts:
+        raise ConfigError(
+            "`edge_counts` is empty; give the sizes of the circuits to compare, such as "
+            "[10, 100]."
+        )
+    _check_same_graph(algo_prune_scores)
+    circuits = {
+        algo: _circuits(prune_scores, edge_counts)
+        for algo, prune_scores in algo_prune_scores.items()
+    }
+    similarities: AlgoSimilarities = {
+        edge_count: {algo: {} for algo in circuits} for edge_count in edge_counts
+    }
+    for edge_count, by_algo in similarities.items():
+        for first, second in combinations_with_replacement(circuits, 2):
+            by_algo[first][second] = _similarity(
+                circuits[first][edge_count], circuits[second][edge_count]
+            )
+    return similarities
+
+
+def task_prune_scores_similarities(
+    task_prune_scores: TaskPruneScores,
+    edge_counts: Sequence[int],
+    true_edge_counts: bool = False,
+    *,
+    tasks: Sequence[PrunableTask] | None = None,
+) -> dict[TaskKey, AlgoSimilarities]:
+    """`prune_score_similarities` for every task.
+
+    true_edge_counts: circuits of the size of the task's known circuit are compared too.
+    tasks: where the keys are looked up then; the predefined tasks if None.
+
+    Raises as `prune_score_similarities` does, and, with `true_edge_counts`, ConfigError
+    for a key without a task and for a task without a known circuit.
+    """
+    counts = {task_key: list(edge_counts) for task_key in task_prune_scores}
+    if true_edge_counts:
+        for task_key, task in tasks_with_circuits(task_prune_scores, tasks).items():
+            counts[task_key].append(task.true_edge_count or 0)
+    return {
+        task_key: prune_score_similarities(algo_prune_scores, counts[task_key])
+        for task_key, algo_prune_scores in task_prune_scores.items()
+    }
+
+
+def prune_score_similarities_plotly(
+    task_prune_scores: TaskPruneScores,
+    edge_counts: Sequence[int],
+    ground_truths: bool = False,
+    *,
+    tasks: Sequence[PrunableTask] | None = None,
+    algo_names: Mapping[AlgoKey, str] | None = None,
+) -> Figure:
+    """The figure of `task_prune_scores_similarities`: a panel for each task and size.
+
+    ground_truths: circuits of the size of the task's known circuit are compared too.
+    algo_names: labels (else the keys). Errors: `task_prune_scores_similarities`.
+
+    Differs from auto-circuit: the figure is not shown.
+    """
+    similarities = task_prune_scores_similarities(
+        task_prune_scores, edge_counts, ground_truths, tasks=tasks
+    )
+    return similarity_fig(similarities, algo_names)
+
+
+def _circuits(
+    prune_scores: dict[str, Tensor], edge_counts: Sequence[int]
+) -> dict[int, Bool[Tensor, "edges"]]:
+    """{size asked for: True at the edges in the circuit}"""
+    desc_scores = desc_prune_scores(prune_scores)
+    return {
+        edge_count: _flat(circuit_mask(prune_scores, edge_count, desc_scores)[0])
+        for edge_count in edge_counts
+    }
+
+
+def _flat(mask: Mapping[str, Tensor]) -> Bool[Tensor, "edges"]:
+    """In an order that does not depend on that of the modules."""
+    return flat_prune_scores({name: mask[name] for name in sorted(mask)}).cpu()
+
+
+def _similarity(first: Bool[Tensor, "edges"], second: Bool[Tensor, "edges"]) -> float:
+    larger = max(int(first.sum()), int(second.sum()))
+    return int(t.logical_and(first, second).sum()) / larger if larger > 0 else 1.0
+
+
+def _check_same_graph(algo_prune_scores: AlgoPruneScores) -> None:
+    shapes = {
+        algo: {name: tuple(scores.shape) for name, scores in prune_scores.items()}
+        for algo, prune_scores in algo_prune_scores.items()
+    }
+    for algo, found in shapes.items():
+        first_algo, first = next(iter(shapes.items()))
+        if found != first:
+            raise GraphError(
+                f"The scores of {first_algo!r} and of {algo!r} are of different graphs: "
+                "their modules or shapes differ. Compare algorithms on one model, made "
+                "patchable in one way."
+            )

@@ -1,0 +1,125 @@
+"""ACDC (Conmy et al. 2023, arXiv 2304.14997): take edges out one by one, from the end.
+
+For each threshold, all edges are tried in one fixed order: destinations from the last layer to
+the first, and within a layer in the graph's order. An edge is patched, and stays patched if the
+outputs get worse by less than the threshold.
+
+Cost: one forward pass per edge and threshold, on the first batch. Measured by position, a graph
+has many times the edges: expect hours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Literal
+
+import torch as t
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from auto_circuit.data import PromptDataLoader
+from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.mask_training import circuit_outputs, training_batches
+from auto_circuit.prune_algos.objectives import check_choice
+from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.types import AblationType, Edge, PruneScores
+from auto_circuit.utils.custom_tqdm import tqdm
+from auto_circuit.utils.graph_utils import patch_mode, preserved_masks, set_all_masks
+from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import multibatch_kl_div
+
+AcdcTarget = Literal["kl_div", "mse"]
+
+
+def acdc_prune_scores(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    official_edges: Collection[Edge] | None,
+    tao_exps: Sequence[int] = range(-5, -1),
+    tao_bases: Sequence[int | float] = (1, 3, 5, 7, 9),
+    faithfulness_target: AcdcTarget = "kl_div",
+    test_mode: bool = False,
+    run_circuits_ref: Callable[..., object] | None = None,
+    show_graphs: bool = False,
+    draw_seq_graph_ref: Callable[..., object] | None = None,
+) -> PruneScores:
+    """The lowest threshold at which each edge is taken out: the higher, the more it matters.
+
+    Edges that no threshold takes out have twice the highest threshold. Clean prompts, corrupt
+    activations patched in, the loader's first batch.
+
+    tao_exps, tao_bases: the thresholds are base * 10 ** exponent.
+    faithfulness_target: "kl_div": KL(model || circuit), nats; "mse": the mean squared
+        difference of the logits.
+    test_mode, show_graphs and their functions are auto-circuit's, and must be left out.
+
+    Raises ConfigError without thresholds above 0, and for those options.
+
+    Differs from auto-circuit: edges that are never taken out are not infinite; the order of
+    the edges is the same in every process.
+    """
+    check_choice("faithfulness_target", faithfulness_target, AcdcTarget)
+    if test_mode or show_graphs or run_circuits_ref or draw_seq_graph_ref:
+        raise ConfigError(
+            "`test_mode`, `run_circuits_ref`, `show_graphs` and `draw_seq_graph_ref` are not "
+            "supported. Draw the scores with `auto_circuit.visualize.draw_seq_graph`."
+        )
+    thresholds = sorted({base * 10.0**exp for exp in tao_exps for base in tao_bases})
+    if not thresholds or thresholds[0] <= 0:
+        raise ConfigError(f"The thresholds are {thresholds}; expected some, all above 0.")
+    scores = model.new_prune_scores(2 * thresholds[-1])
+    for threshold in tqdm(reversed(thresholds), total=len(thresholds), leave=False):
+        for edge in removed_edges(model, dataloader, threshold, faithfulness_target):
+            scores[edge.dest.module_name][edge.patch_idx] = threshold
+    return scores
+
+
+def removed_edges(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    threshold: float,
+    faithfulness_target: AcdcTarget = "kl_div",
+) -> list[Edge]:
+    """The edges that one threshold takes out, in the order in which they go."""
+    (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
+    removed = []
+    with t.no_grad(), preserved_masks(model), patch_mode(model, batch.patch_src_outs):
+        set_all_masks(model, 0.0)
+        distance = 0.0
+        for edge in sorted(model.edges, key=lambda edge: -edge.dest.layer):
+            entry = edge.patch_mask(model).data[edge.patch_idx]
+            entry.fill_(1.0)
+            outputs = circuit_outputs(model, batch)
+            patched = _distance(outputs, batch.clean_outputs, faithfulness_target)
+            if patched - distance < threshold:
+                distance = patched
+                removed.append(edge)
+            else:
+                entry.fill_(0.0)
+    return removed
+
+
+def _distance(outputs: Tensor, clean_outputs: Tensor, target: AcdcTarget) -> float:
+    if target == "mse":
+        return float(mse_loss(outputs, clean_outputs))
+    kl_div = multibatch_kl_div(outputs.log_softmax(-1), clean_outputs.log_softmax(-1))
+    return float(kl_div)
+
+
+ACDC_PRUNE_ALGO = PruneAlgo(
+    key="ACDC",
+    name="ACDC",
+    func=partial(acdc_prune_scores, tao_exps=range(-6, -2), tao_bases=(1,)),
+)
+MSE_ACDC_PRUNE_ALGO = PruneAlgo(
+    key="MSE ACDC",
+    name="MSE ACDC",
+    _short_name="ACDC (MSE)",
+    func=partial(
+        acdc_prune_scores,
+        tao_exps=range(-10, 0),
+        tao_bases=(1,),
+        faithfulness_target="mse",
+    ),
+)

@@ -1,0 +1,150 @@
+"""Edge Pruning (Bhaskar et al. 2024, arXiv 2406.16778).
+
+Every edge has a hard concrete gate. The gates are trained to keep the model's outputs, under
+the constraint that a given share of the edges is gone: a Lagrangian whose multipliers climb
+while the gates descend, and whose target share rises from 0 during a warm-up.
+
+Cost: a step is one forward and one backward pass; each batch costs two forward passes once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+
+import torch as t
+from torch import Tensor
+
+from auto_circuit.data import PromptDataLoader
+from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.mask_training import (
+    MaskTraining,
+    TrainingStep,
+    check_finite,
+    circuit_outputs,
+    scores_from_logits,
+    training_batches,
+    training_steps,
+)
+from auto_circuit.prune_algos.objectives import FaithfulnessTarget, faithfulness_loss
+from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.types import AblationType, Edge, PruneScores
+from auto_circuit.utils.graph_utils import mask_fn_mode, set_all_masks, train_mask_mode
+from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import hard_concrete_expected_l0
+
+INIT_LOGIT = 2.0
+
+
+def edge_pruning_prune_scores(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    official_edges: Collection[Edge] | None,
+    target_sparsity: float = 0.98,
+    n_steps: int = 3000,
+    learning_rate: int | float = 0.8,
+    multiplier_learning_rate: int | float = 0.8,
+    warmup_share: float = 0.8,
+    faithfulness_target: FaithfulnessTarget = "kl_div",
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    seed: int = 0,
+) -> PruneScores:
+    """Each edge's trained logit, shifted so that the lowest is 0. See `train_edge_pruning`."""
+    return train_edge_pruning(
+        model,
+        dataloader,
+        target_sparsity,
+        n_steps,
+        learning_rate,
+        multiplier_learning_rate,
+        warmup_share,
+        faithfulness_target,
+        ablation_type,
+        seed,
+    ).prune_scores
+
+
+def train_edge_pruning(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    target_sparsity: float = 0.98,
+    n_steps: int = 3000,
+    learning_rate: int | float = 0.8,
+    multiplier_learning_rate: int | float = 0.8,
+    warmup_share: float = 0.8,
+    faithfulness_target: FaithfulnessTarget = "kl_div",
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    seed: int = 0,
+) -> MaskTraining:
+    """Train a circuit of a given sparsity; the scores and the record of the training.
+
+    target_sparsity: the share of all edges that goes, from 0 to 1.
+    n_steps: batches that are trained on; the loader starts anew when it ends.
+    learning_rate, multiplier_learning_rate: of the gates and of the multipliers (Adam).
+        The gates' rate falls linearly to a tenth.
+    warmup_share: the share of the steps during which the target rises.
+
+    Sparsity is 1 minus the mean probability that a gate is open at all. Raises ConfigError
+    for shares outside of 0 and 1, TrainingError if the loss becomes NaN.
+    """
+    _check(target_sparsity, n_steps, warmup_share)
+    batches = training_batches(model, dataloader, ablation_type, "clean")
+    device = next(model.wrapped_model.parameters()).device
+    generator = t.Generator(device).manual_seed(seed)
+    multipliers = t.zeros(2, device=device, requires_grad=True)
+    steps = []
+    with (
+        train_mask_mode(model) as masks,
+        mask_fn_mode(model, "hard_concrete", 0.0, generator),
+        training_steps(model, batches, n_steps) as all_steps,
+    ):
+        set_all_masks(model, -INIT_LOGIT)  # of a patched edge: the gates are open
+        # A short memory: the multipliers, and with them the gradients, grow all the time.
+        optimizer = t.optim.Adam(masks.values(), lr=learning_rate, betas=(0.9, 0.95))
+        ascent = t.optim.Adam([multipliers], lr=multiplier_learning_rate, maximize=True)
+        decay = t.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, n_steps)
+        for step, batch in all_steps:
+            outputs = circuit_outputs(model, batch)
+            faithfulness = faithfulness_loss(
+                faithfulness_target, outputs, batch.batch, batch.clean_outputs
+            )
+            target = target_sparsity * min(1.0, (step + 1) / (warmup_share * n_steps))
+            n_edges = sum(
+                hard_concrete_expected_l0(-mask).sum() for mask in masks.values()
+            )
+            assert isinstance(n_edges, Tensor)
+            excess = (1 - n_edges / model.n_edges) - target
+            penalty = multipliers[0] * excess + multipliers[1] * excess.square()
+            loss = faithfulness + penalty
+            check_finite(loss, step, learning_rate)
+            optimizer.zero_grad()
+            ascent.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ascent.step()
+            decay.step()
+            values = (float(v.detach()) for v in (loss, faithfulness, penalty, n_edges))
+            steps.append(TrainingStep(step, *values))
+        scores = scores_from_logits({name: -mask for name, mask in masks.items()})
+    return MaskTraining(scores, tuple(steps))
+
+
+def _check(target_sparsity: float, n_steps: int, warmup_share: float) -> None:
+    if not 0 < target_sparsity < 1:
+        raise ConfigError(
+            f"`target_sparsity` is {target_sparsity}; expected a share of the edges "
+            "between 0 and 1."
+        )
+    if n_steps < 1 or not 0 < warmup_share <= 1:
+        raise ConfigError(
+            f"`n_steps` is {n_steps} and `warmup_share` {warmup_share}; expected at least "
+            "1 step, and a share above 0 and at most 1."
+        )
+
+
+EDGE_PRUNING_PRUNE_ALGO = PruneAlgo(
+    key="Edge Pruning",
+    name="Edge Pruning",
+    _short_name="EP",
+    func=partial(edge_pruning_prune_scores, n_steps=3000),
+)

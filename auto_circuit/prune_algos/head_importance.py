@@ -1,0 +1,223 @@
+"""Scores of nodes, and edge scores made from them.
+
+A node here is a source: the embeddings, an attention head, an MLP. Its score can be the
+sum of the scores of its outgoing edges, or its importance for a task (HISP: head
+importance score for pruning; Michel et al. 2019, arXiv 1905.10650, in the form that
+Conmy et al. 2023, arXiv 2304.14997, compare circuit discovery with).
+
+Cost of HISP per batch: one forward pass to record, one forward and one backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+
+import torch as t
+from jaxtyping import Float
+from torch import Tensor
+
+from auto_circuit.data import PromptDataLoader, PromptPairBatch
+from auto_circuit.errors import GraphError
+from auto_circuit.prune_algos.objectives import (
+    AnswerFunction,
+    GradFunction,
+    answer_loss,
+    check_choice,
+)
+from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.types import AblationType, DestNode, Edge, PruneScores, SrcNode
+from auto_circuit.utils.ablation_activations import (
+    PER_BATCH_ABLATIONS,
+    Side,
+    SrcOuts,
+    iter_src_ablations,
+)
+from auto_circuit.utils.graph_utils import (
+    patch_mode,
+    set_all_masks,
+    set_mask_batch_size,
+    train_mask_mode,
+)
+from auto_circuit.utils.patchable_model import PatchableModel
+
+NodeScores = Float[Tensor, "*seq src"]
+"""A number per source, and per position if the graph tells positions apart."""
+
+
+def head_importance_prune_scores(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    official_edges: Collection[Edge] | None,
+    grad_function: GradFunction = "logit",
+    answer_function: AnswerFunction = "avg_diff",
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    clean_corrupt: Side | None = "corrupt",
+    normalize: bool = True,
+) -> PruneScores:
+    """HISP: how much each node matters, mapped to the edges between nodes that do.
+
+    A node's importance is the mean over prompts of |difference of its activations times
+    gradient|, the estimated effect of patching it whichever its sign: 0 or more, in the
+    unit of the answer function. An edge has the score of the weaker of its two nodes.
+
+    ablation_type, clean_corrupt: what the node's activations are compared with (ZERO is
+        Michel et al.'s head mask; RESAMPLE the variant of Conmy et al.).
+    normalize: divide by the L2 norm over the nodes of the same layer of the graph, as
+        Michel et al. do: numbers from 0 to 1. A layer of a single node (the embeddings,
+        an MLP after its attention) then scores 1.
+
+    Raises ConfigError for an unknown choice. Not in auto-circuit.
+    """
+    check_choice("grad_function", grad_function, GradFunction)
+    check_choice("answer_function", answer_function, AnswerFunction)
+    side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
+    total, n_prompts = None, 0
+    batches = iter_src_ablations(model, dataloader, ablation_type, side)
+    loss = partial(
+        answer_loss, grad_function=grad_function, answer_function=answer_function
+    )
+    for batch, patch_src_outs in batches:
+        n_prompts += len(batch.clean)
+        importance = _batch_importance(model, batch, patch_src_outs, loss)
+        total = importance if total is None else total + importance
+    assert total is not None
+    scores = total / n_prompts
+    return edge_scores_of_nodes(
+        model, _normalize_layers(model, scores) if normalize else scores
+    )
+
+
+def _batch_importance(
+    model: PatchableModel,
+    batch: PromptPairBatch,
+    patch_src_outs: SrcOuts,
+    mean_loss: partial[Tensor],
+) -> NodeScores:
+    """The sum over a batch's prompts of |difference * gradient| at every source."""
+    tokens, kwargs = batch.model_input("clean")
+    # A mask for each prompt: the sum over its edges comes before the absolute value.
+    with set_mask_batch_size(model, len(tokens)), train_mask_mode(model) as masks:
+        with patch_mode(model, patch_src_outs, overwrite_patch=True):
+            set_all_masks(model, 0.0)
+            loss = mean_loss(model.sliced(tokens, **kwargs), batch) * len(tokens)
+            loss.backward()
+        edge_scores = {
+            name: mask.grad for name, mask in masks.items() if mask.grad is not None
+        }
+        return _sum_over_edges(model, edge_scores).abs().sum(0)
+
+
+def node_prune_scores(model: PatchableModel, prune_scores: PruneScores) -> PruneScores:
+    """Scores that make circuits of nodes, from any algorithm's scores of edges.
+
+    A node's score is the sum over its outgoing edges; an edge's new score is that of the
+    weaker of its two nodes (by absolute value, with its sign). Circuits of the result
+    are graphs of nodes: the strongest nodes, and all edges between them.
+    """
+    return edge_scores_of_nodes(model, node_scores(model, prune_scores))
+
+
+def node_scores(model: PatchableModel, prune_scores: PruneScores) -> NodeScores:
+    """The sum of the scores of each source's outgoing edges: [position?, source].
+
+    For gradient scores in a factorized graph that is the score of patching the node as a
+    whole, to first order. Raises GraphError for scores that do not fit the model.
+    """
+    expected = {name: score.shape for name, score in model.new_prune_scores().items()}
+    found = {name: score.shape for name, score in prune_scores.items()}
+    if found != expected:
+        wrong = sorted(set(found.items()) ^ set(expected.items()))
+        raise GraphError(
+            f"The scores do not fit the model's graph; the first difference: {wrong[0]}. "
+            "Start from `model.new_prune_scores()`."
+        )
+    return _sum_over_edges(model, prune_scores)
+
+
+def edge_scores_of_nodes(model: PatchableModel, scores: NodeScores) -> PruneScores:
+    """Give each edge the score of the weaker of its nodes, by absolute value.
+
+    scores: [position?, source]. The node that an edge ends in is the source of the same
+    component; where several share the destination (grouped keys and values), the
+    strongest of them. The end of the residual stream has no source: there the edge has
+    the score of its source. Raises GraphError for scores of the wrong shape.
+    """
+    leading = () if model.seq_len is None else (model.seq_len,)
+    if scores.shape != (*leading, model.plan.n_srcs):
+        raise GraphError(
+            f"The node scores have shape {tuple(scores.shape)}; the graph needs "
+            f"{(*leading, model.plan.n_srcs)}, [position?, source]."
+        )
+    prune_scores = {}
+    for wrapper in model.dest_wrappers:
+        start = scores[..., wrapper.in_srcs]
+        dests = [node for node in model.dests if node.module_name == wrapper.module_name]
+        rows = [
+            _weaker(start, _strongest(scores, _sources_of(model, dest))) for dest in dests
+        ]
+        has_heads = dests[0].head_idx is not None
+        prune_scores[wrapper.module_name] = t.stack(rows, -2) if has_heads else rows[0]
+    return prune_scores
+
+
+def _sum_over_edges(model: PatchableModel, edge_scores: PruneScores) -> Tensor:
+    """[..., head?, source] for each destination -> [..., source], summed over edges."""
+    total = None
+    for wrapper in model.dest_wrappers:
+        scores = edge_scores[wrapper.module_name]
+        scores = scores if wrapper.head_dim is None else scores.sum(-2)
+        if total is None:
+            total = scores.new_zeros((*scores.shape[:-1], model.plan.n_srcs))
+        total[..., wrapper.in_srcs] += scores
+    assert total is not None
+    return total
+
+
+def _normalize_layers(model: PatchableModel, scores: Tensor) -> Tensor:
+    layers = t.tensor([src.layer for src in model.srcs], device=scores.device)
+    result = t.zeros_like(scores)
+    for layer in layers.unique():
+        is_here = layers == layer
+        of_layer = scores[..., is_here]
+        # On token graphs over all positions of the layer.
+        norm = of_layer.norm()
+        result[..., is_here] = of_layer / norm if norm > 0 else of_layer
+    return result
+
+
+def _sources_of(model: PatchableModel, dest: DestNode) -> list[SrcNode]:
+    """What the component that the destination belongs to writes.
+
+    "A3.1.K" reads for component A3 and its head 1; A3 writes as one source, or a head
+    each, or several heads for each of a grouped key.
+    """
+    component = dest.name.partition(".")[0]
+    srcs = [src for src in model.srcs if src.name.partition(".")[0] == component]
+    if dest.head_idx is None or len(srcs) <= 1:
+        return srcs
+    n_dests = sum(node.module_name == dest.module_name for node in model.dests)
+    group = len(srcs) // n_dests
+    return srcs[dest.head_idx * group : (dest.head_idx + 1) * group]
+
+
+def _strongest(scores: Tensor, srcs: list[SrcNode]) -> Tensor | None:
+    """The score with the largest absolute value, [position?, 1]; None if there is none."""
+    if not srcs:
+        return None
+    candidates = scores[..., [src.src_idx for src in srcs]]
+    return candidates.gather(-1, candidates.abs().argmax(-1, keepdim=True))
+
+
+def _weaker(start: Tensor, end: Tensor | None) -> Tensor:
+    if end is None:
+        return start.clone()
+    return t.where(start.abs() <= end.abs(), start, end)
+
+
+HEAD_IMPORTANCE_PRUNE_ALGO = PruneAlgo(
+    key="Head Importance Score for Pruning",
+    name="Head Importance Score for Pruning",
+    _short_name="HISP",
+    func=head_importance_prune_scores,
+)

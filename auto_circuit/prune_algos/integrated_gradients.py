@@ -1,0 +1,293 @@
+"""Integrated gradients of edges: attribution patching that looks along a path.
+
+An edge's score is the difference that patching makes at its source times the gradient at
+its destination. Edge attribution patching takes that gradient at the clean prompt, where
+it can be misleading: a saturated attention pattern or activation function has almost
+none. The algorithms here take the mean gradient along a path from the patched-in
+activations to the clean ones instead:
+
+- *inputs* (Hanna et al. 2024, arXiv 2403.17806): the embeddings move from corrupt to
+  clean; the differences stay those between the corrupt and the clean run.
+- *activations* (Marks et al. 2024, arXiv 2403.19647): one source at a time moves, with
+  everything before it clean; only its own edges are scored on its path.
+- *clean-corrupt*: the path of the inputs, at its two ends only.
+
+Cost per batch, with m points: inputs two forward passes to record and m forward and
+backward passes; activations one forward pass to record and m forward and backward passes
+for each sublayer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch as t
+from torch import Tensor
+from torch.nn import Module
+
+from auto_circuit.data import PromptDataLoader, PromptPairBatch
+from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.objectives import (
+    AnswerFunction,
+    GradFunction,
+    answer_loss,
+    check_choice,
+)
+from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.types import AblationType, Edge, PruneScores
+from auto_circuit.utils.ablation_activations import (
+    PER_BATCH_ABLATIONS,
+    Side,
+    iter_src_ablations,
+    record_src_outs,
+)
+from auto_circuit.utils.graph_utils import patch_mode, set_all_masks, train_mask_mode
+from auto_circuit.utils.patchable_model import PatchableModel
+
+PathPoints = Literal["midpoints", "clean_end", "corrupt_end"]
+"""Where a path of m steps from corrupt (0) to clean (1) is sampled.
+
+midpoints: (k + 1/2) / m for k = 0 ... m-1. clean_end: k / m for k = 1 ... m, so that the
+clean end is a point. corrupt_end: k / m for k = 0 ... m-1.
+"""
+
+
+def input_integrated_gradients_prune_scores(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    official_edges: Collection[Edge] | None,
+    grad_function: GradFunction = "logit",
+    answer_function: AnswerFunction = "avg_diff",
+    integrated_grad_samples: int = 5,
+    path_points: PathPoints = "midpoints",
+    ablation_type: AblationType = AblationType.RESAMPLE,
+) -> PruneScores:
+    """EAP-IG on the inputs: corrupt - clean source times mean gradient on the input path.
+
+    The mean over prompts. Positive: patching the edge lowers the answer function (the
+    unit is its unit). The embeddings (the first source) are interpolated; tokens, and
+    the attention mask of padded prompts, are those of the clean prompts.
+
+    integrated_grad_samples, path_points: how many points of the path, and which.
+    ablation_type: what is patched in, and where the path begins: RESAMPLE, the corrupt
+        prompts (as in the paper); ZERO, embeddings of zero.
+
+    Raises ConfigError for fewer than one sample and for an unknown choice.
+    Source: Hanna et al. 2024, arXiv 2403.17806. Not in auto-circuit, whose integrated
+    gradients take another path (see `mask_gradient_prune_scores`).
+    """
+    check_choice("grad_function", grad_function, GradFunction)
+    check_choice("answer_function", answer_function, AnswerFunction)
+    points = _path(integrated_grad_samples, path_points)
+    loss = partial(_loss, grad_function=grad_function, answer_function=answer_function)
+    return _input_path_scores(model, dataloader, loss, points, ablation_type)
+
+
+def clean_corrupt_prune_scores(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    official_edges: Collection[Edge] | None,
+    grad_function: GradFunction = "logit",
+    answer_function: AnswerFunction = "avg_diff",
+    ablation_type: AblationType = AblationType.RESAMPLE,
+) -> PruneScores:
+    """Corrupt - clean source times the mean of the gradients at clean and at corrupt.
+
+    The mean over prompts, in the unit of the answer function; positive: patching the
+    edge lowers it. The path of `input_integrated_gradients_prune_scores` with nothing
+    but its two ends. Exact for a metric that is quadratic along the path.
+
+    ablation_type: what is patched in, and what the corrupt end is.
+
+    Raises ConfigError for an unknown choice. Source: the "clean-corrupted" method of
+    Hanna et al. 2024 (arXiv 2403.17806). Not in auto-circuit.
+    """
+    check_choice("grad_function", grad_function, GradFunction)
+    check_choice("answer_function", answer_function, AnswerFunction)
+    loss = partial(_loss, grad_function=grad_function, answer_function=answer_function)
+    return _input_path_scores(model, dataloader, loss, [0.0, 1.0], ablation_type)
+
+
+def activation_integrated_gradients_prune_scores(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    official_edges: Collection[Edge] | None,
+    grad_function: GradFunction = "logit",
+    answer_function: AnswerFunction = "avg_diff",
+    integrated_grad_samples: int = 5,
+    path_points: PathPoints = "midpoints",
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    clean_corrupt: Side | None = "corrupt",
+    share_passes: bool = True,
+) -> PruneScores:
+    """EAP-IG on the activations: each source moves from corrupt to clean on its own.
+
+    The mean over prompts of (corrupt - clean) source times the mean gradient at the
+    destination while the source is interpolated: all of its edges at once, and nothing
+    before it changed. Unit: the answer function's; positive: patching the edge lowers
+    it. With many samples a source's scores add up to the effect of patching all of its
+    edges (completeness).
+
+    integrated_grad_samples, path_points: how many points of each path, and which.
+    ablation_type, clean_corrupt: what is patched in.
+    share_passes: move the heads of one attention layer together, which takes one path
+        for each sublayer. Each head is still scored by its own difference; then the sum
+        over the layer's edges is complete. False: a path for each source, many times
+        slower.
+
+    Raises ConfigError for fewer than one sample and for an unknown choice.
+    Source: Marks et al. 2024, arXiv 2403.19647. Differs from Hanna et al.'s code, which
+    adds up the scores of all edges on every sublayer's path. Not in auto-circuit.
+    """
+    check_choice("grad_function", grad_function, GradFunction)
+    check_choice("answer_function", answer_function, AnswerFunction)
+    points = _path(integrated_grad_samples, path_points)
+    loss = partial(_loss, grad_function=grad_function, answer_function=answer_function)
+    side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
+    scores, n_prompts = model.new_prune_scores(), 0
+    batches = iter_src_ablations(model, dataloader, ablation_type, side)
+    with train_mask_mode(model):
+        for batch, patch_src_outs in batches:
+            n_prompts += len(batch.clean)
+            with patch_mode(model, patch_src_outs):
+                for srcs in _moving_together(model, share_passes):
+                    for point in points:
+                        _patch_sources(model, srcs, 1 - point)
+                        loss(model, batch).backward()
+                    _take_gradients(model, srcs, scores)
+    return {name: score / (n_prompts * len(points)) for name, score in scores.items()}
+
+
+# ---------------------------------------------------------------------------- the paths
+
+
+def _path(n_points: int, path_points: PathPoints) -> list[float]:
+    check_choice("path_points", path_points, PathPoints)
+    if n_points < 1:
+        raise ConfigError(
+            f"`integrated_grad_samples` is {n_points}; expected at least 1."
+        )
+    first = {"midpoints": 0.5, "clean_end": 1.0, "corrupt_end": 0.0}[path_points]
+    return [(first + step) / n_points for step in range(n_points)]
+
+
+def _loss(
+    model: PatchableModel,
+    batch: PromptPairBatch,
+    grad_function: GradFunction,
+    answer_function: AnswerFunction,
+) -> Tensor:
+    """The sum over the prompts, so that batches of different sizes weigh what they hold."""
+    tokens, kwargs = batch.model_input("clean")
+    outputs = model.sliced(tokens, **kwargs)
+    return answer_loss(outputs, batch, grad_function, answer_function) * len(tokens)
+
+
+# ------------------------------------------------------------------- moving the inputs
+
+
+def _input_path_scores(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    loss: partial[Tensor],
+    points: Sequence[float],
+    ablation_type: AblationType,
+) -> PruneScores:
+    side: Side | None = "corrupt" if ablation_type in PER_BATCH_ABLATIONS else None
+    clean, n_prompts = None, 0
+    batches = iter_src_ablations(model, dataloader, ablation_type, side)
+    with train_mask_mode(model) as masks:
+        set_all_masks(model, 0.0)
+        for batch, ablated in batches:
+            tokens, kwargs = batch.model_input("clean")
+            n_prompts += len(tokens)
+            clean = record_src_outs(model, tokens, kwargs, reuse=clean)
+            with patch_mode(model, ablated - clean, differences=True):
+                for point in points:
+                    start = t.lerp(ablated[0], clean[0], point)
+                    with _input_replaced(model, start):
+                        loss(model, batch).backward()
+        return {
+            name: mask.grad.detach() / (n_prompts * len(points))
+            for name, mask in masks.items()
+            if mask.grad is not None
+        }
+
+
+@contextmanager
+def _input_replaced(model: PatchableModel, value: Tensor) -> Iterator[None]:
+    """Inside, the first source writes `value`, and the engine's hooks see it."""
+
+    def replace(module: Module, args: Any, out: Tensor) -> Tensor:
+        return value.reshape(out.shape)
+
+    wrapper, module = model.plan.src_sites[0]
+    assert wrapper.src_idxs == slice(0, 1)
+    handle = module.register_forward_hook(replace, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# ------------------------------------------------------------------ moving activations
+
+
+def _moving_together(model: PatchableModel, share_passes: bool) -> list[slice]:
+    """The sources that are interpolated in the same passes, in their order."""
+    sublayers = [wrapper.src_idxs for wrapper, _ in model.plan.src_sites]
+    if share_passes:
+        return [srcs for srcs in sublayers if srcs is not None]
+    return [slice(src, src + 1) for src in range(model.plan.n_srcs)]
+
+
+def _columns(model: PatchableModel, srcs: slice) -> dict[str, slice]:
+    """Destination module name -> where these sources are in its mask, if it reads them."""
+    columns = {}
+    for wrapper in model.dest_wrappers:
+        assert wrapper.in_srcs is not None
+        read = wrapper.in_srcs
+        lo, hi = max(srcs.start, read.start), min(srcs.stop, read.stop)
+        if lo < hi:
+            columns[wrapper.module_name] = slice(lo - read.start, hi - read.start)
+    return columns
+
+
+def _patch_sources(model: PatchableModel, srcs: slice, share: float) -> None:
+    """Patch all edges of these sources by this share, and no others."""
+    set_all_masks(model, 0.0)
+    for name, columns in _columns(model, srcs).items():
+        model.patch_masks[name].data[..., columns] = share
+
+
+def _take_gradients(model: PatchableModel, srcs: slice, scores: PruneScores) -> None:
+    """Add the gradients of these sources' masks to the scores, and forget the others."""
+    for name, columns in _columns(model, srcs).items():
+        grad = model.patch_masks[name].grad
+        assert grad is not None
+        scores[name][..., columns] += grad[..., columns]
+    for mask in model.patch_masks.values():
+        mask.grad = None
+
+
+INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO = PruneAlgo(
+    key="Edge Attribution Patching with Integrated Gradients (Inputs)",
+    name="Edge Attribution Patching with Integrated Gradients (Inputs)",
+    _short_name="EAP-IG inputs",
+    func=input_integrated_gradients_prune_scores,
+)
+ACTIVATION_INTEGRATED_GRADIENTS_PRUNE_ALGO = PruneAlgo(
+    key="Edge Attribution Patching with Integrated Gradients (Activations)",
+    name="Edge Attribution Patching with Integrated Gradients (Activations)",
+    _short_name="EAP-IG activations",
+    func=activation_integrated_gradients_prune_scores,
+)
+CLEAN_CORRUPT_PRUNE_ALGO = PruneAlgo(
+    key="Edge Attribution Patching at Clean and Corrupt",
+    name="Edge Attribution Patching at Clean and Corrupt",
+    _short_name="Clean-Corrupt",
+    func=clean_corrupt_prune_scores,
+)

@@ -1,0 +1,151 @@
+"""What all algorithms that train masks share: the prompts, the steps, the record.
+
+A training step costs one forward and one backward pass. Before the first step, each batch
+costs two forward passes: one for what is patched in, one for the full model's outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch as t
+from jaxtyping import Float
+from torch import Tensor
+
+from auto_circuit.data import PromptDataLoader, PromptPairBatch
+from auto_circuit.errors import TrainingError
+from auto_circuit.types import AblationType, PruneScores
+from auto_circuit.utils.ablation_activations import (
+    PER_BATCH_ABLATIONS,
+    Side,
+    SrcOuts,
+    iter_src_ablations,
+)
+from auto_circuit.utils.graph_utils import patch_mode
+from auto_circuit.utils.patchable_model import PatchableModel
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBatch:
+    """A batch, what is patched into it, and the full model's outputs on its clean side."""
+
+    batch: PromptPairBatch
+    inputs: Tensor
+    kwargs: dict[str, Any]
+    patch_src_outs: SrcOuts
+    clean_outputs: Float[Tensor, "batch *pos vocab"]
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One step of a training: its losses, and the expected size of its circuit.
+
+    loss = faithfulness + penalty. validation: the faithfulness loss on other prompts, at
+    the steps at which it was measured.
+    """
+
+    step: int
+    loss: float
+    faithfulness: float
+    penalty: float
+    n_edges: int | float
+    validation: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MaskTraining:
+    """What a training found: scores, and the record of its steps."""
+
+    prune_scores: PruneScores
+    steps: tuple[TrainingStep, ...]
+
+
+def training_batches(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    ablation_type: AblationType,
+    input_side: Side,
+    max_batches: int | None = None,
+) -> list[TrainingBatch]:
+    """A loader's (first) batches, ready to be trained on; they are held in memory.
+
+    The input is one side of the prompts; what is patched in comes from the other side, or
+    from where the ablation type says.
+    """
+    patch_side: Side | None = "corrupt" if input_side == "clean" else "clean"
+    if ablation_type not in PER_BATCH_ABLATIONS:
+        patch_side = None
+    ready = []
+    all_outs = iter_src_ablations(model, dataloader, ablation_type, patch_side)
+    for batch, outs in islice(all_outs, max_batches):
+        clean, clean_kwargs = batch.model_input("clean")
+        with t.no_grad():
+            clean_outputs = model.sliced(clean, **clean_kwargs).clone()
+        inputs, kwargs = batch.model_input(input_side)
+        # The activations share memory from batch to batch; a mean is the same for all.
+        own = outs.clone() if ablation_type in PER_BATCH_ABLATIONS else outs
+        ready.append(TrainingBatch(batch, inputs, kwargs, own, clean_outputs))
+    return ready
+
+
+@contextmanager
+def training_steps(
+    model: PatchableModel,
+    batches: Sequence[TrainingBatch],
+    n_steps: int,
+    after_epoch: Callable[[int], None] | None = None,
+) -> Iterator[Iterator[tuple[int, TrainingBatch]]]:
+    """(step, batch) for as many steps, batch after batch, each in its `patch_mode`.
+
+    after_epoch: called with the number of steps done, outside of `patch_mode`.
+    """
+    steps = _training_steps(model, batches, n_steps, after_epoch)
+    # Closed, so that a `break` leaves `patch_mode` at once.
+    with closing(steps):
+        yield steps
+
+
+def _training_steps(
+    model: PatchableModel,
+    batches: Sequence[TrainingBatch],
+    n_steps: int,
+    after_epoch: Callable[[int], None] | None,
+) -> Generator[tuple[int, TrainingBatch]]:
+    with ExitStack() as stack:
+        open_batch = None
+        for step in range(n_steps):
+            batch = batches[step % len(batches)]
+            if batch is not open_batch:
+                stack.close()
+                stack.enter_context(patch_mode(model, batch.patch_src_outs))
+                open_batch = batch
+            yield step, batch
+            if after_epoch is not None and (step + 1) % len(batches) == 0:
+                stack.close()
+                open_batch = None
+                after_epoch(step + 1)
+
+
+def circuit_outputs(model: PatchableModel, batch: TrainingBatch) -> Tensor:
+    """The outputs that count, with the masks as they are."""
+    return model.sliced(batch.inputs, **batch.kwargs)
+
+
+def check_finite(loss: Tensor, step: int, learning_rate: float) -> None:
+    """Raise TrainingError if the loss is not a finite number."""
+    if not math.isfinite(loss.item()):
+        raise TrainingError(
+            f"The loss is {loss.item()} at step {step}: the training diverged. Lower the "
+            f"learning rate (it is {learning_rate})."
+        )
+
+
+def scores_from_logits(logits: Mapping[str, Tensor]) -> PruneScores:
+    """Mask logits, shifted so that the lowest is 0: the higher, the surer an edge is in."""
+    lowest = min(float(values.detach().min()) for values in logits.values())
+    return {name: values.detach() - lowest for name, values in logits.items()}

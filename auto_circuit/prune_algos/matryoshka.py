@@ -1,0 +1,162 @@
+"""Matryoshka attribution (arXiv 2609.25518): one training that ranks edges for every budget.
+
+Each step draws a circuit size k and keeps a soft top-k of the scores: edge i with the share
+sigmoid((s_i - tau) / T), where tau is such that the shares sum to k. The scores learn which
+edges are worth keeping at all sizes together.
+
+Cost: a step is one forward and one backward pass; each batch costs two forward passes once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from functools import partial
+from typing import Literal
+
+import torch as t
+from jaxtyping import Float
+from torch import Tensor
+
+from auto_circuit.data import PromptDataLoader
+from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.mask_training import (
+    MaskTraining,
+    TrainingStep,
+    check_finite,
+    circuit_outputs,
+    training_batches,
+    training_steps,
+)
+from auto_circuit.prune_algos.objectives import answer_loss, check_choice
+from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.types import AblationType, Edge, PruneScores
+from auto_circuit.utils.graph_utils import train_mask_mode
+from auto_circuit.utils.patchable_model import PatchableModel
+
+SizeDistribution = Literal["uniform", "log_uniform"]
+BISECTIONS = 50
+
+
+def matryoshka_prune_scores(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    official_edges: Collection[Edge] | None,
+    n_steps: int = 5000,
+    learning_rate: float = 0.05,
+    temperature: float = 0.5,
+    sizes: SizeDistribution = "log_uniform",
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    seed: int = 0,
+) -> PruneScores:
+    """Each edge's score, shifted so that the lowest is 0. See `train_matryoshka`."""
+    return train_matryoshka(
+        model, dataloader, n_steps, learning_rate, temperature, sizes, ablation_type, seed
+    ).prune_scores
+
+
+def train_matryoshka(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    n_steps: int = 5000,
+    learning_rate: float = 0.05,
+    temperature: float = 0.5,
+    sizes: SizeDistribution = "log_uniform",
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    seed: int = 0,
+) -> MaskTraining:
+    """Learn scores whose soft top-k circuits keep the answers' logit difference.
+
+    The higher a score, the smaller the circuits that the edge is in. The loss is minus the
+    mean difference between right and wrong answers' logits.
+
+    temperature: T; the lower, the nearer to a sharp top-k.
+    sizes: how k is drawn from 1..number of edges; "log_uniform" gives small circuits as
+        many steps as large ones. seed: of these draws.
+
+    Raises ConfigError for arguments that make no sense, TrainingError if the loss becomes
+    NaN.
+    """
+    check_choice("sizes", sizes, SizeDistribution)
+    if n_steps < 1 or temperature <= 0:
+        raise ConfigError(
+            f"`n_steps` is {n_steps} and `temperature` {temperature}; expected at least 1 "
+            "step and a temperature above 0."
+        )
+    batches = training_batches(model, dataloader, ablation_type, "clean")
+    generator = t.Generator().manual_seed(seed)
+    steps = []
+    with (
+        train_mask_mode(model) as masks,
+        training_steps(model, batches, n_steps) as all_steps,
+    ):
+        lengths = [mask.numel() for mask in masks.values()]
+        scores = next(iter(masks.values())).detach().new_zeros(sum(lengths))
+        scores.requires_grad_()
+        optimizer = t.optim.Adam([scores], lr=learning_rate)
+        for step, batch in all_steps:
+            size = _draw_size(sum(lengths), sizes, generator)
+            kept = soft_top_k(scores.detach(), size, temperature)
+            for mask, shares in zip(masks.values(), kept.split(lengths), strict=True):
+                mask.data = 1 - shares.view_as(mask)
+                mask.grad = None
+            loss = answer_loss(circuit_outputs(model, batch), batch.batch)
+            check_finite(loss, step, learning_rate)
+            loss.backward()
+            grad = t.cat([-_gradient(mask).flatten() for mask in masks.values()])
+            scores.grad = soft_top_k_gradient(kept, grad, temperature)
+            optimizer.step()
+            steps.append(TrainingStep(step, loss.item(), loss.item(), 0.0, size))
+        shifted = (scores.detach() - scores.detach().min()).split(lengths)
+        found = {
+            name: values.view_as(mask).clone()
+            for (name, mask), values in zip(masks.items(), shifted, strict=True)
+        }
+    return MaskTraining(found, tuple(steps))
+
+
+def soft_top_k(
+    scores: Float[Tensor, "edges"], size: int | float, temperature: float
+) -> Float[Tensor, "edges"]:
+    """Shares in (0, 1) that sum to `size`: sigmoid((score - tau) / temperature)."""
+    # Beyond these bounds all shares are 0 or 1 to the last digit.
+    reach = 40 * temperature
+    low, high = scores.min() - reach, scores.max() + reach
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        is_too_low = t.sigmoid((scores - middle) / temperature).sum() > size
+        low, high = t.where(is_too_low, middle, low), t.where(is_too_low, high, middle)
+    return t.sigmoid((scores - (low + high) / 2) / temperature)
+
+
+def soft_top_k_gradient(
+    shares: Float[Tensor, "edges"], grad: Float[Tensor, "edges"], temperature: float
+) -> Float[Tensor, "edges"]:
+    """The gradient of the scores from that of the shares.
+
+    tau depends on all scores, so that the shares go on summing to the same size: the mean
+    gradient, weighted by the slopes, drops out.
+    """
+    slopes = shares * (1 - shares) / temperature
+    total = slopes.sum().clamp(min=t.finfo(slopes.dtype).tiny)
+    return slopes * (grad - (grad * slopes).sum() / total)
+
+
+def _gradient(mask: Tensor) -> Tensor:
+    assert mask.grad is not None
+    return mask.grad
+
+
+def _draw_size(n_edges: int, sizes: SizeDistribution, generator: t.Generator) -> int:
+    draw = float(t.rand((), generator=generator))
+    if sizes == "uniform":
+        return 1 + min(int(draw * n_edges), n_edges - 1)
+    return round(math.exp(draw * math.log(n_edges)))
+
+
+MATRYOSHKA_PRUNE_ALGO = PruneAlgo(
+    key="Matryoshka Attribution",
+    name="Matryoshka Attribution",
+    _short_name="MAttr",
+    func=partial(matryoshka_prune_scores, n_steps=5000),
+)

@@ -1,0 +1,103 @@
+"""Gradient scores of every single prompt, at the price of their mean.
+
+Every prompt of a batch gets masks of its own, so that one backward pass gives all of
+their gradients. What can be learned from them: `score_ensembles.bootstrap_prompt_scores`.
+"""
+
+from __future__ import annotations
+
+import torch as t
+
+from auto_circuit.data import PromptDataLoader, PromptPairBatch
+from auto_circuit.prune_algos.objectives import (
+    AnswerFunction,
+    GradFunction,
+    answer_loss,
+    check_choice,
+)
+from auto_circuit.types import AblationType, PruneScores
+from auto_circuit.utils.ablation_activations import (
+    PER_BATCH_ABLATIONS,
+    Side,
+    SrcOuts,
+    iter_src_ablations,
+)
+from auto_circuit.utils.graph_utils import (
+    patch_mode,
+    set_all_masks,
+    set_mask_batch_size,
+    train_mask_mode,
+)
+from auto_circuit.utils.patchable_model import PatchableModel
+
+
+def mask_gradient_prompt_scores(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    grad_function: GradFunction,
+    answer_function: AnswerFunction,
+    mask_val: int | float = 0.0,
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    clean_corrupt: Side | None = "corrupt",
+) -> PruneScores:
+    """d loss / d mask for every prompt and edge. The input is clean.
+
+    Returns {destination module: [prompt, seq?, head?, src]}, prompts in the loader's
+    order. Sign and unit are those of `mask_gradient_prune_scores`, whose scores are the
+    means over prompts of these. They take memory of prompts times edges.
+
+    mask_val: the mask's value where the gradient is taken; 0 is edge attribution
+        patching. ablation_type, clean_corrupt: what is patched in; under the BATCH_*
+        types it depends on the prompts that share a batch.
+
+    Raises ConfigError for unknown functions, DataError for a loader without prompts.
+    auto-circuit has no such scores.
+    """
+    check_choice("grad_function", grad_function, GradFunction)
+    check_choice("answer_function", answer_function, AnswerFunction)
+    side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
+    batches = iter_src_ablations(model, dataloader, ablation_type, side)
+    scores = []
+    with train_mask_mode(model):
+        set_all_masks(model, float(mask_val))
+        for batch, patch_src_outs in batches:
+            scores.append(
+                _batch_scores(
+                    model, batch, patch_src_outs, grad_function, answer_function
+                )
+            )
+    return {name: t.cat([part[name] for part in scores]) for name in scores[0]}
+
+
+def _batch_scores(
+    model: PatchableModel,
+    batch: PromptPairBatch,
+    patch_src_outs: SrcOuts,
+    grad_function: GradFunction,
+    answer_function: AnswerFunction,
+) -> PruneScores:
+    tokens, kwargs = batch.model_input("clean")
+    _forget_passes(model)
+    with (
+        set_mask_batch_size(model, len(tokens)),
+        patch_mode(model, patch_src_outs, overwrite_patch=True),
+    ):
+        outputs = model.sliced(tokens, **kwargs)
+        loss = answer_loss(outputs, batch, grad_function, answer_function)
+        # The loss is a mean over prompts: times their number, each has a weight of 1.
+        (loss * len(tokens)).backward()
+        return {
+            module_name: mask.grad.detach()
+            for module_name, mask in model.patch_masks.items()
+            if mask.grad is not None
+        }
+
+
+def _forget_passes(model: PatchableModel) -> None:
+    # A model may keep parts of its last pass (attention patterns), and with them the
+    # graph's idea of the masks' shapes, to which the next batch's gradients must not be
+    # held. PyTorch drops it when a tensor's data change their type.
+    for mask in model.patch_masks.values():
+        values = mask.data
+        mask.data = values.to(t.float16 if values.dtype != t.float16 else t.float32)
+        mask.data = values

@@ -1,0 +1,326 @@
+"""Subnetwork probing (Cao et al. 2021, arXiv 2104.03514), on edges.
+
+Every edge has a random gate, hard concrete with a trained logit. The loss is how unlike the
+model the circuit of open gates is, plus a penalty on the expected number of open gates (Louizos
+et al. 2018, arXiv 1712.01312, equation 12).
+
+Cost: per epoch and batch one forward and one backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import partial
+from statistics import fmean
+from typing import Literal
+
+import torch as t
+from torch import Tensor
+
+from auto_circuit.data import PromptDataLoader
+from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.mask_training import (
+    MaskTraining,
+    TrainingBatch,
+    TrainingStep,
+    check_finite,
+    circuit_outputs,
+    scores_from_logits,
+    training_batches,
+    training_steps,
+)
+from auto_circuit.prune_algos.objectives import (
+    FaithfulnessTarget,
+    check_choice,
+    faithfulness_loss,
+)
+from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.types import AblationType, Edge, MaskFn, PruneScores
+from auto_circuit.utils.ablation_activations import Side
+from auto_circuit.utils.graph_utils import (
+    mask_fn_mode,
+    patch_mode,
+    set_all_masks,
+    train_mask_mode,
+)
+from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import hard_concrete_expected_l0
+
+INIT_LOGIT = 1.6094379124341003
+"""log(5): gates start with minus this logit. Without noise they are then 0.1 open."""
+N_VALIDATIONS = 20
+# These hold no clean activations: patched into corrupt prompts, they bring no signal.
+WITHOUT_CLEAN_SIGNAL = (AblationType.ZERO, AblationType.TOKENWISE_MEAN_CORRUPT)
+
+
+def subnetwork_probing_prune_scores(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    official_edges: Collection[Edge] | None,
+    learning_rate: int | float = 0.1,
+    epochs: int = 20,
+    regularize_lambda: int | float = 10,
+    mask_fn: MaskFn = "hard_concrete",
+    dropout_p: int | float = 0.0,
+    init_val: int | float = INIT_LOGIT,
+    show_train_graph: bool = False,
+    circuit_size: int | None = None,
+    tree_optimisation: bool = False,
+    avoid_edges: Collection[Edge] | None = None,
+    avoid_lambda: int | float = 1.0,
+    faithfulness_target: FaithfulnessTarget = "kl_div",
+    validation_dataloader: PromptDataLoader | None = None,
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    patience: int | None = None,
+    seed: int = 0,
+) -> PruneScores:
+    """Each edge's trained logit, shifted so that the lowest is 0. See `train_subnetwork`.
+
+    The higher, the surer the edge is in the circuit; the unit is that of a logit.
+    `show_train_graph` is for old notebooks and must be False: `train_subnetwork` returns
+    the record of the training, and `mask_training_plot` draws it.
+    """
+    if show_train_graph:
+        raise ConfigError(
+            "`show_train_graph`: figures are not shown by algorithms. Call "
+            "`train_subnetwork` with the same arguments, and draw its steps with "
+            "`auto_circuit.prune_algos.mask_training_plot.mask_training_fig`."
+        )
+    return train_subnetwork(
+        model,
+        dataloader,
+        learning_rate,
+        epochs,
+        regularize_lambda,
+        mask_fn,
+        dropout_p,
+        init_val,
+        circuit_size,
+        tree_optimisation,
+        avoid_edges,
+        avoid_lambda,
+        faithfulness_target,
+        validation_dataloader,
+        ablation_type,
+        patience,
+        seed,
+    ).prune_scores
+
+
+def train_subnetwork(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    learning_rate: int | float = 0.1,
+    epochs: int = 20,
+    regularize_lambda: int | float = 10,
+    mask_fn: MaskFn = "hard_concrete",
+    dropout_p: int | float = 0.0,
+    init_val: int | float = INIT_LOGIT,
+    circuit_size: int | None = None,
+    tree_optimisation: bool = False,
+    avoid_edges: Collection[Edge] | None = None,
+    avoid_lambda: int | float = 1.0,
+    faithfulness_target: FaithfulnessTarget = "kl_div",
+    validation_dataloader: PromptDataLoader | None = None,
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    patience: int | None = None,
+    seed: int = 0,
+) -> MaskTraining:
+    """Train a gate for each edge; the scores and the record of the training.
+
+    tree_optimisation: True: clean prompts, all edges but the circuit's are patched.
+        False: corrupt prompts, the circuit's edges are patched with clean activations.
+    circuit_size: penalise edges only above this number; None: penalise all.
+    regularize_lambda: weight of the penalty, (expected edges - size) / size, or expected
+        edges / all edges.
+    init_val: minus the gates' first logit; positive: they start nearly closed.
+    avoid_edges, avoid_lambda: lowers the mean openness of these edges, with this weight.
+    faithfulness_target: see `objectives.faithfulness_loss`.
+    validation_dataloader: prompts on which that loss is measured now and then.
+    patience: stop after so many epochs without a lower mean loss; None: never.
+    seed: of the gates' noise.
+
+    Raises ConfigError for arguments that make no sense, GraphError for edges to avoid that
+    do not exist, TrainingError if the loss becomes NaN.
+
+    Differs from auto-circuit: the ablation is a parameter, and in edge direction clean
+    activations really come in; the penalty is the expected number of edges, not that of
+    one more sample; the same masks' mean, not sum, is the size of everything.
+    """
+    check_choice("faithfulness_target", faithfulness_target, FaithfulnessTarget)
+    check_choice("mask_fn", mask_fn, Literal["hard_concrete", "sigmoid"])
+    _check(model, epochs, circuit_size, learning_rate, tree_optimisation, ablation_type)
+    avoided = model.circuit_prune_scores(edges=avoid_edges or (), bool=True)
+    # In tree direction a mask of 1 takes the edge out: gates are masks of other sign.
+    sign = -1 if tree_optimisation else 1
+    side: Side = "clean" if tree_optimisation else "corrupt"
+    batches = training_batches(model, dataloader, ablation_type, side)
+    validation = (
+        []
+        if validation_dataloader is None
+        else training_batches(model, validation_dataloader, ablation_type, side)
+    )
+    generator = t.Generator(next(model.wrapped_model.parameters()).device).manual_seed(
+        seed
+    )
+    steps: list[TrainingStep] = []
+    validations: dict[int, float] = {}
+
+    def after_epoch(n_steps: int) -> None:
+        epoch = n_steps // len(batches)
+        if epoch % math.ceil(epochs / N_VALIDATIONS) == 0:
+            validations[n_steps - 1] = _validate(model, validation, faithfulness_target)
+
+    with (
+        train_mask_mode(model) as masks,
+        mask_fn_mode(model, mask_fn, float(dropout_p), generator),
+        training_steps(
+            model, batches, epochs * len(batches), after_epoch if validation else None
+        ) as all_steps,
+    ):
+        set_all_masks(model, float(-sign * init_val))
+        optimizer = t.optim.Adam(masks.values(), lr=learning_rate)
+        for step, batch in all_steps:
+            outputs = circuit_outputs(model, batch)
+            faithfulness = faithfulness_loss(
+                faithfulness_target, outputs, batch.batch, batch.clean_outputs
+            )
+            gates = [sign * mask for mask in masks.values()]
+            n_edges = _expected_edges(gates, mask_fn)
+            penalty = regularize_lambda * _size_penalty(
+                n_edges, circuit_size, model.n_edges
+            )
+            if avoid_edges:
+                penalty = penalty + avoid_lambda * _openness(
+                    gates, list(avoided.values())
+                )
+            loss = faithfulness + penalty
+            check_finite(loss, step, learning_rate)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            steps.append(_record(step, loss, faithfulness, penalty, n_edges))
+            if (step + 1) % len(batches) == 0 and _is_over(steps, len(batches), patience):
+                break
+        trained = {name: sign * mask.detach() for name, mask in masks.items()}
+        scores = scores_from_logits(trained)
+    return MaskTraining(
+        scores, tuple(replace(s, validation=validations.get(s.step)) for s in steps)
+    )
+
+
+def _record(
+    step: int, loss: Tensor, faithfulness: Tensor, penalty: Tensor, n_edges: Tensor
+) -> TrainingStep:
+    values = (float(value.detach()) for value in (loss, faithfulness, penalty, n_edges))
+    return TrainingStep(step, *values)
+
+
+def _check(
+    model: PatchableModel,
+    epochs: int,
+    circuit_size: int | None,
+    learning_rate: int | float,
+    tree_optimisation: bool,
+    ablation_type: AblationType,
+) -> None:
+    if epochs < 1:
+        raise ConfigError(f"`epochs` is {epochs}; expected at least 1.")
+    if learning_rate <= 0:
+        raise ConfigError(f"`learning_rate` is {learning_rate}; expected more than 0.")
+    check_circuit_size(model, circuit_size)
+    if not tree_optimisation and ablation_type in WITHOUT_CLEAN_SIGNAL:
+        raise ConfigError(
+            f"The ablation {ablation_type} patches no clean activations into the corrupt "
+            "prompts, so no circuit could do the task. Use tree_optimisation=True, or "
+            "AblationType.RESAMPLE."
+        )
+
+
+def check_circuit_size(model: PatchableModel, circuit_size: int | None) -> None:
+    """Raise ConfigError for a circuit of no edges or of more than the graph has."""
+    if circuit_size is not None and not 0 < circuit_size <= model.n_edges:
+        raise ConfigError(
+            f"`circuit_size` is {circuit_size}; expected 1 to {model.n_edges}, the number "
+            "of edges of the graph."
+        )
+
+
+def _expected_edges(gates: Sequence[Tensor], mask_fn: MaskFn) -> Tensor:
+    share = hard_concrete_expected_l0 if mask_fn == "hard_concrete" else t.sigmoid
+    return t.stack([share(gate).sum() for gate in gates]).sum()
+
+
+def _size_penalty(n_edges: Tensor, circuit_size: int | None, n_all: int) -> Tensor:
+    if circuit_size is None:
+        return n_edges / n_all
+    return t.relu(n_edges - circuit_size) / circuit_size
+
+
+def _openness(gates: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
+    pairs = zip(gates, chosen, strict=True)
+    return t.cat([hard_concrete_expected_l0(gate)[edges] for gate, edges in pairs]).mean()
+
+
+def _is_over(steps: Sequence[TrainingStep], epoch_len: int, patience: int | None) -> bool:
+    """Was the mean loss of none of the last epochs lower than the best one before?"""
+    if patience is None:
+        return False
+    epochs = [
+        fmean(step.loss for step in steps[i : i + epoch_len])
+        for i in range(0, len(steps), epoch_len)
+    ]
+    return len(epochs) > patience and min(epochs[-patience:]) >= min(epochs[:-patience])
+
+
+def _validate(
+    model: PatchableModel, batches: Sequence[TrainingBatch], target: FaithfulnessTarget
+) -> float:
+    losses = []
+    for batch in batches:
+        with t.no_grad(), patch_mode(model, batch.patch_src_outs):
+            outputs = circuit_outputs(model, batch)
+        loss = faithfulness_loss(target, outputs, batch.batch, batch.clean_outputs)
+        losses.append(float(loss))
+    return fmean(losses)
+
+
+SUBNETWORK_EDGE_PROBING_PRUNE_ALGO = PruneAlgo(
+    key="Subnetwork Edge Probing",
+    name="Subnetwork Edge Probing",
+    _short_name="SEP",
+    func=partial(
+        subnetwork_probing_prune_scores,
+        learning_rate=0.1,
+        epochs=200,
+        regularize_lambda=0.5,
+        tree_optimisation=False,
+    ),
+)
+SUBNETWORK_TREE_PROBING_PRUNE_ALGO = PruneAlgo(
+    key="Subnetwork Tree Probing",
+    name="Subnetwork Tree Probing",
+    _short_name="STP",
+    func=partial(
+        subnetwork_probing_prune_scores,
+        learning_rate=0.1,
+        epochs=2000,
+        regularize_lambda=0.5,
+        tree_optimisation=True,
+    ),
+)
+MSE_SUBNETWORK_TREE_PROBING_PRUNE_ALGO = PruneAlgo(
+    key="MSE Subnetwork Tree Probing",
+    name="MSE Subnetwork Tree Probing",
+    _short_name="STP (MSE)",
+    func=partial(
+        subnetwork_probing_prune_scores,
+        learning_rate=0.1,
+        epochs=200,
+        regularize_lambda=0.5,
+        tree_optimisation=True,
+        faithfulness_target="mse",
+    ),
+)

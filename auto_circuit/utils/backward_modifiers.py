@@ -1,0 +1,284 @@
+"""Other backward passes: gradients that explain better than the true ones.
+
+A gradient says what an infinitely small change does; attribution asks about a change to
+another prompt's activations. Where a model saturates (a sharp attention pattern, a
+normalisation that cancels what it is given, a flat activation function) the two differ,
+and rules for the backward pass close part of the gap. The context managers here change
+how gradients flow and nothing else: forward values are what they were. Put one around
+any gradient-based algorithm:
+
+    with gim_backward(model):
+        scores = edge_attribution_patching_prune_scores(model, loader, None)
+
+They work on TransformerLens models, by hooks on the norms, the attention patterns and the
+MLPs. Each hook returns its input's value with the gradient of another function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch as t
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Identity, Module
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import (
+    GatedMLPBridge,
+    JointQKVAttentionBridge,
+    JointQKVPositionEmbeddingsAttentionBridge,
+    LinearBridge,
+    MLPBridge,
+    NormalizationBridge,
+    PositionEmbeddingsAttentionBridge,
+)
+
+from auto_circuit.errors import ConfigError
+from auto_circuit.utils.patchable_model import PatchableModel
+
+Hook = Callable[[Tensor], Tensor | None]
+
+# Exactly these classes: others compute inside of modules that hooks cannot reach.
+ATTENTIONS = (
+    JointQKVAttentionBridge,
+    JointQKVPositionEmbeddingsAttentionBridge,
+    PositionEmbeddingsAttentionBridge,
+)
+MLPS = (MLPBridge, GatedMLPBridge)
+
+
+@contextmanager
+def gim_backward(
+    model: PatchableModel, softmax_temperature: float = 2.0
+) -> Iterator[None]:
+    """Inside, gradients flow by the rules of gradient interaction modifications (GIM).
+
+    - The softmax of attention has the gradient that it would have at
+      `softmax_temperature`, without the factor 1/temperature: where one key gets all the
+      attention, the others still count.
+    - The scale of layer norm and RMS norm is a constant.
+    - A product's gradient is shared between its factors: 1/2 each for the attention
+      pattern and the values, and for the gate of a gated MLP and what it gates; another
+      1/2 for queries and keys (so 1/4 in all).
+
+    Forward values do not change. On exit everything is as it was. Raises ConfigError for
+    models that are not TransformerLens models, have parts whose inside hooks cannot
+    reach (mixtures of experts, attention sinks), and for a temperature that is not
+    above 0.
+
+    Source: arXiv 2505.17630. Not in auto-circuit.
+    """
+    if softmax_temperature <= 0:
+        raise ConfigError(
+            f"`softmax_temperature` is {softmax_temperature}; expected a number above 0 "
+            "(the paper's is 2)."
+        )
+    parts = _parts(model, "gim_backward")
+    with ExitStack() as stack:
+        for norm in parts.norms:
+            _freeze_norm_scale(stack, norm)
+        for attention in parts.attentions:
+            _soften_softmax(stack, attention, softmax_temperature)
+            _hook(stack, attention.o.hook_in, partial(_scale_gradient, factor=0.5))
+        for mlp in parts.mlps:
+            if isinstance(mlp, GatedMLPBridge):
+                _hook(stack, mlp.out.hook_in, partial(_scale_gradient, factor=0.5))
+        yield
+
+
+@contextmanager
+def relp_backward(
+    model: PatchableModel, freeze_attention_patterns: bool = False
+) -> Iterator[None]:
+    """Inside, gradients are the coefficients of layer-wise relevance propagation (RelP).
+
+    - The scale of layer norm and RMS norm is a constant.
+    - An activation function is multiplication with the constant f(x) / x.
+    - The product of a gated MLP sends half of its gradient to either factor.
+
+    freeze_attention_patterns: also take attention patterns as constants. Then no edge
+        into a query or a key has a score. The paper's code leaves this off unless asked.
+
+    Forward values do not change. On exit everything is as it was. Raises ConfigError for
+    models that are not TransformerLens models, and for parts whose inside hooks cannot
+    reach (mixtures of experts).
+
+    Source: arXiv 2508.21258. Not in auto-circuit.
+    """
+    parts = _parts(model, "relp_backward")
+    with ExitStack() as stack:
+        for norm in parts.norms:
+            _freeze_norm_scale(stack, norm)
+        for mlp in parts.mlps:
+            _linearize_activation(stack, mlp)
+        if freeze_attention_patterns:
+            for attention in parts.attentions:
+                _hook(stack, attention.hook_pattern, Tensor.detach)
+        yield
+
+
+# --------------------------------------------------------------------- a model's parts
+
+
+@dataclass(frozen=True)
+class _Parts:
+    norms: list[NormalizationBridge]
+    attentions: list[Any]
+    mlps: list[Any]
+
+
+def _parts(model: PatchableModel, modifier: str) -> _Parts:
+    """What the hooks stand at. Raises ConfigError if there are others."""
+    bridge = model.wrapped_model
+    if not isinstance(bridge, TransformerBridge):
+        raise ConfigError(
+            f"`{modifier}` changes how gradients pass attention, norms and MLPs of "
+            f"TransformerLens models; this is a {type(bridge).__name__}. Run the "
+            "algorithm without it, or on a model from `load_tl_model`."
+        )
+    norms = [
+        module
+        for module in bridge.modules()
+        if isinstance(module, NormalizationBridge)
+        and not isinstance(module.original_component, Identity)
+    ]
+    with_mlp = [block for block in bridge.blocks if "mlp" in block.submodules]
+    parts = _Parts(
+        norms=norms,
+        attentions=[block.attn for block in bridge.blocks],
+        mlps=[block.mlp for block in with_mlp],
+    )
+    unreached = _unreached(bridge, parts)
+    if unreached:
+        raise ConfigError(
+            f"`{modifier}` cannot reach inside of {', '.join(unreached)} of this "
+            f"{bridge.cfg.architecture} model. It knows softmax attention without sinks, "
+            "MLPs with or without a gate, layer norm and RMS norm. Run the algorithm "
+            "without it."
+        )
+    return parts
+
+
+def _unreached(bridge: TransformerBridge, parts: _Parts) -> list[str]:
+    """The class names of modules whose inside hooks cannot reach."""
+    hooked = {norm.original_component for norm in parts.norms}
+    modules = [
+        module
+        for module in bridge.modules()
+        if "Norm" in type(module).__name__
+        and not isinstance(module, NormalizationBridge)
+        and module not in hooked
+    ]
+    modules += [part for part in parts.attentions if not _has_plain_softmax(part)]
+    modules += [part for part in parts.mlps if not _has_projections(part)]
+    return sorted({type(module).__name__ for module in modules})
+
+
+def _has_plain_softmax(attention: Module) -> bool:
+    sinks = getattr(attention.original_component, "sinks", None)
+    return type(attention) in ATTENTIONS and sinks is None
+
+
+def _has_projections(mlp: Module) -> bool:
+    names = ["in", "out", *(["gate"] if isinstance(mlp, GatedMLPBridge) else [])]
+    projections = [getattr(mlp, name, None) for name in names]
+    is_known = type(mlp) in MLPS
+    return is_known and all(isinstance(part, LinearBridge) for part in projections)
+
+
+# ------------------------------------------------------------------------------- hooks
+
+
+def _hook(stack: ExitStack, module: Module, hook: Hook) -> None:
+    """Put the module's output through a function while gradients are recorded."""
+
+    def forward_hook(module: Module, args: Any, out: Tensor) -> Tensor | None:
+        return hook(out) if t.is_grad_enabled() else None
+
+    stack.callback(module.register_forward_hook(forward_hook).remove)
+
+
+def _with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
+    """The value, exactly, with the gradient of another tensor of its shape."""
+    return value.detach() + (other - other.detach()).to(value.dtype)
+
+
+def _scale_gradient(value: Tensor, factor: float) -> Tensor:
+    return _with_gradient_of(value, factor * value)
+
+
+def _freeze_norm_scale(stack: ExitStack, norm: NormalizationBridge) -> None:
+    # TransformerLens runs a norm in its own code, by its Hugging Face module, or, for
+    # the inputs of single heads, by that module alone. Twice does no harm.
+    inner = norm.original_component
+    for module in (norm, inner) if inner is not None else (norm,):
+        handle = module.register_forward_hook(partial(_frozen_scale_hook, norm))
+        stack.callback(handle.remove)
+
+
+def _frozen_scale_hook(
+    norm: NormalizationBridge, module: Module, args: tuple[Tensor], out: Tensor
+) -> Tensor | None:
+    if not t.is_grad_enabled():
+        return None
+    x = args[0].to(t.promote_types(args[0].dtype, t.float32))
+    centred = x if norm.uses_rms_norm else x - x.mean(-1, keepdim=True)
+    scale = (centred.pow(2).mean(-1, keepdim=True) + _epsilon(norm)).sqrt()
+    return _with_gradient_of(out, centred / scale.detach() * _gain(norm))
+
+
+def _epsilon(norm: NormalizationBridge) -> float:
+    for name in ("eps", "variance_epsilon"):
+        epsilon = getattr(norm.original_component, name, None)
+        if epsilon is not None:
+            return float(epsilon)
+    return float(getattr(norm.config, "eps", 1e-5))
+
+
+def _gain(norm: NormalizationBridge) -> Tensor | float:
+    weight = getattr(norm.original_component, "weight", None)
+    if weight is None:
+        return 1.0
+    return 1.0 + weight if norm.uses_weight_offset else weight
+
+
+def _soften_softmax(stack: ExitStack, attention: Any, temperature: float) -> None:
+    """The gradient of the softmax at a temperature; halved, for queries and keys."""
+    scores: list[Tensor] = []
+
+    def soften(pattern: Float[Tensor, "batch head query key"]) -> Tensor:
+        logits = scores.pop().to(t.promote_types(pattern.dtype, t.float32))
+        # -inf in a whole row (padding) has no softmax.
+        logits = logits.clamp(min=t.finfo(logits.dtype).min)
+        soft = t.softmax(logits / temperature, dim=-1)
+        return _with_gradient_of(pattern, 0.5 * temperature * soft)
+
+    _hook(stack, attention.hook_attn_scores, scores.append)
+    _hook(stack, attention.hook_pattern, soften)
+
+
+def _linearize_activation(stack: ExitStack, mlp: Any) -> None:
+    """f(x) becomes x times the constant f(x) / x; a gate's product is shared in halves."""
+    is_gated = isinstance(mlp, GatedMLPBridge)
+    before = mlp.gate if is_gated else getattr(mlp, "in")
+    inputs: list[Tensor] = []
+
+    def cut(x: Tensor) -> Tensor:
+        inputs.append(x)
+        return x.detach()
+
+    def join(product: Tensor) -> Tensor:
+        # The gradient of `product` itself passes only what is gated: x was cut off.
+        x = inputs.pop()
+        ratio = t.where(x == 0, 0.0, product / x).detach()
+        linear = x * ratio
+        return _with_gradient_of(
+            product, 0.5 * (linear + product) if is_gated else linear
+        )
+
+    _hook(stack, before.hook_out, cut)
+    _hook(stack, mlp.out.hook_in, join)

@@ -1,0 +1,553 @@
+"""Figures of circuits: Sankey diagrams, one for every token position.
+
+Time runs from left to right: embeddings, the layers, the output. A link is an edge, as wide
+as its |score|; blue where the score is positive (patching the edge lowers the task's
+metric), red where it is negative.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import plotly.graph_objects as go
+
+from auto_circuit.circuit_files import ScoredEdge, scored_edges
+from auto_circuit.errors import ConfigError
+from auto_circuit.types import PruneScores
+from auto_circuit.utils.patchable_model import PatchableModel
+
+Orientation = Literal["h", "v"]
+_Column = tuple[int, int]
+"""(graph layer, 0 for a head's query, key or value and 1 for all other nodes)"""
+
+POSITIVE_COLOR = "rgba(31, 100, 190, 0.45)"
+NEGATIVE_COLOR = "rgba(205, 45, 45, 0.45)"
+POSITIVE_TEXT, NEGATIVE_TEXT = "rgb(31, 100, 190)", "rgb(205, 45, 45)"
+JOIN_COLOR = "rgba(150, 150, 150, 0.35)"
+"""Links between a head and its own query, key and value."""
+END_COLOR, HEAD_COLOR, MLP_COLOR = "rgb(105, 110, 120)", "rgb(115, 140, 170)", "#c9974d"
+TEXT_COLOR = "rgb(40, 40, 40)"
+EMPTY_COLOR, BORDER_COLOR = "rgb(150, 150, 150)", "rgb(230, 230, 230)"
+
+FULL_SIZE = 560
+"""Pixels of one graph, and of all positions' links where each has one."""
+NODE_PAD: dict[Orientation, int] = {"h": 16, "v": 40}
+"""Pixels between nodes of one layer, so that their labels do not overlap."""
+LENGTH = 820
+"""Pixels along the layers, where they run from top to bottom."""
+IMAGE_WIDTH = 1400
+EMPTY_SIZE, MIN_SIZE = 16, 40
+"""Pixels of a position's graph, however little is in it."""
+GAP = 24
+"""Pixels between the graphs of two positions."""
+IMAGE_SUFFIXES = (".png", ".svg", ".pdf", ".jpeg", ".webp")
+
+
+def draw_seq_graph(
+    model: PatchableModel,
+    prune_scores: PruneScores | None = None,
+    score_threshold: int | float = 0.0,
+    show_all_seq_pos: bool = False,
+    seq_labels: Sequence[str] | None = None,
+    layer_spacing: bool = False,
+    orientation: Orientation = "h",
+    display_ipython: bool = False,
+    file_path: Path | str | None = None,
+    *,
+    merge_qkv: bool = True,
+) -> go.Figure:
+    """A circuit as Sankey diagrams: one, or one for each token position.
+
+    prune_scores: their edges with |score| >= `score_threshold`, and not 0, are drawn.
+        None: the current values of the masks, inside `patch_mode` for example.
+    show_all_seq_pos: draw positions without edges too.
+    seq_labels: a name for each position (`dataloader.seq_labels`).
+    layer_spacing: a column for every layer of the model, empty ones too.
+    orientation: "h": layers from left to right; "v": from top to bottom.
+    display_ipython: also show the figure (in a notebook, or the browser).
+    file_path: where to write it: `.html` always works, `.png`, `.svg` and `.pdf` need
+        kaleido and Chrome. Relative to the working directory.
+    merge_qkv: a head is one node. False: its query, key and value have their own. Keys
+        and values that several heads share are a node of their own, "A0 group 1".
+
+    A position's height is proportional to the total of its |score|s, but for a minimum.
+    Raises GraphError for scores that do not fit the model, ConfigError for wrong labels
+    and for a file that cannot be written, before drawing.
+
+    Differs from auto-circuit: nothing is shown or written unless asked for, a circuit
+    without edges is a figure that says so, and the default threshold is 0.
+    """
+    if orientation not in ("h", "v"):
+        raise ConfigError(f'`orientation` is {orientation!r}; expected "h" or "v".')
+    labels = _position_labels(model, seq_labels)
+    path = None if file_path is None else _checked_path(file_path)
+    if prune_scores is None:
+        prune_scores = model.current_patch_masks_as_prune_scores()
+    edges = scored_edges(model, prune_scores, score_threshold)
+    all_positions = [None] if model.seq_len is None else range(model.seq_len)
+    graphs: dict[int | None, list[_Link]] = {
+        seq_idx: [] for seq_idx in all_positions if show_all_seq_pos
+    }
+    style = _LinkStyle(_readers(model), _widest(edges), merge_qkv)
+    for seq_idx, group in groupby(edges, key=lambda scored: scored[0].seq_idx):
+        graphs[seq_idx] = _links(list(group), style)
+    layers = {node.layer for node in model.nodes} if layer_spacing else set()
+    fig = _figure(graphs, layers, labels, orientation)
+    fig.update_layout(title=_title(model, edges, score_threshold))
+    if not edges:
+        _say_empty(fig)
+    if path is not None:
+        _write(fig, path)
+    if display_ipython:
+        fig.show()
+    return fig
+
+
+def net_viz(
+    model: PatchableModel,
+    edges: Sequence[ScoredEdge],
+    layers: Collection[int] = (),
+    merge_qkv: bool = True,
+) -> go.Sankey:
+    """One Sankey diagram of some edges and their scores (`circuit_files.scored_edges`).
+
+    layers: graph layers that have a column even if they are empty.
+    merge_qkv: see `draw_seq_graph`.
+
+    A link's value is its |score|, its `customdata` [edge name, score as text]. A node is
+    as high as all that goes in, or all that goes out, whichever is more. Infinite scores
+    are as wide as the largest finite one.
+    """
+    links = _links(edges, _LinkStyle(_readers(model), _widest(edges), merge_qkv))
+    return _sankey(links, _columns(links, layers), _size(links, 1.0, "h"), "h")
+
+
+def _sankey(
+    links: Sequence[_Link],
+    columns: Mapping[_Column, float],
+    size: int | float,
+    orientation: Orientation,
+) -> go.Sankey:
+    """size: the diagram's pixels across the layers."""
+    pad = NODE_PAD[orientation]
+    vertices = _placed(links, columns, pad / size)
+    # Plotly turns a vertical diagram only after it has placed the nodes, so it takes a
+    # place along the layers as a share of the diagram's width, and vice versa.
+    stretch = 1.0 if orientation == "h" else LENGTH / size
+    idxs = {name: idx for idx, name in enumerate(vertices)}
+    placed = list(vertices.values())
+    return go.Sankey(
+        orientation=orientation,
+        arrangement="snap",
+        textfont={"size": 12, "color": TEXT_COLOR},
+        node={
+            "label": [_label(name) for name in idxs],
+            "x": [vertex.x * stretch for vertex in placed],
+            "y": [vertex.y / stretch for vertex in placed],
+            "color": [_node_color(name) for name in idxs],
+            "pad": pad,
+            "thickness": 12,
+            "line": {"width": 0},
+            "customdata": [[name, v.n_in, v.n_out] for name, v in vertices.items()],
+            "hovertemplate": "%{customdata[0]}<br>%{customdata[1]} edges in, "
+            "%{customdata[2]} out<extra></extra>",
+        },
+        link={
+            "source": [idxs[link.start.name] for link in links],
+            "target": [idxs[link.stop.name] for link in links],
+            "value": [link.value for link in links],
+            "color": [link.color for link in links],
+            "label": [link.name for link in links],
+            "customdata": [[link.name, link.text] for link in links],
+            "hovertemplate": "%{customdata[0]}<br>%{customdata[1]}<extra></extra>",
+        },
+    )
+
+
+# ------------------------------------------------------------------- nodes and links
+
+
+@dataclass(frozen=True)
+class _End:
+    """Where a link starts or stops: a node, in its column of the figure."""
+
+    name: str
+    column: _Column
+
+
+@dataclass(frozen=True)
+class _Link:
+    name: str
+    start: _End
+    stop: _End
+    value: float
+    color: str
+    text: str
+    is_edge: bool = True
+
+
+@dataclass
+class _Vertex:
+    """A node in the figure. x, y: its centre, in (0, 1); value: its height."""
+
+    column: _Column
+    n_in: int = 0
+    n_out: int = 0
+    value_in: float = 0.0
+    value_out: float = 0.0
+    x: float = 0.0
+    y: float = 0.5
+    inputs: list[tuple[str, float]] = field(default_factory=list)
+
+    @property
+    def value(self) -> float:
+        return max(self.value_in, self.value_out)
+
+
+@dataclass(frozen=True)
+class _LinkStyle:
+    """readers: destination name -> the node that reads there. widest: of all links."""
+
+    readers: Mapping[str, str]
+    widest: float
+    merge_qkv: bool
+
+
+def _readers(model: PatchableModel) -> dict[str, str]:
+    """Destination name -> its node: the head "A0.1" for its query "A0.1.Q"."""
+    src_names = {src.name for src in model.srcs}
+    n_heads = Counter(src.layer for src in model.srcs if src.head_idx is not None)
+    n_inputs = Counter(dest.module_name for dest in model.dests)
+    readers = {}
+    for dest in model.dests:
+        block = dest.name.partition(".")[0]
+        is_one_per_head = n_inputs[dest.module_name] == n_heads[dest.layer]
+        if dest.head_idx is None:
+            readers[dest.name] = dest.name
+        elif block in src_names:  # What attention writes is one node.
+            readers[dest.name] = block
+        elif not is_one_per_head:
+            readers[dest.name] = f"{block} group {dest.head_idx}"
+        else:
+            readers[dest.name] = re.sub(r"\.[QKV]$", "", dest.name)
+    return readers
+
+
+def _widest(edges: Sequence[ScoredEdge]) -> float:
+    sizes = [abs(score) for _, score in edges if math.isfinite(score)]
+    return max(sizes, default=1.0)
+
+
+def _links(edges: Sequence[ScoredEdge], style: _LinkStyle) -> list[_Link]:
+    links = []
+    # What a node is when it is read decides its column: in unfactorized graphs the
+    # residual stream is a destination in one layer and a source in the next.
+    read_in = {style.readers[edge.dest.name]: edge.dest.layer for edge, _ in edges}
+    joined: dict[_End, _End] = {}
+    for edge, score in edges:
+        src, dest = edge.src.name, edge.dest
+        start = _End(src, (read_in.get(src, edge.src.layer), 1))
+        stop = _End(style.readers[dest.name], (dest.layer, 1))
+        if not style.merge_qkv and dest.name.endswith((".Q", ".K", ".V")):
+            head, stop = stop, _End(dest.name, (dest.layer, 0))
+            joined[stop] = head
+        links.append(
+            _Link(
+                name=repr(edge),
+                start=start,
+                stop=stop,
+                value=min(abs(score), style.widest),
+                color=POSITIVE_COLOR if score > 0 else NEGATIVE_COLOR,
+                text=f"score {score:+.4g}",
+            )
+        )
+    return links + _joins(links, joined)
+
+
+def _joins(links: Sequence[_Link], joined: Mapping[_End, _End]) -> list[_Link]:
+    """From every query, key and value to its head, as wide as what it reads."""
+    totals: dict[_End, float] = defaultdict(float)
+    for link in links:
+        totals[link.stop] += link.value
+    return [
+        _Link(
+            name=end.name,
+            start=end,
+            stop=head,
+            value=totals[end],
+            color=JOIN_COLOR,
+            text=f"reads a total |score| of {totals[end]:.4g}",
+            is_edge=False,
+        )
+        for end, head in joined.items()
+    ]
+
+
+def _columns(links: Sequence[_Link], layers: Collection[int]) -> dict[_Column, float]:
+    """The place of each column, in (0, 1), along the layers."""
+    used = {end.column for link in links for end in (link.start, link.stop)}
+    used |= {(layer, 1) for layer in layers}
+    # Plotly takes 0 for "no place given".
+    step = 0.998 / max(1, len(used) - 1)
+    return {column: 0.001 + step * idx for idx, column in enumerate(sorted(used))}
+
+
+def _placed(
+    links: Sequence[_Link], columns: Mapping[_Column, float], pad: float
+) -> dict[str, _Vertex]:
+    """The nodes of the links and their places. pad: between them, as a share of all."""
+    vertices = _vertices(links)
+    by_column = sorted(vertices.items(), key=lambda item: item[1].column)
+    groups = [
+        [name for name, _ in group]
+        for _, group in groupby(by_column, key=lambda item: item[1].column)
+    ]
+    scale = min(
+        (
+            (1 - (len(names) - 1) * pad) / sum(vertices[name].value for name in names)
+            for names in groups
+        ),
+        default=1.0,
+    )
+    for names in groups:
+        for name in names:
+            vertices[name].y = _middle_of_inputs(vertices, name)
+        names.sort(key=lambda name: vertices[name].y)
+        _stack([vertices[name] for name in names], scale, pad)
+        for name in names:
+            vertices[name].x = columns[vertices[name].column]
+    return vertices
+
+
+def _vertices(links: Sequence[_Link]) -> dict[str, _Vertex]:
+    vertices: dict[str, _Vertex] = {}
+    for link in links:
+        start = vertices.setdefault(link.start.name, _Vertex(link.start.column))
+        stop = vertices.setdefault(link.stop.name, _Vertex(link.stop.column))
+        start.value_out += link.value
+        stop.value_in += link.value
+        start.n_out += link.is_edge
+        stop.n_in += link.is_edge
+        stop.inputs.append((link.start.name, link.value))
+    return vertices
+
+
+def _middle_of_inputs(vertices: Mapping[str, _Vertex], name: str) -> float:
+    """Where a node's links come from on average: to be there keeps them short."""
+    inputs = vertices[name].inputs
+    total = sum(value for _, value in inputs)
+    if total == 0:
+        return 0.5
+    return sum(vertices[start].y * value for start, value in inputs) / total
+
+
+def _stack(column: Sequence[_Vertex], scale: float, pad: float) -> None:
+    """Place nodes near where they want to be, in this order, without overlap."""
+    heights = [vertex.value * scale for vertex in column]
+    total = sum(heights) + pad * (len(heights) - 1)
+    wanted = sum(vertex.y for vertex in column) / len(column) - total / 2
+    top = max(0.0, min(wanted, 1 - total))
+    for vertex, size in zip(column, heights, strict=True):
+        vertex.y = min(max(top + size / 2, 0.001), 0.999)
+        top += size + pad
+
+
+def _label(name: str) -> str:
+    """What stands next to a node."""
+    return {"Resid Start": "Embed", "Resid End": "Unembed"}.get(name, name)
+
+
+def _node_color(name: str) -> str:
+    if name.startswith("Resid"):
+        return END_COLOR
+    return MLP_COLOR if name.startswith("MLP") else HEAD_COLOR
+
+
+# --------------------------------------------------------------------------- figures
+
+
+def _figure(
+    graphs: Mapping[int | None, Sequence[_Link]],
+    layers: Collection[int],
+    labels: Sequence[str],
+    orientation: Orientation,
+) -> go.Figure:
+    fig = go.Figure()
+    columns = _columns([link for links in graphs.values() for link in links], layers)
+    whole = sum(map(_total, graphs.values())) or 1.0
+    sizes = [
+        _size(links, _total(links) / whole, orientation) for links in graphs.values()
+    ]
+    total = max(float(FULL_SIZE) / 2, sum(sizes) + GAP * (len(sizes) - 1))
+    offset = 0.0
+    for (seq_idx, links), size in zip(graphs.items(), sizes, strict=True):
+        share = (offset / total, (offset + size) / total)
+        if links:
+            sankey = _sankey(links, columns, size, orientation)
+            fig.add_trace(sankey.update(domain=_domain(share, orientation)))
+        if seq_idx is not None:
+            _add_position_label(fig, labels[seq_idx], share, orientation, bool(links))
+        offset += size + GAP
+        if offset < total:
+            _add_border(fig, (offset - GAP / 2) / total, orientation)
+    _style(fig, total, labels if None not in graphs else (), orientation)
+    return fig
+
+
+_Share = tuple[float, float]
+"""Where a position's graph starts and stops, across the layers, in [0, 1]"""
+
+
+def _total(links: Sequence[_Link]) -> float:
+    return sum((link.value for link in links), start=0.0)
+
+
+def _size(links: Sequence[_Link], share: float, orientation: Orientation) -> float:
+    """A graph's pixels across the layers: for its share of all links, and its nodes."""
+    if not links:
+        return float(EMPTY_SIZE)
+    ends = {end for link in links for end in (link.start, link.stop)}
+    most_nodes = max(Counter(end.column for end in ends).values())
+    return MIN_SIZE + FULL_SIZE * share + NODE_PAD[orientation] * (most_nodes - 1)
+
+
+def _domain(share: _Share, orientation: Orientation) -> dict[str, list[float]]:
+    start, stop = share
+    if orientation == "h":
+        return {"x": [0.0, 1.0], "y": [1 - stop, 1 - start]}
+    return {"x": [start, stop], "y": [0.0, 1.0]}
+
+
+def _add_position_label(
+    fig: go.Figure, label: str, share: _Share, orientation: Orientation, has_edges: bool
+) -> None:
+    middle = sum(share) / 2
+    place = (
+        {"x": 0, "xanchor": "right", "xshift": -12, "y": 1 - middle}
+        if orientation == "h"
+        else {"x": middle, "y": 1, "yanchor": "bottom", "yshift": 8}
+    )
+    color = TEXT_COLOR if has_edges else EMPTY_COLOR
+    _add_text(fig, escape(label), 14, color, **place)
+
+
+def _add_border(fig: go.Figure, middle: float, orientation: Orientation) -> None:
+    across = (
+        {"x0": 0, "x1": 1, "y0": 1 - middle, "y1": 1 - middle}
+        if orientation == "h"
+        else {"x0": middle, "x1": middle, "y0": 0, "y1": 1}
+    )
+    line = {"color": BORDER_COLOR, "width": 1}
+    fig.add_shape(type="line", xref="paper", yref="paper", line=line, **across)
+
+
+def _add_text(fig: go.Figure, text: str, size: int, color: str, **place: Any) -> None:
+    fig.add_annotation(
+        text=text,
+        xref="paper",
+        yref="paper",
+        showarrow=False,
+        font={"size": size, "color": color},
+        **place,
+    )
+
+
+def _style(
+    fig: go.Figure, size: float, labels: Sequence[str], orientation: Orientation
+) -> None:
+    longest = max((len(label) for label in labels), default=0)
+    left = 30 + (9 * longest if orientation == "h" else 0)
+    margin = {"l": left, "r": 30, "t": 95 if orientation == "h" else 125, "b": 30}
+    fig.update_layout(margin=margin, template="plotly_white")
+    if orientation == "h":
+        fig.update_layout(height=size + margin["t"] + margin["b"])
+    else:
+        fig.update_layout(
+            width=size + margin["l"] + margin["r"],
+            height=LENGTH + margin["t"] + margin["b"],
+        )
+
+
+def _say_empty(fig: go.Figure) -> None:
+    _add_text(fig, "This circuit has no edges.", 18, EMPTY_COLOR, x=0.5, y=0.5)
+    fig.update_xaxes(visible=False)
+    fig.update_yaxes(visible=False)
+
+
+def _title(
+    model: PatchableModel, edges: Sequence[ScoredEdge], threshold: int | float
+) -> dict[str, Any]:
+    n_edges = f"{len(edges):,} of {model.n_edges:,} edges"
+    if threshold > 0:
+        n_edges += f", |score| \u2265 {threshold:.3g}"
+    legend = (
+        f'<span style="color:{POSITIVE_TEXT}">\u25a0</span> positive: patching the edge '
+        f'hurts   <span style="color:{NEGATIVE_TEXT}">\u25a0</span> negative: it helps'
+        "   width: |score|"
+    )
+    return {
+        "text": n_edges,
+        "subtitle": {"text": legend},
+        "x": 0.02,
+        "xanchor": "left",
+        "font": {"size": 18, "color": TEXT_COLOR},
+    }
+
+
+def _position_labels(
+    model: PatchableModel, seq_labels: Sequence[str] | None
+) -> Sequence[str]:
+    if seq_labels is None:
+        return [str(seq_idx) for seq_idx in range(model.seq_len or 0)]
+    if model.seq_len is not None and len(seq_labels) != model.seq_len:
+        raise ConfigError(
+            f"`seq_labels` has {len(seq_labels)} labels; the graph has {model.seq_len} "
+            "positions. Use the `seq_labels` of the dataloader that gave its `seq_len`."
+        )
+    return seq_labels
+
+
+# ----------------------------------------------------------------------------- files
+
+
+def _checked_path(file_path: Path | str) -> Path:
+    path = Path(file_path)
+    if path.suffix not in (".html", *IMAGE_SUFFIXES):
+        raise ConfigError(
+            f"Cannot write a figure to {path}: its suffix must be .html or one of "
+            f"{', '.join(IMAGE_SUFFIXES)}."
+        )
+    if not path.parent.is_dir():
+        raise ConfigError(f"Cannot write {path}: there is no folder {path.parent}.")
+    if path.suffix != ".html" and find_spec("kaleido") is None:
+        raise _no_images(path, "kaleido is not installed")
+    return path
+
+
+def _write(fig: go.Figure, path: Path) -> None:
+    if path.suffix == ".html":
+        fig.write_html(path)
+        return
+    try:
+        width: int | None = fig.layout.width  # type: ignore[attr-defined]
+        fig.write_image(path, width=width or IMAGE_WIDTH)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _no_images(path, str(error).strip().partition("\n")[0]) from error
+
+
+def _no_images(path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"Cannot write the image {path}: {reason}. Images need kaleido and Chrome: "
+        "`pip install kaleido`, then `plotly_get_chrome` if Chrome or Chromium is not "
+        f"installed. {path.with_suffix('.html').name} needs neither, and its toolbar "
+        "saves PNG files."
+    )

@@ -1,0 +1,200 @@
+"""Dead ends: by hand, against another way to find them, and without effect on outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch as t
+
+from auto_circuit.data import PromptDataLoader, PromptDataset
+from auto_circuit.errors import GraphError
+from auto_circuit.metrics.circuit_outs import (
+    Circuit,
+    iter_circuit_outs,
+    n_circuit_edges,
+)
+from auto_circuit.metrics.circuit_pruning import connected_circuit, weighted_edge_count
+from auto_circuit.types import Edge
+from auto_circuit.utils.graph_utils import patchable_model
+from auto_circuit.utils.patchable_model import PatchableModel
+from tests.micro import micro_model
+from tests.models import ARCHITECTURES, gemma2, gpt2, llama, tokens
+
+SEQ = 4
+
+
+def circuit_of(model: PatchableModel, *names: str) -> Circuit:
+    return model.circuit_prune_scores(names, bool=True)
+
+
+def names_in(model: PatchableModel, circuit: Circuit) -> set[str]:
+    return {repr(e) for e in model.edges if circuit[e.dest.module_name][e.patch_idx]}
+
+
+def random_circuit(model: PatchableModel, share: float, seed: int) -> Circuit:
+    generator = t.Generator().manual_seed(seed)
+    return {
+        name: t.rand(mask.shape, generator=generator) < share
+        for name, mask in model.patch_masks.items()
+    }
+
+
+def bridge(make: Callable[[], Any], seq_len: int | None = None, **kwargs: Any):
+    options = {"factorized": True, "separate_qkv": True, **kwargs}
+    return patchable_model(make(), slice_output="last_seq", seq_len=seq_len, **options)
+
+
+# ---------------------------------------------------------------------------- by hand
+
+
+def test_dead_ends_of_the_micro_model() -> None:
+    model = micro_model()
+    live = {"Resid Start->B1.1", "B1.1->Resid End"}
+    nothing_in = {"B0.0->Resid End", "B0.0->B1.1"}
+    nothing_out = {"Resid Start->B0.1", "B0.1->B1.0"}
+    circuit = circuit_of(model, *live, *nothing_in, *nothing_out)
+    before = {name: edges.clone() for name, edges in circuit.items()}
+    connected = connected_circuit(model, circuit)
+    assert names_in(model, connected) == live
+    assert weighted_edge_count(model, circuit) == 2.0
+    assert all(t.equal(circuit[name], before[name]) for name in circuit)
+
+
+def test_unfactorized_heads_live_on_the_residual_stream() -> None:
+    model = micro_model(factorized=False)
+    alone = circuit_of(model, "B1.0->Resid End")
+    assert weighted_edge_count(model, alone) == 0.0
+    fed = circuit_of(model, "B0.1->Resid Post 0", "B1.0->Resid End")
+    assert weighted_edge_count(model, fed) == 2.0
+    into_nothing = circuit_of(model, "B0.1->Resid Post 0", "Resid Start->Resid Post 0")
+    assert weighted_edge_count(model, into_nothing) == 0.0
+
+
+def test_key_value_heads_feed_their_group() -> None:
+    model = bridge(llama)  # 4 heads, 2 key-value heads
+    circuit = circuit_of(
+        model, "Resid Start->A0.1.K", *(f"A0.{h}->Resid End" for h in range(4))
+    )
+    expected = {"Resid Start->A0.1.K", "A0.2->Resid End", "A0.3->Resid End"}
+    assert names_in(model, connected_circuit(model, circuit)) == expected
+
+
+def test_attention_that_is_one_source_reads_all_its_heads() -> None:
+    model = bridge(gemma2)
+    circuit = circuit_of(model, "Resid Start->A0.3.Q", "A0->Resid End")
+    assert weighted_edge_count(model, circuit) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("edges", "lives"),
+    [
+        (["Resid Start->A0.0.V @ 1", "A0.0->Resid End @ 3"], True),
+        (["Resid Start->A0.0.K @ 3", "A0.0->Resid End @ 3"], True),
+        (["Resid Start->A0.0.Q @ 1", "A0.0->Resid End @ 3"], False),
+        (["Resid Start->A0.0.Q @ 3", "A0.0->Resid End @ 3"], True),
+        (["Resid Start->MLP 0 @ 1", "MLP 0->Resid End @ 3"], False),
+        (["Resid Start->MLP 0 @ 2", "MLP 0->A1.1.K @ 2", "A1.1->Resid End @ 3"], True),
+        (["Resid Start->A0.0.V @ 2", "A0.0->A1.1.V @ 1", "A1.1->Resid End @ 3"], False),
+        (["Resid Start->Resid End @ 2"], False),
+        (["Resid Start->Resid End @ 3"], True),
+    ],
+)
+def test_only_attention_moves_between_positions(edges: list[str], lives: bool) -> None:
+    model = bridge(gpt2, SEQ)
+    connected = connected_circuit(model, circuit_of(model, *edges))
+    assert names_in(model, connected) == (set(edges) if lives else set())
+
+
+def test_bidirectional_attention_moves_backwards_too() -> None:
+    model = bridge(gpt2, SEQ)
+    edges = ["Resid Start->A0.0.V @ 2", "A0.0->A1.1.V @ 1", "A1.1->Resid End @ 3"]
+    circuit = circuit_of(model, *edges)
+    assert weighted_edge_count(model, circuit) == 0.0
+    config: Any = model.wrapped_model.cfg
+    config.attention_dir = "bidirectional"
+    assert weighted_edge_count(model, circuit) == 3.0
+
+
+# ------------------------------------------------------------------------------- laws
+
+
+def peeled(model: PatchableModel, circuit: Circuit) -> set[Edge]:
+    """Take away edges that hang in the air until none is left: another algorithm."""
+    edges = {e for e in model.edges if circuit[e.dest.module_name][e.patch_idx]}
+    while True:
+        sources = {e.src.name for e in edges} | {"Resid End"}
+        dests = {e.dest.name for e in edges} | {"Resid Start"}
+        kept = {e for e in edges if e.dest.name in sources and e.src.name in dests}
+        if kept == edges:
+            return edges
+        edges = kept
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_same_as_peeling_off_dead_ends(seed: int) -> None:
+    model = micro_model()
+    circuit = random_circuit(model, 0.4, seed)
+    connected = connected_circuit(model, circuit)
+    assert names_in(model, connected) == {repr(e) for e in peeled(model, circuit)}
+    again = connected_circuit(model, connected)
+    assert all(t.equal(again[name], connected[name]) for name in connected)
+
+
+CASES = [(name, make, True, None) for name, make in ARCHITECTURES.items()] + [
+    ("gemma2", gemma2, True, None),
+    ("gpt2", gpt2, False, None),
+    ("gpt2", gpt2, True, SEQ),
+    ("llama", llama, True, SEQ),
+    ("gpt2", gpt2, False, SEQ),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "factorized", "seq_len"),
+    [case[1:] for case in CASES],
+    ids=[f"{name}-{'nodes' * (not f)}-{seq}" for name, _, f, seq in CASES],
+)
+def test_dead_ends_have_no_effect(
+    make: Callable[[], Any], factorized: bool, seq_len: int | None
+) -> None:
+    model = bridge(make, seq_len, factorized=factorized)
+    dataset = PromptDataset(
+        tokens(3, SEQ, seed=1),
+        tokens(3, SEQ, seed=2),
+        [t.tensor([1])] * 3,
+        [t.tensor([2])] * 3,
+    )
+    loader = PromptDataLoader(dataset, seq_len, 0, batch_size=3)
+    circuits = [random_circuit(model, share, 0) for share in (0.1, 0.3, 0.6)]
+    connected = [connected_circuit(model, circuit) for circuit in circuits]
+    # The test is about something: there are dead ends, and not only these.
+    sizes = [sum(map(n_circuit_edges, found)) for found in (circuits, connected)]
+    assert 0 < sizes[1] < sizes[0]
+    outs = [out for _, _, out in iter_circuit_outs(model, loader, circuits + connected)]
+    for out, pruned_out in zip(outs[:3], outs[3:], strict=True):
+        t.testing.assert_close(pruned_out, out, atol=1e-5, rtol=0)
+
+
+def test_all_edges_are_connected() -> None:
+    model = micro_model()
+    everything = {name: mask == 0 for name, mask in model.patch_masks.items()}
+    assert weighted_edge_count(model, everything) == model.n_edges == 13
+
+
+# ------------------------------------------------------------------------------ errors
+
+
+def test_circuit_of_another_graph() -> None:
+    circuit = micro_model(factorized=False).circuit_prune_scores([], bool=True)
+    with pytest.raises(GraphError, match="no destination of this graph"):
+        connected_circuit(micro_model(), circuit)
+
+
+def test_scores_are_no_circuit() -> None:
+    model = micro_model()
+    with pytest.raises(GraphError, match=r"float32 .* expected torch.bool"):
+        connected_circuit(model, model.new_prune_scores())
+    with pytest.raises(GraphError, match="lacks the destination"):
+        connected_circuit(model, {})

@@ -1,0 +1,180 @@
+"""Faithfulness curves and their areas, by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch as t
+
+from auto_circuit.errors import ConfigError, GraphError
+from auto_circuit.metrics.faithfulness import (
+    MIB_BUDGETS,
+    FaithfulnessPoint,
+    circuit_model_distance,
+    circuit_performance_ratio,
+    edge_ranks,
+    faithfulness,
+    faithfulness_curve,
+    mean_faithfulness,
+    measured_faithfulness,
+    value_area,
+)
+from auto_circuit.metrics.prune_metrics.prune_metrics import CORRECT_ANSWER_PERCENT_METRIC
+from auto_circuit.types import PruneScores
+from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import UndefinedPercentWarning, circuit_mask
+from tests.micro import micro_loader, micro_model
+from tests.models import state_snapshot
+
+
+def constant_curve(f: float) -> list[FaithfulnessPoint]:
+    return [FaithfulnessPoint(share, 1, f, f) for share in MIB_BUDGETS]
+
+
+def micro_scores(model: PatchableModel) -> PruneScores:
+    """`Resid Start->Resid End` has the largest |score|, but a negative one."""
+    return model.circuit_prune_scores(
+        edge_dict={
+            "Resid Start->Resid End": -6.0,
+            "B1.1->Resid End": 5.0,
+            "Resid Start->B1.1": 4.0,
+            "B0.0->Resid End": 3.0,
+        }
+    )
+
+
+# ------------------------------------------------------------------------------- areas
+
+
+def test_area_of_the_full_model_and_of_nothing() -> None:
+    assert circuit_performance_ratio(constant_curve(1.0)) == pytest.approx(0.999)
+    assert circuit_model_distance(constant_curve(1.0)) == 0.0
+    assert circuit_performance_ratio(constant_curve(0.0)) == 0.0
+    assert circuit_model_distance(constant_curve(0.0)) == pytest.approx(0.999)
+
+
+def test_areas_by_hand() -> None:
+    shares_and_values = [(0.5, 0.7), (0.1, 0.5), (1.0, 1.2)]
+    curve = [FaithfulnessPoint(k, 1, 10 * f, f) for k, f in shares_and_values]
+    cpr = 0.4 * (0.5 + 0.7) / 2 + 0.5 * (0.7 + 1.2) / 2
+    cmd = 0.4 * (0.5 + 0.3) / 2 + 0.5 * (0.3 + 0.2) / 2
+    assert circuit_performance_ratio(curve) == pytest.approx(cpr)
+    assert circuit_model_distance(curve) == pytest.approx(cmd)
+    assert value_area(curve) == pytest.approx(10 * cpr)
+    assert mean_faithfulness(curve) == pytest.approx(0.8)
+    log_cpr = math.log(5) * 0.6 + math.log(2) * 0.95
+    assert circuit_performance_ratio(curve, log_scale=True) == pytest.approx(log_cpr)
+
+
+def test_an_area_needs_two_budgets() -> None:
+    with pytest.raises(ConfigError, match="at least two different budgets"):
+        circuit_performance_ratio(constant_curve(1.0)[:1])
+    with pytest.raises(ConfigError, match="no points"):
+        mean_faithfulness([])
+
+
+# --------------------------------------------------------------------------- the curve
+
+
+@pytest.mark.parametrize(
+    ("ranking", "expected"),
+    [
+        # Clean and corrupt logit differences are 24 and -24. The path through B1.1 alone
+        # gives -22, and `Resid Start->Resid End` adds the same to both logits.
+        ("signed", [(1, 0.0, 0.0), (2, 2.0, 1 / 24), (3, 2.0, 1 / 24), (13, 13.0, 1.0)]),
+        ("absolute", [(1, 1.0, 0.0), (2, 1.0, 0.0), (3, 3.0, 1 / 24), (13, 13.0, 1.0)]),
+    ],
+)
+def test_micro_curve(ranking: Any, expected: list[tuple[int, float, float]]) -> None:
+    model = micro_model()
+    curve = faithfulness_curve(
+        model,
+        micro_loader(),
+        micro_scores(model),
+        ranking,
+        budgets=[1.0, 0.24, 0.16, 0.1],
+    )
+    found = [(p.n_edges, p.weighted_edge_count, p.faithfulness) for p in curve]
+    for point, (n_edges, connected, f) in zip(found, expected, strict=True):
+        assert point == (n_edges, connected, pytest.approx(f, abs=1e-6))
+    assert [p.share for p in curve] == [0.1, 0.16, 0.24, 1.0]
+    assert curve[0].value == pytest.approx(-24.0)
+
+
+def test_budgets_below_one_edge_have_none() -> None:
+    model = micro_model()
+    curve = faithfulness_curve(model, micro_loader(), micro_scores(model))
+    assert [p.n_edges for p in curve] == [int(k * 13) for k in MIB_BUDGETS]
+    assert curve[0].n_edges == 0 and curve[0].faithfulness == 0.0
+    assert curve[-1].faithfulness == 1.0
+
+
+def test_equal_scores_do_not_make_large_circuits() -> None:
+    model = micro_model()
+    curve = faithfulness_curve(model, micro_loader(), model.new_prune_scores(1.0))
+    assert [p.n_edges for p in curve] == [int(k * 13) for k in MIB_BUDGETS]
+    assert curve[-2].faithfulness < 0.9
+
+
+def test_accuracy_area() -> None:
+    model = micro_model()
+    curve = faithfulness_curve(
+        model,
+        micro_loader(),
+        micro_scores(model),
+        metric=CORRECT_ANSWER_PERCENT_METRIC,
+        budgets=[0.5, 1.0],
+    )
+    # Half of the edges do not turn -24 around, all of them do.
+    assert [p.value for p in curve] == [0.0, 100.0]
+    assert value_area(curve) == pytest.approx(25.0)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = micro_model()
+    before = state_snapshot(model)
+    faithfulness_curve(model, micro_loader(), micro_scores(model))
+    assert state_snapshot(model) == before
+
+
+def test_measured_curve() -> None:
+    curve = measured_faithfulness([(13, 24.0), (0, -24.0), (2, -22.0)])
+    assert [(p.n_edges, p.share, p.value) for p in curve] == [
+        (2, 2 / 13, -22.0),
+        (13, 1.0, 24.0),
+    ]
+    assert [p.faithfulness for p in curve] == pytest.approx([1 / 24, 1.0])
+    with pytest.raises(ConfigError, match="0 and of all edges"):
+        measured_faithfulness([(2, 1.0), (13, 2.0)])
+
+
+def test_undefined_faithfulness() -> None:
+    with pytest.warns(UndefinedPercentWarning, match="undefined"):
+        assert math.isnan(faithfulness(1.0, 2.0, 2.0))
+
+
+# ----------------------------------------------------------------------------- ranking
+
+
+def test_edge_ranks() -> None:
+    scores = {"a": t.tensor([[0.5, -3.0]]), "b": t.tensor([0.5, 0.0])}
+    signed = edge_ranks(scores, "signed")
+    assert signed["a"].tolist() == [[4.0, 1.0]] and signed["b"].tolist() == [3.0, 2.0]
+    absolute = edge_ranks(scores, "absolute")
+    assert absolute["a"].tolist() == [[3.0, 4.0]] and absolute["b"].tolist() == [2.0, 1.0]
+    for k in range(5):
+        assert circuit_mask(signed, k)[1] == k
+
+
+def test_scores_that_have_no_rank() -> None:
+    with pytest.raises(GraphError, match="NaN"):
+        edge_ranks({"a": t.tensor([math.nan])})
+
+
+@pytest.mark.parametrize("budgets", [[], [0.0, 1.0], [0.5, 1.5]])
+def test_budget_errors(budgets: list[float]) -> None:
+    model = micro_model()
+    with pytest.raises(ConfigError, match="`budgets`"):
+        faithfulness_curve(model, micro_loader(), micro_scores(model), budgets=budgets)

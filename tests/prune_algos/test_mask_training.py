@@ -1,0 +1,241 @@
+"""Subnetwork probing, circuit probing, Edge Pruning, Matryoshka attribution."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch as t
+
+from auto_circuit.errors import ConfigError, GraphError, TrainingError
+from auto_circuit.prune_algos.circuit_probing import circuit_probing_prune_scores
+from auto_circuit.prune_algos.edge_pruning import train_edge_pruning
+from auto_circuit.prune_algos.mask_training import (
+    circuit_outputs,
+    training_batches,
+    training_steps,
+)
+from auto_circuit.prune_algos.matryoshka import (
+    soft_top_k,
+    soft_top_k_gradient,
+    train_matryoshka,
+)
+from auto_circuit.prune_algos.objectives import answer_loss, faithfulness_loss
+from auto_circuit.prune_algos.subnetwork_probing import (
+    subnetwork_probing_prune_scores,
+    train_subnetwork,
+)
+from auto_circuit.types import AblationType
+from auto_circuit.utils.graph_utils import patchable_model, set_all_masks
+from auto_circuit.utils.patchable_model import PatchableModel
+from tests.models import gpt2
+from tests.test_prune import token_loader
+
+EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
+
+
+def model() -> PatchableModel:
+    return patchable_model(gpt2(), True, "last_seq", separate_qkv=True)
+
+
+# --------------------------------------------------------------------------- subnetworks
+
+
+@pytest.mark.parametrize("side,open_mask", [("corrupt", 1.0), ("clean", 0.0)])
+def test_open_gates_let_the_clean_signal_in(side: Any, open_mask: float) -> None:
+    """In auto-circuit's edge direction none came in, whatever the gates were."""
+    graph = model()
+    batches = training_batches(graph, token_loader(), AblationType.RESAMPLE, side)
+    set_all_masks(graph, open_mask)
+    with training_steps(graph, batches, len(batches)) as steps:
+        for _, batch in steps:
+            with t.no_grad():
+                outputs = circuit_outputs(graph, batch)
+            t.testing.assert_close(outputs, batch.clean_outputs, **EXACT)
+    set_all_masks(graph, 0.0)
+
+
+@pytest.mark.parametrize("tree", [True, False])
+def test_a_circuit_of_the_right_size_is_learned(tree: bool) -> None:
+    graph = model()
+    training = train_subnetwork(
+        graph,
+        token_loader(),
+        epochs=60,
+        circuit_size=20,
+        regularize_lambda=1,
+        init_val=-1.6,
+        tree_optimisation=tree,
+    )
+    first, last = training.steps[0], training.steps[-1]
+    assert first.n_edges > 0.9 * graph.n_edges
+    assert last.n_edges < 0.5 * graph.n_edges
+    assert last.loss < first.loss
+    assert last.loss == pytest.approx(last.faithfulness + last.penalty, rel=1e-4)
+    assert min(float(s.min()) for s in training.prune_scores.values()) == 0.0
+
+
+def test_the_penalty_is_the_expected_number_of_edges() -> None:
+    graph = model()
+    loader = token_loader()
+    training = train_subnetwork(
+        graph, loader, epochs=1, regularize_lambda=2, init_val=0.0
+    )
+    # P(gate > 0) at logit 0: sigmoid(-2/3 log(0.1 / 1.1)).
+    share = 1 / (1 + math.exp(2 / 3 * math.log(0.1 / 1.1)))
+    assert training.steps[0].n_edges == pytest.approx(share * graph.n_edges, rel=1e-5)
+    assert training.steps[0].penalty == pytest.approx(2 * share, rel=1e-5)
+
+
+def test_avoided_edges_score_lower() -> None:
+    graph = model()
+    avoided = [edge for edge in graph.edges if edge.src.name == "Resid Start"]
+    means = []
+    for weight in (0.0, 50.0):
+        scores = subnetwork_probing_prune_scores(
+            graph,
+            token_loader(),
+            None,
+            epochs=40,
+            regularize_lambda=0.1,
+            init_val=0.0,
+            tree_optimisation=True,
+            avoid_edges=avoided,
+            avoid_lambda=weight,
+        )
+        mean = sum(float(s.mean()) for s in scores.values()) / len(scores)
+        ours = sum(float(edge.prune_score(scores)) for edge in avoided) / len(avoided)
+        means.append(ours - mean)
+    assert means[1] < means[0] - 0.2
+
+
+def test_validation_patience_and_seeds() -> None:
+    graph, loader = model(), token_loader()
+    training = train_subnetwork(graph, loader, epochs=40, validation_dataloader=loader)
+    measured = [step.validation for step in training.steps if step.validation is not None]
+    assert len(measured) == 20
+    stopped = train_subnetwork(
+        graph, loader, epochs=40, patience=1, learning_rate=1e-9, regularize_lambda=0
+    )
+    assert len(stopped.steps) < 40 * len(loader)
+    one, same, other = (
+        subnetwork_probing_prune_scores(graph, loader, None, epochs=2, seed=seed)
+        for seed in (0, 0, 1)
+    )
+    assert all(t.equal(one[name], same[name]) for name in one)
+    assert not all(t.equal(one[name], other[name]) for name in one)
+
+
+def test_circuit_probing_ranks_by_the_smallest_circuit() -> None:
+    graph = model()
+    scores = circuit_probing_prune_scores(
+        graph, token_loader(), None, epochs=3, circuit_sizes=(10, 40)
+    )
+    values = t.cat([score.flatten() for score in scores.values()])
+    assert int((values == 2).sum()) == 10
+    assert int((values == 1).sum()) >= 30  # ties are in, and the first 10 may be others
+    assert set(values.tolist()) == {0.0, 1.0, 2.0}
+
+
+# -------------------------------------------------------------------------- Edge Pruning
+
+
+def test_edge_pruning_meets_its_target() -> None:
+    graph = model()
+    training = train_edge_pruning(
+        graph, token_loader(), target_sparsity=0.9, n_steps=250, learning_rate=0.3
+    )
+    sparsity = 1 - training.steps[-1].n_edges / graph.n_edges
+    assert sparsity == pytest.approx(0.9, abs=0.005)
+
+
+# ---------------------------------------------------------------------------- Matryoshka
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, 99])
+def test_soft_top_k(size: int) -> None:
+    scores = t.randn(100, generator=t.Generator().manual_seed(0), dtype=t.float64)
+    shares = soft_top_k(scores, size, 0.5)
+    assert float(shares.sum()) == pytest.approx(size, rel=1e-6)
+    assert t.equal(shares.argsort(), scores.argsort())
+    weights = t.randn(100, generator=t.Generator().manual_seed(1), dtype=t.float64)
+    grad = soft_top_k_gradient(shares, weights, 0.5)
+    for edge in (0, 17):
+        step = t.zeros_like(scores)
+        step[edge] = 1e-5
+        ahead, behind = (soft_top_k(scores + s * step, size, 0.5) for s in (1, -1))
+        difference = ((ahead - behind) @ weights) / 2e-5
+        assert float(grad[edge]) == pytest.approx(float(difference), abs=1e-6)
+
+
+def test_matryoshka_learns() -> None:
+    graph = model()
+    training = train_matryoshka(graph, token_loader(), n_steps=60)
+    losses = [step.loss for step in training.steps]
+    assert sum(losses[-20:]) < sum(losses[:20])
+    assert len({step.n_edges for step in training.steps}) > 20
+
+
+# ------------------------------------------------------------------- losses and bad input
+
+
+def test_faithfulness_losses() -> None:
+    (batch,) = token_loader(3, 3)
+    clean = t.randn(3, 40, generator=t.Generator().manual_seed(0))
+    assert float(faithfulness_loss("kl_div", clean, batch, clean)) == pytest.approx(
+        0, abs=1e-6
+    )
+    assert float(faithfulness_loss("logit_diff_percent", clean, batch, clean)) == 0
+    halved = faithfulness_loss("logit_diff_percent", clean / 2, batch, clean)
+    assert float(halved) == pytest.approx(50)
+    outputs = clean.clone().requires_grad_()
+    loss = faithfulness_loss("correct_percent", outputs, batch, clean)
+    loss.backward()
+    assert outputs.grad is not None
+    assert -1 < loss.item() < 0
+    assert (outputs.grad[:, 1] < 0).all()  # a higher answer lowers the loss
+    best = answer_loss(clean, batch, "logit", "max_diff")
+    assert float(best) == pytest.approx(float((clean[:, 2] - clean[:, 1]).mean()))
+
+
+@pytest.mark.parametrize(
+    "options,error,message",
+    [
+        ({"circuit_size": 0}, ConfigError, "`circuit_size` is 0; expected 1 to"),
+        (
+            {"circuit_size": 10**6},
+            ConfigError,
+            "`circuit_size` is 1000000; expected 1 to",
+        ),
+        ({"epochs": 0}, ConfigError, "`epochs` is 0"),
+        ({"learning_rate": 0}, ConfigError, "`learning_rate` is 0"),
+        ({"ablation_type": AblationType.ZERO}, ConfigError, "no clean activations"),
+        ({"avoid_edges": ["A0.9->MLP 1"]}, GraphError, "no edge 'A0.9->MLP 1'"),
+        ({"regularize_lambda": math.inf}, TrainingError, "at step 0.*Lower the"),
+    ],
+)
+def test_bad_options(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    graph = model()
+    if "avoid_edges" in options:
+        with pytest.raises(error, match=message):
+            graph.circuit_prune_scores(edges=options["avoid_edges"], bool=True)
+        return
+    with pytest.raises(error, match=message):
+        train_subnetwork(graph, token_loader(), **options)
+
+
+def test_bad_options_of_the_others() -> None:
+    graph, loader = model(), token_loader()
+    with pytest.raises(ConfigError, match='"true_size" needs a known circuit'):
+        circuit_probing_prune_scores(graph, loader, None)
+    with pytest.raises(ConfigError, match="expected different sizes"):
+        circuit_probing_prune_scores(graph, loader, None, circuit_sizes=(5, 5))
+    with pytest.raises(ConfigError, match="train_subnetwork"):
+        subnetwork_probing_prune_scores(graph, loader, None, show_train_graph=True)
+    with pytest.raises(ConfigError, match="`target_sparsity` is 1.5"):
+        train_edge_pruning(graph, loader, target_sparsity=1.5)
+    with pytest.raises(ConfigError, match="`n_steps` is 0"):
+        train_matryoshka(graph, loader, n_steps=0)

@@ -1,0 +1,100 @@
+"""The algorithms that patch edges one by one: ACDC and exact edge patching."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch as t
+
+from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.ACDC import acdc_prune_scores, removed_edges
+from auto_circuit.prune_algos.edge_attribution_patching import (
+    edge_attribution_patching_prune_scores,
+)
+from auto_circuit.prune_algos.exact_edge_patching import (
+    exact_edge_patching_prune_scores,
+)
+from auto_circuit.types import Edge
+from auto_circuit.utils.ablation_activations import src_ablations
+from auto_circuit.utils.graph_utils import patch_mode, patchable_model
+from auto_circuit.utils.patchable_model import PatchableModel
+from tests.micro import micro_loader, micro_model
+from tests.models import gpt2, llama
+from tests.test_prune import token_loader
+
+
+def plain_acdc(model: PatchableModel, loader: Any, threshold: float) -> list[Edge]:
+    """The published loop, every step with a context and a circuit of its own."""
+    batch = next(iter(loader))
+    patch = src_ablations(model, batch.corrupt)
+    with t.no_grad():
+        clean = model(batch.clean)[:, -1].log_softmax(-1)
+
+    def distance(edges: list[Edge]) -> float:
+        with t.no_grad(), patch_mode(model, patch, edges):
+            logprobs = model(batch.clean)[:, -1].log_softmax(-1)
+        return float((clean.exp() * (clean - logprobs)).sum(-1).mean())
+
+    removed: list[Edge] = []
+    last = 0.0
+    for layer in sorted({edge.dest.layer for edge in model.edges}, reverse=True):
+        for edge in (edge for edge in model.edges if edge.dest.layer == layer):
+            now = distance([*removed, edge])
+            if now - last < threshold:
+                removed, last = [*removed, edge], now
+    return removed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_acdc_is_the_plain_loop(make: Any) -> None:
+    # In float64: near a threshold, rounding would decide.
+    model = patchable_model(make().to(t.float64), True, "last_seq", separate_qkv=True)
+    loader = token_loader(3, 3)
+    thresholds = (3e-7, 3e-6, 3e-5)
+    removed = [removed_edges(model, loader, threshold) for threshold in thresholds]
+    assert removed == [plain_acdc(model, loader, threshold) for threshold in thresholds]
+    assert 0 < len(removed[0]) < len(removed[2]) < model.n_edges
+    scores = acdc_prune_scores(model, loader, None, (-7, -6, -5), (3,))
+    for edge in model.edges:
+        lowest = [
+            x for x, edges in zip(thresholds, removed, strict=True) if edge in edges
+        ]
+        score = float(edge.prune_score(scores))
+        assert score == pytest.approx(min(lowest, default=2 * 3e-5), rel=1e-5)
+
+
+def test_acdc_options() -> None:
+    model, loader = micro_model(), micro_loader()
+    with pytest.raises(ConfigError, match="`test_mode`.*not supported"):
+        acdc_prune_scores(model, loader, None, test_mode=True)
+    with pytest.raises(ConfigError, match=r"The thresholds are \[\]"):
+        acdc_prune_scores(model, loader, None, tao_bases=())
+
+
+def test_exact_is_the_estimate_on_a_linear_model() -> None:
+    model, loader = micro_model(), micro_loader([1.0, 2.0, 5.0], batch_size=2)
+    exact = exact_edge_patching_prune_scores(model, loader, None)
+    estimate = edge_attribution_patching_prune_scores(model, loader, None)
+    for name, scores in exact.items():
+        t.testing.assert_close(scores, estimate[name], atol=1e-4, rtol=1e-4)
+
+
+def test_exact_effects_of_single_edges() -> None:
+    model = patchable_model(gpt2(), True, "last_seq", separate_qkv=True)
+    loader = token_loader(3, 2)
+    exact = exact_edge_patching_prune_scores(model, loader, None)
+    for name in ("A0.1->MLP 1", "Resid Start->A1.2.V", "MLP 0->Resid End"):
+        total = 0.0
+        for batch in loader:
+            patch = src_ablations(model, batch.corrupt)
+            with t.no_grad():
+                before = model(batch.clean)[:, -1]
+                with patch_mode(model, patch, [name]):
+                    after = model(batch.clean)[:, -1]
+            change = (before[:, 1] - before[:, 2]) - (after[:, 1] - after[:, 2])
+            total += float(change.sum())
+        (edge,) = model.find_edges(name)
+        assert abs(total) > 1e-6
+        assert float(edge.prune_score(exact)) == pytest.approx(total / 3, abs=1e-6)

@@ -1,0 +1,285 @@
+"""Modified backward passes: values unchanged, gradients as the formulas say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch as t
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.edge_attribution_patching import (
+    edge_attribution_patching_prune_scores,
+)
+from auto_circuit.prune_algos.integrated_gradients import (
+    input_integrated_gradients_prune_scores,
+)
+from auto_circuit.utils.ablation_activations import src_ablations
+from auto_circuit.utils.backward_modifiers import gim_backward, relp_backward
+from auto_circuit.utils.graph_utils import patch_mode, patchable_model
+from auto_circuit.utils.patchable_model import PatchableModel
+from tests.micro import micro_model
+from tests.models import ARCHITECTURES, SIZES, gemma2, gpt2, llama, state_snapshot
+from tests.prune_algos.test_mask_gradient import make
+from tests.test_prune import token_loader
+
+Modifier = Callable[[PatchableModel], AbstractContextManager[None]]
+MODIFIERS: list[Any] = [
+    pytest.param(gim_backward, id="gim"),
+    pytest.param(relp_backward, id="relp"),
+    pytest.param(partial(relp_backward, freeze_attention_patterns=True), id="relp-AH"),
+]
+MODELS = {**ARCHITECTURES, "gemma2": gemma2}
+
+
+@pytest.mark.parametrize("modifier", MODIFIERS)
+@pytest.mark.parametrize("name", list(MODELS))
+def test_values_stay_and_gradients_change(name: str, modifier: Modifier) -> None:
+    model = patchable_model(MODELS[name](), True, "last_seq", separate_qkv=True)
+    (batch,) = token_loader(4, 4)
+    patch = src_ablations(model, batch.corrupt)
+    before = state_snapshot(model)
+
+    def run() -> tuple[Tensor, Tensor]:
+        bare = model(batch.clean)
+        with patch_mode(
+            model, patch, ["Resid Start->MLP 1"] if name != "attn_only" else None
+        ):
+            return bare, model(batch.clean)
+
+    with t.enable_grad():
+        expected = run()
+        plain = edge_attribution_patching_prune_scores(model, token_loader(4, 4), None)
+        with modifier(model):
+            found = run()
+            scores = edge_attribution_patching_prune_scores(
+                model, token_loader(4, 4), None
+            )
+    assert state_snapshot(model) == before
+    for one, other in zip(found, expected, strict=True):
+        t.testing.assert_close(one, other, rtol=0.0, atol=1e-5)
+    for module_name, score in scores.items():
+        assert score.isfinite().all()
+        if score.any():
+            assert not t.allclose(score, plain[module_name], rtol=1e-2, atol=0.0)
+    assert any(score.any() for score in scores.values())
+    again = edge_attribution_patching_prune_scores(model, token_loader(4, 4), None)
+    assert all(t.equal(again[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("modifier", MODIFIERS)
+def test_hooks_are_removed_after_an_error(modifier: Modifier) -> None:
+    model = make("llama")
+    before = state_snapshot(model)
+    with pytest.raises(KeyboardInterrupt), modifier(model):
+        raise KeyboardInterrupt
+    assert state_snapshot(model) == before
+
+
+# ------------------------------------------------- the same rules in a model of our own
+
+
+def layer_norm(x: Tensor, ln: Any, frozen: bool) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + ln.eps).sqrt()
+    return centred / (scale.detach() if frozen else scale) * ln.weight + ln.bias
+
+
+def rms_norm(x: Tensor, norm: Any, frozen: bool) -> Tensor:
+    scale = (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    return x / (scale.detach() if frozen else scale) * norm.weight
+
+
+class _Softened(t.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        ctx.save_for_backward(scores)
+        return scores.softmax(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """s (g - <g, s>), for the softmax s at temperature 2."""
+        (scores,) = ctx.saved_tensors
+        soft = (scores / 2).softmax(-1)
+        return soft * (grads[0] - (grads[0] * soft).sum(-1, keepdim=True))
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    return x * factor + (x * (1 - factor)).detach()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rules: str) -> Tensor:
+    """[batch seq head d_head] of queries, keys and values -> the same of outputs."""
+    if rules == "gim":
+        q, k, v = scaled(q, 0.25), scaled(k, 0.25), scaled(v, 0.5)
+    scores = t.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    seq = q.shape[1]
+    scores = scores.masked_fill(t.ones(seq, seq).triu(1).bool(), -1e9)
+    pattern = _Softened.apply(scores) if rules == "gim" else scores.softmax(-1)
+    if rules == "relp-AH":
+        pattern = pattern.detach()
+    return t.einsum("bhqk,bkhd->bqhd", pattern, v)
+
+
+def by_rule(activation: Callable[[Tensor], Tensor], x: Tensor, rules: str) -> Tensor:
+    if rules.startswith("relp"):
+        return x * (activation(x) / x).detach()
+    return activation(x)
+
+
+def gpt2_by_hand(hf: Any, embed: Tensor, rules: str) -> Tensor:
+    """The logits at the last position from GPT-2's residual stream at its start."""
+    frozen, x = rules != "", embed
+    for block in hf.transformer.h:
+        q, k, v = (
+            part.unflatten(-1, (4, -1))
+            for part in block.attn.c_attn(layer_norm(x, block.ln_1, frozen)).chunk(3, -1)
+        )
+        x = x + block.attn.c_proj(attention(q, k, v, rules).flatten(2))
+        pre = block.mlp.c_fc(layer_norm(x, block.ln_2, frozen))
+        x = x + block.mlp.c_proj(by_rule(block.mlp.act, pre, rules))
+    return hf.lm_head(layer_norm(x, hf.transformer.ln_f, frozen))[:, -1]
+
+
+def llama_by_hand(hf: Any, embed: Tensor, rules: str) -> Tensor:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    frozen, x = rules != "", embed
+    cos, sin = hf.model.rotary_emb(x, t.arange(x.shape[1])[None])
+    for block in hf.model.layers:
+        normed = rms_norm(x, block.input_layernorm, frozen)
+        attn = block.self_attn
+        q, k, v = (
+            projection(normed).unflatten(-1, (-1, 8))
+            for projection in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+        k, v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
+        x = x + attn.o_proj(attention(q, k, v, rules).flatten(2))
+        normed = rms_norm(x, block.post_attention_layernorm, frozen)
+        mlp = block.mlp
+        gated = by_rule(mlp.act_fn, mlp.gate_proj(normed), rules) * mlp.up_proj(normed)
+        x = x + mlp.down_proj(scaled(gated, 0.5) if frozen else gated)
+    return hf.lm_head(rms_norm(x, hf.model.norm, frozen))[:, -1]
+
+
+@pytest.mark.parametrize("rules", ["", "gim", "relp", "relp-AH"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_gradients_of_a_model_written_by_hand(name: str, rules: str) -> None:
+    """The gradient at the embeddings; in patch mode, as algorithms run."""
+    modifiers: dict[str, Modifier] = {
+        "gim": gim_backward,
+        "relp": relp_backward,
+        "relp-AH": partial(relp_backward, freeze_attention_patterns=True),
+    }
+    bridge: Any = {"gpt2": gpt2, "llama": llama}[name]().double()
+    model = patchable_model(bridge, True, "last_seq", separate_qkv=True)
+    (batch,) = token_loader(3, 3)
+    stored: list[Tensor] = []
+
+    def store(module: Any, args: Any, out: Tensor) -> Tensor:
+        stored.append(out.detach().requires_grad_())
+        return stored[-1]
+
+    def gradient(in_patch_mode: bool) -> Tensor:
+        handle = bridge.hook_dict["blocks.0.hook_resid_pre"].register_forward_hook(store)
+        patch = src_ablations(model, batch.clean)
+        stored.clear()
+        if in_patch_mode:
+            with patch_mode(model, patch, []):
+                logits = model(batch.clean)[:, -1]
+        else:
+            logits = model(batch.clean)[:, -1]
+        handle.remove()
+        assert len(stored) == 1
+        (grad,) = t.autograd.grad((logits[:, 1] - logits[:, 2]).sum(), stored[0])
+        return grad
+
+    hf = bridge.original_model
+    by_hand = {"gpt2": gpt2_by_hand, "llama": llama_by_hand}[name]
+    plain = gradient(True)
+    embed = stored[0].detach().requires_grad_()
+    if rules:
+        with modifiers[rules](model):
+            found = [gradient(True), gradient(False)]
+        assert not t.allclose(found[0], plain, rtol=0.05)
+    else:
+        found = [plain]
+    logits = by_hand(hf, embed, rules)
+    t.testing.assert_close(logits, model(batch.clean)[:, -1], rtol=1e-5, atol=1e-5)
+    (expected,) = t.autograd.grad((logits[:, 1] - logits[:, 2]).sum(), embed)
+    for grad in found:
+        t.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+
+
+# --------------------------------------------------------------------------- use
+
+
+def test_frozen_patterns_leave_queries_and_keys_without_score() -> None:
+    model = make()
+    with relp_backward(model, freeze_attention_patterns=True):
+        scores = edge_attribution_patching_prune_scores(model, token_loader(), None)
+    for edge in model.edges:
+        is_frozen = edge.dest.name.endswith((".Q", ".K"))
+        assert (float(edge.prune_score(scores)) == 0) == is_frozen
+
+
+@pytest.mark.parametrize("modifier", MODIFIERS)
+def test_around_integrated_gradients(modifier: Modifier) -> None:
+    model, loader = make(), token_loader(4, 2)
+    plain = input_integrated_gradients_prune_scores(model, loader, None)
+    with modifier(model):
+        scores = input_integrated_gradients_prune_scores(model, loader, None)
+    name = "blocks.1.hook_mlp_in"
+    assert scores[name].any()
+    assert not t.allclose(scores[name], plain[name], rtol=0.05)
+
+
+def test_temperature_1_changes_only_the_factors() -> None:
+    """At temperature 1 the softmax is its own; at 2 it is not."""
+    model, loader = make("attn_only"), token_loader(4, 4)
+    name = "blocks.1.hook_q_input"
+    scores = {}
+    for temperature in (1.0, 2.0):
+        with gim_backward(model, softmax_temperature=temperature):
+            scores[temperature] = edge_attribution_patching_prune_scores(
+                model, loader, None
+            )
+    with relp_backward(model):  # an attention-only model: frozen norms, nothing else
+        frozen = edge_attribution_patching_prune_scores(model, loader, None)
+    t.testing.assert_close(scores[1.0][name], frozen[name] / 4, rtol=1e-4, atol=1e-7)
+    assert not t.allclose(scores[2.0][name], frozen[name] / 4, rtol=0.05)
+
+
+# -------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("modifier", MODIFIERS)
+def test_other_models_are_refused(modifier: Modifier) -> None:
+    with pytest.raises(ConfigError, match="this is a MicroModel"):
+        with modifier(micro_model()):
+            pass
+
+
+def test_a_mixture_of_experts_is_refused() -> None:
+    from tests.models import _bridge
+
+    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2)
+    bridge = _bridge(MixtralForCausalLM(config))
+    model = patchable_model(bridge, True, "last_seq", separate_qkv=True)
+    before = state_snapshot(model)
+    with pytest.raises(ConfigError, match="cannot reach inside of MoEBridge"):
+        with gim_backward(model):
+            pass
+    assert state_snapshot(model) == before
+
+
+def test_a_temperature_of_0_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected a number above 0"):
+        with gim_backward(make(), softmax_temperature=0.0):
+            pass
