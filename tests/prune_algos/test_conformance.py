@@ -39,6 +39,8 @@ SHORT = {
     "integrated_grad_samples": 3,
     "circuit_sizes": (5, 20),
 }
+# A forward pass for each edge: one graph is enough.
+ONE_BY_ONE = ("ACDC", "MSE ACDC", "Exact Edge Patching")
 QUICK = (
     "Official Circuit",
     "Random",
@@ -73,6 +75,7 @@ def algos_and_graphs() -> list[Any]:
         )
         for algo in PRUNE_ALGOS
         for graph in GRAPHS
+        if graph == "gpt2" or algo.key not in ONE_BY_ONE
     ]
 
 
