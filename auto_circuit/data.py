@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.types import BatchKey
 
-BatchKey = int
 Side = Literal["clean", "corrupt"]
 Answers = Tensor | list[Tensor]
 LOGGER = logging.getLogger(__name__)

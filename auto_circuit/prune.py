@@ -21,6 +21,7 @@ from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import circuit_mask
 
 Circuit = dict[str, Tensor]
+"""Destination module -> [seq?, head?, src]: True for the edges of the circuit."""
 
 
 def run_circuits(

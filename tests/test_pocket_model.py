@@ -103,13 +103,15 @@ def test_hugging_face_loads_it_and_gives_the_same_probabilities() -> None:
 
 def test_generators_write_the_committed_files_again(tmp_path: Path) -> None:
     folder = REPO / "datasets" / "pocket"
-    copies = [p for p in folder.glob("*.py")]
-    for path in copies:
-        (tmp_path / path.name).write_text(path.read_text())
-    for path in sorted(tmp_path.glob("*_generator.py")):
+    copy = tmp_path / "pocket"
+    copy.mkdir()
+    for path in (*folder.glob("*.py"), folder.parent / "prompt_writer.py"):
+        place = copy if path.parent == folder else tmp_path
+        (place / path.name).write_text(path.read_text())
+    for path in sorted(copy.glob("*_generator.py")):
         environment = {**os.environ, "PYTHONHASHSEED": "7"}
         subprocess.run([sys.executable, path], check=True, env=environment)
-    written = {p.name: p.read_bytes() for p in tmp_path.glob("*.json")}
+    written = {p.name: p.read_bytes() for p in copy.glob("*.json")}
     assert written == {p.name: p.read_bytes() for p in folder.glob("*.json")}
     assert len(written) == 4
 

@@ -12,7 +12,7 @@ from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.errors import ConfigError, GraphError, near_matches
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prune_metrics import PruneMetric
-from auto_circuit.prune import set_masks
+from auto_circuit.prune import Circuit, set_masks
 from auto_circuit.types import AblationType
 from auto_circuit.utils.ablation_activations import (
     PER_BATCH_ABLATIONS,
@@ -20,9 +20,6 @@ from auto_circuit.utils.ablation_activations import (
 )
 from auto_circuit.utils.graph_utils import patch_mode, preserved_masks
 from auto_circuit.utils.patchable_model import PatchableModel
-
-Circuit = dict[str, Tensor]
-"""Destination module -> [seq?, head?, src]: True for the edges of the circuit."""
 
 CHUNK = 16
 """How many circuits' outputs of one batch are held in memory at a time."""
@@ -102,7 +99,7 @@ def _outs(
     with t.no_grad(), preserved_masks(model), patch_mode(model, patch_src_outs):
         for circuit in circuits:
             set_masks(model, complement(circuit))
-            outs.append(model(tokens, **kwargs)[model.out_slice].clone())
+            outs.append(model.sliced(tokens, **kwargs).clone())
     return outs
 
 

@@ -20,7 +20,11 @@ from torch.nn.functional import mse_loss
 
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
-from auto_circuit.prune_algos.mask_training import circuit_outputs, training_batches
+from auto_circuit.prune_algos.mask_training import (
+    TrainingBatch,
+    circuit_outputs,
+    training_batches,
+)
 from auto_circuit.prune_algos.objectives import check_choice
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
@@ -68,9 +72,10 @@ def acdc_prune_scores(
     thresholds = sorted({base * 10.0**exp for exp in tao_exps for base in tao_bases})
     if not thresholds or thresholds[0] <= 0:
         raise ConfigError(f"The thresholds are {thresholds}; expected some, all above 0.")
+    (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
     scores = model.new_prune_scores(2 * thresholds[-1])
     for threshold in tqdm(reversed(thresholds), total=len(thresholds), leave=False):
-        for edge in removed_edges(model, dataloader, threshold, faithfulness_target):
+        for edge in _removed_edges(model, batch, threshold, faithfulness_target):
             scores[edge.dest.module_name][edge.patch_idx] = threshold
     return scores
 
@@ -83,6 +88,12 @@ def removed_edges(
 ) -> list[Edge]:
     """The edges that one threshold takes out, in the order in which they go."""
     (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
+    return _removed_edges(model, batch, threshold, faithfulness_target)
+
+
+def _removed_edges(
+    model: PatchableModel, batch: TrainingBatch, threshold: float, target: AcdcTarget
+) -> list[Edge]:
     removed = []
     with t.no_grad(), preserved_masks(model), patch_mode(model, batch.patch_src_outs):
         set_all_masks(model, 0.0)
@@ -91,7 +102,7 @@ def removed_edges(
             entry = edge.patch_mask(model).data[edge.patch_idx]
             entry.fill_(1.0)
             outputs = circuit_outputs(model, batch)
-            patched = _distance(outputs, batch.clean_outputs, faithfulness_target)
+            patched = _distance(outputs, batch.clean_outputs, target)
             if patched - distance < threshold:
                 distance = patched
                 removed.append(edge)

@@ -19,11 +19,11 @@ from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.mask_training import (
     MaskTraining,
-    TrainingStep,
     check_finite,
     circuit_outputs,
     scores_from_logits,
     training_batches,
+    training_step,
     training_steps,
 )
 from auto_circuit.prune_algos.objectives import FaithfulnessTarget, faithfulness_loss
@@ -123,8 +123,7 @@ def train_edge_pruning(
             optimizer.step()
             ascent.step()
             decay.step()
-            values = (float(v.detach()) for v in (loss, faithfulness, penalty, n_edges))
-            steps.append(TrainingStep(step, *values))
+            steps.append(training_step(step, loss, faithfulness, penalty, n_edges))
         scores = scores_from_logits({name: -mask for name, mask in masks.items()})
     return MaskTraining(scores, tuple(steps))
 

@@ -6,15 +6,16 @@ Cost: per batch, one forward pass for each edge, and two more.
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import torch as t
 
-from auto_circuit.data import PromptDataLoader, PromptPairBatch
+from auto_circuit.data import PromptDataLoader
 from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
-    answer_loss,
     check_choice,
+    clean_loss_sum,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
@@ -46,32 +47,26 @@ def exact_edge_patching_prune_scores(
     check_choice("answer_function", answer_function, AnswerFunction)
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
     scores = model.new_prune_scores()
+    loss = partial(
+        clean_loss_sum,
+        model,
+        grad_function=grad_function,
+        answer_function=answer_function,
+    )
     batches = iter_src_ablations(model, dataloader, ablation_type, side)
     with t.no_grad(), preserved_masks(model):
         set_all_masks(model, 0.0)
         for batch, patch_src_outs in batches:
-            weight = len(batch.clean) / dataloader.n_prompts
             with patch_mode(model, patch_src_outs):
-                unpatched = _loss(model, batch, grad_function, answer_function)
+                unpatched = float(loss(batch=batch))
                 for edge in tqdm(model.edges, leave=False):
                     entry = edge.patch_mask(model).data[edge.patch_idx]
                     entry.fill_(1.0)
-                    patched = _loss(model, batch, grad_function, answer_function)
+                    patched = float(loss(batch=batch))
                     entry.fill_(0.0)
-                    effect = (patched - unpatched) * weight
+                    effect = (patched - unpatched) / dataloader.n_prompts
                     scores[edge.dest.module_name][edge.patch_idx] += effect
     return scores
-
-
-def _loss(
-    model: PatchableModel,
-    batch: PromptPairBatch,
-    grad_function: GradFunction,
-    answer_function: AnswerFunction,
-) -> float:
-    tokens, kwargs = batch.model_input("clean")
-    outputs = model.sliced(tokens, **kwargs)
-    return float(answer_loss(outputs, batch, grad_function, answer_function))
 
 
 EXACT_EDGE_PATCHING_PRUNE_ALGO = PruneAlgo(

@@ -28,13 +28,13 @@ import torch as t
 from torch import Tensor
 from torch.nn import Module
 
-from auto_circuit.data import PromptDataLoader, PromptPairBatch
+from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
-    answer_loss,
     check_choice,
+    clean_loss_sum,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
@@ -82,7 +82,9 @@ def input_integrated_gradients_prune_scores(
     check_choice("grad_function", grad_function, GradFunction)
     check_choice("answer_function", answer_function, AnswerFunction)
     points = _path(integrated_grad_samples, path_points)
-    loss = partial(_loss, grad_function=grad_function, answer_function=answer_function)
+    loss = partial(
+        clean_loss_sum, grad_function=grad_function, answer_function=answer_function
+    )
     return _input_path_scores(model, dataloader, loss, points, ablation_type)
 
 
@@ -107,7 +109,9 @@ def clean_corrupt_prune_scores(
     """
     check_choice("grad_function", grad_function, GradFunction)
     check_choice("answer_function", answer_function, AnswerFunction)
-    loss = partial(_loss, grad_function=grad_function, answer_function=answer_function)
+    loss = partial(
+        clean_loss_sum, grad_function=grad_function, answer_function=answer_function
+    )
     return _input_path_scores(model, dataloader, loss, [0.0, 1.0], ablation_type)
 
 
@@ -145,7 +149,9 @@ def activation_integrated_gradients_prune_scores(
     check_choice("grad_function", grad_function, GradFunction)
     check_choice("answer_function", answer_function, AnswerFunction)
     points = _path(integrated_grad_samples, path_points)
-    loss = partial(_loss, grad_function=grad_function, answer_function=answer_function)
+    loss = partial(
+        clean_loss_sum, grad_function=grad_function, answer_function=answer_function
+    )
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
     scores, n_prompts = model.new_prune_scores(), 0
     batches = iter_src_ablations(model, dataloader, ablation_type, side)
@@ -172,18 +178,6 @@ def _path(n_points: int, path_points: PathPoints) -> list[float]:
         )
     first = {"midpoints": 0.5, "clean_end": 1.0, "corrupt_end": 0.0}[path_points]
     return [(first + step) / n_points for step in range(n_points)]
-
-
-def _loss(
-    model: PatchableModel,
-    batch: PromptPairBatch,
-    grad_function: GradFunction,
-    answer_function: AnswerFunction,
-) -> Tensor:
-    """The sum over the prompts, so that batches of different sizes weigh what they hold."""
-    tokens, kwargs = batch.model_input("clean")
-    outputs = model.sliced(tokens, **kwargs)
-    return answer_loss(outputs, batch, grad_function, answer_function) * len(tokens)
 
 
 # ------------------------------------------------------------------- moving the inputs

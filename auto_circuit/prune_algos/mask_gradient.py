@@ -20,8 +20,8 @@ from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
-    answer_loss,
     check_choice,
+    clean_loss_sum,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
@@ -68,15 +68,13 @@ def mask_gradient_prune_scores(
     batches = iter_src_ablations(model, dataloader, ablation_type, side)
     with train_mask_mode(model) as masks:
         for batch, patch_src_outs in batches:
-            tokens, kwargs = batch.model_input("clean")
-            n_prompts += len(tokens)
+            n_prompts += len(batch.clean)
             once = len(points) == 1
             with patch_mode(model, patch_src_outs, overwrite_patch=once):
                 for point in points:
                     set_all_masks(model, point)
-                    outputs = model.sliced(tokens, **kwargs)
-                    loss = answer_loss(outputs, batch, grad_function, answer_function)
-                    (loss * len(tokens)).backward()
+                    loss = clean_loss_sum(model, batch, grad_function, answer_function)
+                    loss.backward()
         total = n_prompts * len(points)
         return {
             module_name: mask.grad.detach() / total

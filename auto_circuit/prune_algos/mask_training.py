@@ -136,6 +136,14 @@ def circuit_outputs(model: PatchableModel, batch: TrainingBatch) -> Tensor:
     return model.sliced(batch.inputs, **batch.kwargs)
 
 
+def training_step(
+    step: int, loss: Tensor, faithfulness: Tensor, penalty: Tensor, n_edges: Tensor
+) -> TrainingStep:
+    """The record of a step, from its tensors."""
+    values = (float(value.detach()) for value in (loss, faithfulness, penalty, n_edges))
+    return TrainingStep(step, *values)
+
+
 def check_finite(loss: Tensor, step: int, learning_rate: float) -> None:
     """Raise TrainingError if the loss is not a finite number."""
     if not math.isfinite(loss.item()):

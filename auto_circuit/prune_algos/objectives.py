@@ -10,6 +10,7 @@ from torch.nn.functional import mse_loss
 
 from auto_circuit.data import Answers, PromptPairBatch
 from auto_circuit.errors import ConfigError
+from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
     batch_answer_diffs,
     batch_avg_answer_diff,
@@ -77,6 +78,21 @@ def answer_loss(
         )
     targets = batch.answers.to(values.dtype)
     return mse_loss(values, targets.expand_as(values))
+
+
+def clean_loss_sum(
+    model: PatchableModel,
+    batch: PromptPairBatch,
+    grad_function: GradFunction = "logit",
+    answer_function: AnswerFunction = "avg_diff",
+) -> Tensor:
+    """Run a batch's clean prompts; the sum of `answer_loss` over them.
+
+    A sum, so that batches of different sizes weigh what they hold.
+    """
+    tokens, kwargs = batch.model_input("clean")
+    outputs = model.sliced(tokens, **kwargs)
+    return answer_loss(outputs, batch, grad_function, answer_function) * len(tokens)
 
 
 def _best_values(values: Tensor, answers: Answers) -> Tensor:

@@ -12,8 +12,8 @@ from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
-    answer_loss,
     check_choice,
+    clean_loss_sum,
 )
 from auto_circuit.types import AblationType, PruneScores
 from auto_circuit.utils.ablation_activations import (
@@ -76,28 +76,13 @@ def _batch_scores(
     grad_function: GradFunction,
     answer_function: AnswerFunction,
 ) -> PruneScores:
-    tokens, kwargs = batch.model_input("clean")
-    _forget_passes(model)
     with (
-        set_mask_batch_size(model, len(tokens)),
+        set_mask_batch_size(model, len(batch.clean)),
         patch_mode(model, patch_src_outs, overwrite_patch=True),
     ):
-        outputs = model.sliced(tokens, **kwargs)
-        loss = answer_loss(outputs, batch, grad_function, answer_function)
-        # The loss is a mean over prompts: times their number, each has a weight of 1.
-        (loss * len(tokens)).backward()
+        clean_loss_sum(model, batch, grad_function, answer_function).backward()
         return {
             module_name: mask.grad.detach()
             for module_name, mask in model.patch_masks.items()
             if mask.grad is not None
         }
-
-
-def _forget_passes(model: PatchableModel) -> None:
-    # A model may keep parts of its last pass (attention patterns), and with them the
-    # graph's idea of the masks' shapes, to which the next batch's gradients must not be
-    # held. PyTorch drops it when a tensor's data change their type.
-    for mask in model.patch_masks.values():
-        values = mask.data
-        mask.data = values.to(t.float16 if values.dtype != t.float16 else t.float32)
-        mask.data = values

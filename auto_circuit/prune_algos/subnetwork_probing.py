@@ -29,6 +29,7 @@ from auto_circuit.prune_algos.mask_training import (
     circuit_outputs,
     scores_from_logits,
     training_batches,
+    training_step,
     training_steps,
 )
 from auto_circuit.prune_algos.objectives import (
@@ -147,7 +148,7 @@ def train_subnetwork(
 
     Differs from auto-circuit: the ablation is a parameter, and in edge direction clean
     activations really come in; the penalty is the expected number of edges, not that of
-    one more sample; the same masks' mean, not sum, is the size of everything.
+    one more sample.
     """
     check_choice("faithfulness_target", faithfulness_target, FaithfulnessTarget)
     check_choice("mask_fn", mask_fn, Literal["hard_concrete", "sigmoid"])
@@ -201,7 +202,7 @@ def train_subnetwork(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            steps.append(_record(step, loss, faithfulness, penalty, n_edges))
+            steps.append(training_step(step, loss, faithfulness, penalty, n_edges))
             if (step + 1) % len(batches) == 0 and _is_over(steps, len(batches), patience):
                 break
         trained = {name: sign * mask.detach() for name, mask in masks.items()}
@@ -209,13 +210,6 @@ def train_subnetwork(
     return MaskTraining(
         scores, tuple(replace(s, validation=validations.get(s.step)) for s in steps)
     )
-
-
-def _record(
-    step: int, loss: Tensor, faithfulness: Tensor, penalty: Tensor, n_edges: Tensor
-) -> TrainingStep:
-    values = (float(value.detach()) for value in (loss, faithfulness, penalty, n_edges))
-    return TrainingStep(step, *values)
 
 
 def _check(

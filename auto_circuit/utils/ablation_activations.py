@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch as t
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import Module
 
-from auto_circuit.data import BatchKey, PromptDataLoader, PromptPairBatch
+from auto_circuit.data import PromptDataLoader, PromptPairBatch, Side
 from auto_circuit.errors import ConfigError, DataError
-from auto_circuit.types import AblationType
+from auto_circuit.types import AblationType, BatchKey
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
 from auto_circuit.utils.patchable_model import PatchableModel, last_position_only
 
 SrcOuts = Float[Tensor, "src batch seq d_model"]
-Side = Literal["clean", "corrupt"]
 
 PER_BATCH_ABLATIONS = (
     AblationType.RESAMPLE,

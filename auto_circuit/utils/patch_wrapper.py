@@ -86,7 +86,10 @@ class PatchWrapperImpl(PatchWrapper):
         self.mask_batch_size = batch_size
 
     def _replace_mask(self, values: Tensor) -> None:
-        # Same Parameter, other shape: `patch_masks` dictionaries stay true.
+        # Same Parameter, other shape: `patch_masks` dictionaries stay true. A model may
+        # keep parts of its last pass (attention patterns), and with them the graph's idea
+        # of the mask's shape; PyTorch drops it when the data change their type.
+        self.mask.data = values.to(t.float16 if values.dtype != t.float16 else t.float32)
         self.mask.data = values.clone()
         self.mask.grad = None
 

@@ -230,7 +230,8 @@ class PatchableModel(Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's output; the prefix, if any, is put before the input.
 
-        Raises DataError... see `model_call`.
+        Tokens that start with padding get an attention mask; raises GraphError if padding
+        cannot be told from BOS.
         """
         args, kwargs = self._model_call(args, kwargs)
         return self.wrapped_model(*args, **kwargs)

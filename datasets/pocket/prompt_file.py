@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-Prompt = dict[str, Any]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from prompt_writer import Prompt, PromptFile, different_prompts  # noqa: E402
+
 N_PROMPTS = 500
 HELD_OUT_SHARE = 5  # one in five
 
@@ -28,11 +30,7 @@ def held_out_prompts(
 ) -> list[Prompt]:
     """`count` different prompts that are kept out of training."""
     rng = random.Random(seed)
-    prompts: dict[str, Prompt] = {}
-    while len(prompts) < count:
-        prompt = sample(rng, True)
-        prompts.setdefault(prompt["clean"], prompt)
-    return list(prompts.values())
+    return different_prompts(lambda: sample(rng, True), count)
 
 
 def write_prompts(
@@ -42,13 +40,6 @@ def write_prompts(
     word_idxs: Mapping[str, int] | None = None,
 ) -> None:
     """Write `<name>.json` beside this file, a line per prompt."""
-    head: dict[str, Any] = {"tokenizer": "auto_circuit/pocket_model"}
-    if seq_labels is not None:
-        head["seq_labels"] = list(seq_labels)
-    if word_idxs is not None:
-        head["word_idxs"] = dict(word_idxs)
-    fields = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    rows = ",\n".join(json.dumps(prompt) for prompt in prompts)
     path = Path(__file__).parent / f"{name}.json"
-    path.write_text("{" + ",\n".join([*fields, f'"prompts": [\n{rows}\n]']) + "}\n")
-    print(f"{path}: {len(prompts)} prompts")
+    file = PromptFile(prompts, seq_labels, word_idxs or {})
+    file.write(path, "auto_circuit/pocket_model")

@@ -176,10 +176,10 @@ def _both_outs(
     tokens, kwargs = batch.model_input("clean")
     state = generator.get_state()
     _set_outside(masks, circuit, -SURE_LOGIT)
-    model_out = model(tokens, **kwargs)[model.out_slice]
+    model_out = model.sliced(tokens, **kwargs)
     generator.set_state(state)
     _set_outside(masks, circuit, SURE_LOGIT)
-    return model_out, model(tokens, **kwargs)[model.out_slice]
+    return model_out, model.sliced(tokens, **kwargs)
 
 
 def _set_outside(masks: Mapping[str, Tensor], circuit: Circuit, logit: float) -> None:

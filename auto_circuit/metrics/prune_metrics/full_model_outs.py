@@ -9,7 +9,7 @@ import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
-from auto_circuit.data import PromptPairBatch
+from auto_circuit.data import PromptPairBatch, Side
 from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.types import BatchKey
@@ -21,7 +21,6 @@ from auto_circuit.utils.tensor_ops import (
 )
 
 ProbFunc = Literal["logits", "softmax", "log_softmax"]
-Side = Literal["clean", "corrupt"]
 
 
 def apply_prob_func(
