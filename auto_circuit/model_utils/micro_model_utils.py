@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Identity, Module, ModuleList, Parameter
 
-from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter, Port
+from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter, Port, SrcSite
 from auto_circuit.types import DestNode, SrcNode
 
 N_HEADS = 2
@@ -145,10 +145,13 @@ MICRO_MODEL_ADAPTER = ModelAdapter(
     name="MicroModel",
     handles=lambda model: isinstance(model, MicroModel),
     graph_nodes=_graph_nodes,
-    ports=lambda model, module_name, separate_qkv: (Port(module_name),),
-    find_module=lambda model, module_name: model.get_submodule(module_name),
+    src_site=lambda model, module_name: SrcSite(model.get_submodule(module_name)),
+    ports=lambda model, module_names, separate_qkv: tuple(
+        Port((name,), model.get_submodule(name)) for name in module_names
+    ),
     open_sites=lambda model, separate_qkv: nullcontext(),
     probe_input=lambda model: t.arange(12.0).reshape(2, 3, 2) - 4.0,
     find_unembed=lambda model: None,
+    blocks=lambda model: (),
     is_transformer=False,
 )

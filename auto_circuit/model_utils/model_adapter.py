@@ -7,7 +7,7 @@ a new architecture, write one of these in a file of its own and either add it to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -19,20 +19,94 @@ from auto_circuit.types import DestNode, SrcNode
 GraphNodes = tuple[list[SrcNode], list[DestNode]]
 
 
-@dataclass(frozen=True)
-class Port:
-    """One module through which the patches of a destination module enter the model.
+@dataclass(frozen=True, eq=False)
+class SrcSite:
+    """Where the outputs of one module's sources can be seen.
 
-    `module_name` names a module whose output is what the destination reads. A module
-    whose output has a head dimension reads, in its head `h`, row `mask_rows[h]` of the
-    mask; `mask_rows` None means row `h` (or the only row). `additive`: the module's
-    output is not the residual stream itself but something that is added to it, so the
-    patch is added there and reaches the residual stream.
+    module: its forward output is what the sources write, [batch seq head? d_model].
+    projection: if given, the output of `module` is still to be projected: it holds one
+        part of the last dimension for each head, and head `h` writes
+        `part[h] @ projection(n_heads)[h]`. The model itself then never computes what a
+        single head writes; the engine does, where it needs it. The weights are
+        [head, d_head, d_model], as they are at the moment of the call.
     """
 
-    module_name: str
+    module: Module
+    projection: Callable[[int], Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A norm y = gain * x / scale(x) + bias, of x minus its mean if `centred`.
+
+    module: computes it.
+    scale: x -> its scale [... 1]; what the norm divides by.
+    gain: the weights that it multiplies by, now.
+    """
+
+    module: Module
+    centred: bool
+    scale: Callable[[Tensor], Tensor]
+    gain: Callable[[], Tensor | float]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadInputs:
+    """Inputs of heads that the model never keeps apart.
+
+    The model computes `linear(norm(x))` with one `linear` for all heads. If head `h`
+    reads x_h instead of x, that is `linear.weight[part h] @ norm(x_h)`.
+
+    norm: None if `linear` reads x as it is. Its closed form is None if the engine must
+        not rely on one.
+    linears: torch's `Linear`s with the number of heads that each serves, in the order in
+        which the model calls them. If `share_rows`, all of them read the same inputs (a
+        head's query, key and value are one destination); else each has its own.
+    """
+
+    norm: Module | None
+    closed_form: Norm | None
+    linears: tuple[tuple[Module, int], ...]
+    share_rows: bool = False
+
+    @property
+    def n_rows(self) -> int:
+        """The number of inputs."""
+        counts = [n_heads for _, n_heads in self.linears]
+        return counts[0] if self.share_rows else sum(counts)
+
+    def rows(self) -> list[slice]:
+        """For each linear, the inputs that it reads."""
+        if self.share_rows:
+            return [slice(0, self.n_rows) for _ in self.linears]
+        starts = [sum(n for _, n in self.linears[:i]) for i in range(len(self.linears))]
+        return [
+            slice(start, start + n)
+            for start, (_, n) in zip(starts, self.linears, strict=True)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Port:
+    """One place through which patches enter the model.
+
+    dest_modules: the destination modules that are read here; their masks' rows, one after
+        the other, are the port's rows.
+    module: its forward output is what they read: [batch seq d_model], or with a head
+        dimension that counts rows.
+    mask_rows: head `h` of the module reads this row of the masks (None: row `h`).
+    additive: the module's output is not the residual stream itself but something that is
+        added to it, so the patch is added there and reaches the residual stream.
+    heads: `module` shows the residual stream, and these are the heads that read it.
+    layer: which of the adapter's `blocks` it is in.
+    """
+
+    dest_modules: tuple[str, ...]
+    module: Module
     mask_rows: tuple[int, ...] | None = None
     additive: bool = False
+    heads: HeadInputs | None = None
+    layer: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,23 +116,28 @@ class ModelAdapter:
     handles: is this a model of the family?
     graph_nodes: (model, factorized, separate_qkv) -> its sources and destinations, each
         in the order in which they run; source `i` has `src_idx` i.
-    ports: (model, destination module name, separate_qkv) -> where its patches enter.
-    find_module: (model, module name) -> the module whose forward hook sees the node.
+    src_site: (model, module name of sources) -> where they are seen.
+    ports: (model, module names of all destinations, separate_qkv) -> where their patches
+        enter, in the order in which they run.
     open_sites: (model, separate_qkv) -> a context in which every such module fires; it
         restores the model's switches on exit.
     probe_input: model -> a small input to check the graph with.
     find_unembed: model -> the module that turns the final residual stream into outputs,
         position by position, if there is one: outputs that nobody asks for are not
         computed.
+    blocks: model -> the modules that the residual stream passes one after the other, each
+        called with it as the first argument; empty if there are none. Blocks before the
+        first changed edge need not run again.
     is_transformer: do its nodes need `separate_qkv`, and may it have a KV cache?
     """
 
     name: str
     handles: Callable[[Module], bool]
     graph_nodes: Callable[[Module, bool, bool | None], GraphNodes]
-    ports: Callable[[Module, str, bool | None], tuple[Port, ...]]
-    find_module: Callable[[Module, str], Module]
+    src_site: Callable[[Module, str], SrcSite]
+    ports: Callable[[Module, Sequence[str], bool | None], tuple[Port, ...]]
     open_sites: Callable[[Module, bool | None], AbstractContextManager[None]]
     probe_input: Callable[[Module], Tensor]
     find_unembed: Callable[[Module], Module | None]
+    blocks: Callable[[Module], Sequence[Module]]
     is_transformer: bool

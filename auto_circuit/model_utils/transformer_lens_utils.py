@@ -12,8 +12,6 @@ input of the whole group g: its query heads, its key and its value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch as t
@@ -31,34 +29,24 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
 )
 from transformer_lens.model_bridge.sources.native import NativeModel
 
-from auto_circuit.errors import ConfigError, ModelError
-from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter, Port
+from auto_circuit.errors import ConfigError
+from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter
+from auto_circuit.model_utils.transformer_lens_sites import (
+    has_mlps,
+    has_post_norm,
+    n_kv_heads,
+    open_sites,
+    ports,
+    src_site,
+)
 from auto_circuit.types import DestNode, SrcNode
 
 RESID_START = "blocks.0.hook_resid_pre"
 
 
-def n_kv_heads(model: TransformerBridge) -> int:
-    """The number of key-value heads: that of heads, or fewer (grouped-query)."""
-    return getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
-
-
-def has_mlps(model: TransformerBridge) -> bool:
-    """Do the blocks have MLPs? (Attention-only models do not.)"""
-    return "mlp" in model.blocks[0].submodules
-
-
 def has_parallel_attention(model: TransformerBridge) -> bool:
     """Do attention and MLP of a block read the same residual stream, as in Pythia?"""
     return bool(model.cfg.parallel_attn_mlp)
-
-
-def has_post_norm(model: TransformerBridge) -> bool:
-    """Is attention's output normalised before it is added, as in Gemma 2?
-
-    Then a single head's contribution is not defined, and the source is the layer.
-    """
-    return "ln1_post" in model.blocks[0].submodules
 
 
 def _attention_layer(model: TransformerBridge, block: int) -> int:
@@ -222,93 +210,6 @@ def _graph_nodes(
     return factorized_src_nodes(model), factorized_dest_nodes(model, separate_qkv)
 
 
-def _ports(
-    model: Module, module_name: str, separate_qkv: bool | None
-) -> tuple[Port, ...]:
-    assert isinstance(model, TransformerBridge)
-    block, _, hook = module_name.rpartition(".")
-    if hook == "hook_resid_mid":
-        # `hook_resid_mid` sees only what the MLP's norm reads. What changes the residual
-        # stream itself is what attention adds to it.
-        return (Port(f"{block}.hook_attn_out", additive=True),)
-    if hook == "hook_attn_in" and n_kv_heads(model) != model.cfg.n_heads:
-        group = model.cfg.n_heads // n_kv_heads(model)
-        query_rows = tuple(head // group for head in range(model.cfg.n_heads))
-        return (
-            Port(f"{block}.hook_q_input", query_rows),
-            Port(f"{block}.hook_k_input"),
-            Port(f"{block}.hook_v_input"),
-        )
-    return (Port(module_name),)
-
-
-def _find_module(model: Module, module_name: str) -> Module:
-    assert isinstance(model, TransformerBridge)
-    try:
-        return model.hook_dict[module_name]
-    except KeyError:
-        raise ModelError(
-            f"This {model.cfg.architecture} model has no hook point {module_name!r}, "
-            "which its computation graph needs. Its architecture is not supported."
-        ) from None
-
-
-def _switches(model: TransformerBridge, separate_qkv: bool | None) -> dict[str, bool]:
-    """TransformerLens computes per-head results and inputs only when asked to."""
-    split = bool(separate_qkv) or n_kv_heads(model) != model.cfg.n_heads
-    return {
-        "use_attn_result": not has_post_norm(model),
-        "use_split_qkv_input": split,
-        "use_attn_in": not split,
-        "use_hook_mlp_in": has_mlps(model),
-    }
-
-
-def _set_switches(model: TransformerBridge, switches: dict[str, bool]) -> None:
-    # Off before on: TransformerLens refuses two ways of splitting at the same time.
-    for switch, is_on in sorted(switches.items(), key=lambda item: item[1]):
-        if bool(getattr(model.cfg, switch, False)) != is_on:
-            getattr(model, f"set_{switch}")(is_on)
-
-
-@contextmanager
-def _open_sites(model: Module, separate_qkv: bool | None) -> Iterator[None]:
-    assert isinstance(model, TransformerBridge)
-    switches = _switches(model, separate_qkv)
-    before = {switch: bool(getattr(model.cfg, switch, False)) for switch in switches}
-    with _without_zero_bias(model.unembed):
-        try:
-            try:
-                _set_switches(model, switches)
-            except NotImplementedError as error:
-                raise ModelError(
-                    f"The attention of this {model.cfg.architecture} model does not "
-                    f"expose its heads ({error}). For TransformerLens's own models use "
-                    "`auto_circuit.model_utils.transformer_lens_utils.native_bridge`."
-                ) from error
-            yield
-        finally:
-            _set_switches(model, before)
-
-
-@contextmanager
-def _without_zero_bias(unembed: Any) -> Iterator[None]:
-    """TransformerLens gives every unembedding a bias, mostly of zeros.
-
-    To add it takes as long as half of the unembedding itself (at 50,000 words).
-    """
-    buffers = unembed.original_component._buffers
-    bias = buffers.get("bias")
-    if bias is None or bias.any():
-        yield
-        return
-    buffers["bias"] = None
-    try:
-        yield
-    finally:
-        buffers["bias"] = bias
-
-
 def _probe_input(model: Module) -> Int[Tensor, "batch seq"]:
     assert isinstance(model, TransformerBridge)
     seq_len = min(8, getattr(model.cfg, "n_ctx", 8) or 8)
@@ -316,15 +217,21 @@ def _probe_input(model: Module) -> Int[Tensor, "batch seq"]:
     return tokens.to(next(model.parameters()).device)
 
 
+def _blocks(model: Module) -> list[Module]:
+    assert isinstance(model, TransformerBridge)
+    return list(model.blocks)
+
+
 TRANSFORMER_BRIDGE_ADAPTER = ModelAdapter(
     name="TransformerBridge",
     handles=lambda model: isinstance(model, TransformerBridge),
     graph_nodes=_graph_nodes,
-    ports=_ports,
-    find_module=_find_module,
-    open_sites=_open_sites,
+    src_site=src_site,
+    ports=ports,
+    open_sites=open_sites,
     probe_input=_probe_input,
     find_unembed=lambda model: getattr(model, "unembed", None),
+    blocks=_blocks,
     is_transformer=True,
 )
 

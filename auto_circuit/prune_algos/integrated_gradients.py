@@ -218,9 +218,9 @@ def _input_replaced(model: PatchableModel, value: Tensor) -> Iterator[None]:
     def replace(module: Module, args: Any, out: Tensor) -> Tensor:
         return value.reshape(out.shape)
 
-    wrapper, module = model.plan.src_sites[0]
-    assert wrapper.src_idxs == slice(0, 1)
-    handle = module.register_forward_hook(replace, prepend=True)
+    start = model.plan.src_ports[0]
+    assert start.srcs == slice(0, 1)
+    handle = start.site.module.register_forward_hook(replace, prepend=True)
     try:
         yield
     finally:
@@ -232,9 +232,8 @@ def _input_replaced(model: PatchableModel, value: Tensor) -> Iterator[None]:
 
 def _moving_together(model: PatchableModel, share_passes: bool) -> list[slice]:
     """The sources that are interpolated in the same passes, in their order."""
-    sublayers = [wrapper.src_idxs for wrapper, _ in model.plan.src_sites]
     if share_passes:
-        return [srcs for srcs in sublayers if srcs is not None]
+        return [port.srcs for port in model.plan.src_ports]
     return [slice(src, src + 1) for src in range(model.plan.n_srcs)]
 
 

@@ -14,7 +14,7 @@ from torch.nn import Module
 from auto_circuit.data import PromptDataLoader, PromptPairBatch, Side
 from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.types import AblationType, BatchKey
-from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
+from auto_circuit.utils.edge_blocks import SrcPort
 from auto_circuit.utils.patchable_model import PatchableModel, last_position_only
 
 SrcOuts = Float[Tensor, "src batch seq d_model"]
@@ -146,13 +146,13 @@ def _check_side(ablation_type: AblationType, clean_corrupt: Side | None) -> None
 
 @contextmanager
 def _recorded(
-    model: PatchableModel, record: Callable[[PatchWrapperImpl, Tensor], None]
+    model: PatchableModel, record: Callable[[slice, Tensor], None]
 ) -> Iterator[None]:
-    """Inside, `record` sees each source wrapper's output, with a head dimension."""
+    """Inside, `record` sees the outputs of sources that are seen together."""
 
-    def hook(wrapper: PatchWrapperImpl) -> Callable[[Module, Any, Tensor], None]:
+    def hook(port: SrcPort) -> Callable[[Module, Any, Tensor], None]:
         def forward_hook(module: Module, args: Any, out: Tensor) -> None:
-            record(wrapper, out if wrapper.head_dim is not None else out.unsqueeze(2))
+            record(port.srcs, port.outputs(out))
 
         return forward_hook
 
@@ -160,8 +160,9 @@ def _recorded(
         stack.enter_context(
             model.adapter.open_sites(model.wrapped_model, model.separate_qkv)
         )
-        for wrapper, module in model.plan.src_sites:
-            stack.callback(module.register_forward_hook(hook(wrapper)).remove)
+        for port in model.plan.src_ports:
+            handle = port.site.module.register_forward_hook(hook(port))
+            stack.callback(handle.remove)
         yield
 
 
@@ -178,13 +179,13 @@ def record_src_outs(
     # Tokens outermost in memory: the layout in which the engine reads it fastest.
     buffer = None if reuse is None else reuse.movedim(0, 2)
 
-    def record(wrapper: PatchWrapperImpl, heads: Tensor) -> None:
+    def record(srcs: slice, heads: Float[Tensor, "batch seq src d_model"]) -> None:
         nonlocal buffer
         batch, seq, _, d_model = heads.shape
         shape = (batch, seq, model.plan.n_srcs, d_model)
         if buffer is None or buffer.shape != shape:
             buffer = heads.new_empty(shape)
-        buffer[:, :, wrapper.src_idxs] = heads
+        buffer[:, :, srcs] = heads
 
     with t.no_grad(), _recorded(model, record), last_position_only(model):
         model(inputs, **kwargs)

@@ -29,25 +29,18 @@ from torch.nn import Identity, Module
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import (
     GatedMLPBridge,
-    JointQKVAttentionBridge,
-    JointQKVPositionEmbeddingsAttentionBridge,
     LinearBridge,
     MLPBridge,
     NormalizationBridge,
-    PositionEmbeddingsAttentionBridge,
 )
 
 from auto_circuit.errors import ConfigError
+from auto_circuit.model_utils.transformer_lens_sites import PLAIN_ATTENTIONS, norm_facts
 from auto_circuit.utils.patchable_model import PatchableModel
 
 Hook = Callable[[Tensor], Tensor | None]
 
 # Exactly these classes: others compute inside of modules that hooks cannot reach.
-ATTENTIONS = (
-    JointQKVAttentionBridge,
-    JointQKVPositionEmbeddingsAttentionBridge,
-    PositionEmbeddingsAttentionBridge,
-)
 MLPS = (MLPBridge, GatedMLPBridge)
 
 
@@ -180,7 +173,7 @@ def _unreached(bridge: TransformerBridge, parts: _Parts) -> list[str]:
 
 def _has_plain_softmax(attention: Module) -> bool:
     sinks = getattr(attention.original_component, "sinks", None)
-    return type(attention) in ATTENTIONS and sinks is None
+    return type(attention) in PLAIN_ATTENTIONS and sinks is None
 
 
 def _has_projections(mlp: Module) -> bool:
@@ -226,24 +219,9 @@ def _frozen_scale_hook(
     if not t.is_grad_enabled():
         return None
     x = args[0].to(t.promote_types(args[0].dtype, t.float32))
-    centred = x if norm.uses_rms_norm else x - x.mean(-1, keepdim=True)
-    scale = (centred.pow(2).mean(-1, keepdim=True) + _epsilon(norm)).sqrt()
-    return _with_gradient_of(out, centred / scale.detach() * _gain(norm))
-
-
-def _epsilon(norm: NormalizationBridge) -> float:
-    for name in ("eps", "variance_epsilon"):
-        epsilon = getattr(norm.original_component, name, None)
-        if epsilon is not None:
-            return float(epsilon)
-    return float(getattr(norm.config, "eps", 1e-5))
-
-
-def _gain(norm: NormalizationBridge) -> Tensor | float:
-    weight = getattr(norm.original_component, "weight", None)
-    if weight is None:
-        return 1.0
-    return 1.0 + weight if norm.uses_weight_offset else weight
+    facts = norm_facts(norm)
+    centred = x - x.mean(-1, keepdim=True) if facts.centred else x
+    return _with_gradient_of(out, centred / facts.scale(x).detach() * facts.gain())
 
 
 def _soften_softmax(stack: ExitStack, attention: Any, temperature: float) -> None:

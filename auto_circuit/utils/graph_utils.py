@@ -18,13 +18,14 @@ from auto_circuit.errors import ConfigError, GraphError, ModelError
 from auto_circuit.model_utils.adapters import find_adapter
 from auto_circuit.model_utils.model_adapter import ModelAdapter
 from auto_circuit.types import DestNode, Edge, MaskFn, Node, OutputSlice, SrcNode
-from auto_circuit.utils.edge_counts import edge_counts_util
-from auto_circuit.utils.patch_session import (
+from auto_circuit.utils.edge_blocks import (
     DestPort,
     PatchPlan,
-    PatchSession,
+    SrcPort,
     edge_block_groups,
 )
+from auto_circuit.utils.edge_counts import edge_counts_util
+from auto_circuit.utils.patch_session import PatchSession
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
 from auto_circuit.utils.patchable_model import LAST_POSITION, PatchableModel
 
@@ -215,27 +216,28 @@ def _make_plan(
     src_wrappers: OrderedSet[PatchWrapperImpl],
     dest_wrappers: OrderedSet[PatchWrapperImpl],
 ) -> PatchPlan:
-    dest_ports = []
-    for wrapper in dest_wrappers:
-        has_heads = wrapper.head_dim is not None
-        n_heads = wrapper.mask.shape[-2] if has_heads else 1
-        for port in adapter.ports(model, wrapper.module_name, separate_qkv):
-            dest_ports.append(
-                DestPort(
-                    wrapper=wrapper,
-                    module=adapter.find_module(model, port.module_name),
-                    n_rows=len(port.mask_rows) if port.mask_rows else n_heads,
-                    mask_rows=port.mask_rows,
-                    additive=port.additive,
-                )
+    dests = {wrapper.module_name: wrapper for wrapper in dest_wrappers}
+    ports = []
+    for port in adapter.ports(model, list(dests), separate_qkv):
+        wrappers = tuple(dests[name] for name in port.dest_modules)
+        n_rows = sum(w.mask.shape[-2] if w.head_dim is not None else 1 for w in wrappers)
+        ports.append(
+            DestPort(
+                wrappers=wrappers,
+                module=port.module,
+                n_rows=len(port.mask_rows) if port.mask_rows else n_rows,
+                mask_rows=port.mask_rows,
+                additive=port.additive,
+                heads=port.heads,
+                layer=port.layer,
             )
-    src_sites = tuple(
-        (wrapper, adapter.find_module(model, wrapper.module_name))
+        )
+    src_ports = tuple(
+        SrcPort(wrapper, adapter.src_site(model, wrapper.module_name))
         for wrapper in src_wrappers
     )
-    n_srcs = max(w.src_idxs.stop for w in src_wrappers if w.src_idxs is not None)
-    groups = edge_block_groups(dest_ports)
-    return PatchPlan(groups, tuple(dest_ports), src_sites, n_srcs)
+    layers = tuple(adapter.blocks(model))
+    return PatchPlan(edge_block_groups(ports), tuple(ports), src_ports, layers)
 
 
 # ----------------------------------------------------------------- checking the graph
@@ -255,29 +257,26 @@ def _check_graph(model: PatchableModel) -> None:
     node, such as attention's output bias.
     """
     adapter, plan = model.adapter, model.plan
-    outs: dict[PatchWrapperImpl, list[Tensor]] = {w: [] for w in model.src_wrappers}
+    outs: dict[SrcPort, list[Tensor]] = {port: [] for port in plan.src_ports}
     reads: dict[DestPort, list[Tensor]] = {port: [] for port in plan.dest_ports}
     with ExitStack() as stack:
         stack.enter_context(adapter.open_sites(model.wrapped_model, model.separate_qkv))
-        for wrapper, module in plan.src_sites:
-            stack.enter_context(_recording(module, outs[wrapper]))
+        for src_port in plan.src_ports:
+            stack.enter_context(_recording(src_port.site.module, outs[src_port]))
         for port in plan.dest_ports:
             stack.enter_context(_recording(port.module, reads[port]))
         with t.no_grad():
             model.wrapped_model(adapter.probe_input(model.wrapped_model))
-    for wrapper, fired in outs.items():
-        _check_fired_once(wrapper.module_name, fired, model)
-    sources = t.cat(
-        [
-            (out if wrapper.head_dim is not None else out.unsqueeze(2)).movedim(2, 0)
-            for wrapper, (out,) in outs.items()
-        ]
-    )
+    for src_port, fired in outs.items():
+        _check_fired_once(src_port.wrapper.module_name, fired, model)
+    with t.no_grad():
+        sources = t.cat(
+            [port.outputs(out).movedim(2, 0) for port, (out,) in outs.items()]
+        )
     for port, fired in reads.items():
-        _check_fired_once(port.wrapper.module_name, fired, model)
+        _check_fired_once(port.name, fired, model)
         if not port.additive:
-            constant = _constant_at(port, fired[0], sources)
-            model.constants[port.wrapper.module_name] = constant
+            model.constants[port.name] = _constant_at(port, fired[0], sources)
     model.weight_versions = _weight_versions(model.wrapped_model)
 
 
@@ -310,9 +309,9 @@ def _constant_at(
 ) -> Float[Tensor, "d_model"]:
     """What a destination reads besides its sources. Raises ModelError if it varies."""
     heads = read if read.ndim == 4 else read.unsqueeze(2)
-    if heads.shape[2] != port.n_rows:
+    if port.heads is None and heads.shape[2] != port.n_rows:
         raise ModelError(
-            f"The activation at {port.wrapper.module_name!r} has {heads.shape[2]} heads; "
+            f"The activation at {port.name!r} has {heads.shape[2]} heads; "
             f"the graph expects {port.n_rows}."
         )
     wide = t.promote_types(read.dtype, t.float32)
@@ -323,7 +322,7 @@ def _constant_at(
     error = (rest - constant).abs().max().item()
     if error > tolerance:
         raise ModelError(
-            f"What {port.wrapper.module_name!r} reads is not the sum of its sources: it "
+            f"What {port.name!r} reads is not the sum of its sources: it "
             f"differs by up to {error:.1e}, and rounding explains {tolerance:.1e}. The "
             "adapter misses a source, or the model changes the residual stream in "
             "between."
@@ -342,6 +341,7 @@ def patch_mode(
     curr_src_outs: Float[Tensor, "src batch seq d_model"] | None = None,
     overwrite_patch: bool = False,
     differences: bool = False,
+    keeps_layers: bool = False,
 ) -> Iterator[None]:
     """Inside, a call of `model` patches `patch_src_outs` along the edges of its masks.
 
@@ -353,6 +353,7 @@ def patch_mode(
         `model` can then be called once.
     differences: `patch_src_outs` already holds what a patched edge adds to what its
         destination reads: nothing is subtracted, whatever the sources write.
+    keeps_layers: `starting_at` will be used.
 
     On exit, hooks, switches and masks are what they were. Raises GraphError for an
     unknown edge, for activations of the wrong shape, and for nested use.
@@ -374,6 +375,7 @@ def patch_mode(
         lambda: any(p.requires_grad for p in model.parameters()),
         overwrite_patch,
         differences,
+        keeps_layers,
     )
     with ExitStack() as stack:
         stack.enter_context(

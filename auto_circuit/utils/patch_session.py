@@ -1,321 +1,43 @@
-"""How edges are patched: the hooks and tensors of one `patch_mode`.
+"""How edges are patched: the hooks of one `patch_mode`.
 
 A destination reads `x + sum_src mask[src] * (patch[src] - current[src])`. While a forward
 pass runs, each source writes its difference `patch - current` into one buffer, and each
 destination multiplies its masks with that buffer. The work is arranged so that it costs
 little more than the model itself:
 
-- *Edge blocks.* The edges from a range of sources into all the modules that read it at
-  the same place (query, key and value of a block, and the MLP after them) are one matrix
-  product, `mask [row, src] @ difference [src, d_model]` at each token.
-- *Backward* needs no copy of the differences per destination: a block's gradient is one
-  product with the shared buffer, and what it sends back to the sources is added to one
-  shared gradient buffer, which each source subtracts from its own gradient. Each source
-  is upstream of all the destinations that read it, so the order is right by itself.
-- *Sparse circuits.* Without gradients only the columns of a block that do something are
-  computed, and only their sources are recorded. If most edges are patched, the base is
-  the residual stream of the patched-in run and the columns are those that are *not*
-  patched: a small circuit then costs about what the model costs.
+- *Edge blocks* (`edge_blocks`): one matrix product for all that is read at one place.
+- *Backward* (`forward_pass`) needs no copy of the differences per destination.
+- *Heads* (`head_inputs`): inputs of single heads are computed only where they differ.
+- *Sparse circuits.* Without gradients only the rows and columns of a block that do
+  something are computed, and only their sources are recorded. If most edges are patched,
+  the base is the residual stream of the patched-in run and the columns are those that are
+  *not* patched: a small circuit then costs about what the model costs.
+- *Starting late.* If no edge changes before some layer, the layers before it hand on what
+  they gave in the last whole pass (`PatchSession.starting_at`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch as t
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import Function, Variable
 from torch.nn import Module
-from torch.utils.hooks import RemovableHandle
 
 from auto_circuit.errors import GraphError
+from auto_circuit.utils.edge_blocks import DestPort, EdgeBlock, PatchPlan, SrcPort
+from auto_circuit.utils.forward_pass import (
+    BlockWork,
+    ForwardPass,
+    read_port,
+    write_source,
+)
+from auto_circuit.utils.head_inputs import head_outputs, linear_forward
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
-
-BlockDelta = Float[Tensor, "token row d_model"]
-
-
-@dataclass(frozen=True, eq=False)
-class DestPort:
-    """A module through which the patches of a destination wrapper enter the model.
-
-    Its activation has `n_rows` heads (or is one row); head `h` reads row `mask_rows[h]`
-    of the wrapper's mask, or row `h`. `additive`: what the module gives is not the
-    residual stream but something that is added to it.
-    """
-
-    wrapper: PatchWrapperImpl
-    module: Module
-    n_rows: int
-    mask_rows: tuple[int, ...] | None = None
-    additive: bool = False
-
-    @property
-    def srcs(self) -> slice:
-        """The sources that the module reads."""
-        assert self.wrapper.in_srcs is not None
-        return self.wrapper.in_srcs
-
-
-@dataclass(frozen=True, eq=False)
-class EdgeBlock:
-    """The edges from the sources lo..hi-1 into all the rows of some ports."""
-
-    ports: tuple[DestPort, ...]
-    lo: int
-    hi: int
-
-    def rows(self, port: DestPort) -> slice:
-        """Where the port's rows are in the block."""
-        start = sum(p.n_rows for p in self.ports[: self.ports.index(port)])
-        return slice(start, start + port.n_rows)
-
-
-@dataclass(frozen=True, eq=False)
-class PatchPlan:
-    """What does not change between forward passes.
-
-    block_groups: the blocks, in the order in which the model needs them; blocks that
-        share a port are in one group.
-    """
-
-    block_groups: tuple[tuple[EdgeBlock, ...], ...]
-    dest_ports: tuple[DestPort, ...]
-    src_sites: tuple[tuple[PatchWrapperImpl, Module], ...]
-    n_srcs: int
-
-    @property
-    def blocks(self) -> Iterator[EdgeBlock]:
-        """All the blocks, in order."""
-        return (block for group in self.block_groups for block in group)
-
-
-def edge_block_groups(
-    ports: Sequence[DestPort],
-) -> tuple[tuple[EdgeBlock, ...], ...]:
-    """Cut the edges into blocks.
-
-    Ports in a row that read the same sources make one block. A single port that follows
-    and reads these and a few more (the MLP after its block's heads) joins the block for
-    the sources that they share, and has a second, small block for the rest.
-    """
-    runs: list[list[DestPort]] = []
-    for port in ports:
-        if runs and runs[-1][0].srcs == port.srcs:
-            runs[-1].append(port)
-        else:
-            runs.append([port])
-    groups: list[tuple[EdgeBlock, ...]] = []
-    while runs:
-        run = runs.pop(0)
-        srcs = run[0].srcs
-        if runs and _can_join(runs[0], run):
-            (port,) = runs.pop(0)
-            shared = EdgeBlock((*run, port), srcs.start, srcs.stop)
-            groups.append((shared, EdgeBlock((port,), srcs.stop, port.srcs.stop)))
-        else:
-            groups.append((EdgeBlock(tuple(run), srcs.start, srcs.stop),))
-    return tuple(groups)
-
-
-def _can_join(following: list[DestPort], run: list[DestPort]) -> bool:
-    port, srcs = following[0], run[0].srcs
-    return (
-        len(following) == 1
-        and port.n_rows == 1
-        and port.srcs.start == srcs.start
-        and port.srcs.stop > srcs.stop
-        and not port.additive
-    )
-
-
-@dataclass(eq=False)
-class BlockWork:
-    """What one forward pass does with a block.
-
-    weights: [batch or 1, position or 1, row, column]; on the patched base, mask - 1.
-    columns: the slots of `ForwardPass.diff` that they are multiplied with.
-    does_nothing: the weights are all zero.
-    delta: the product, from when the block's first port has been reached.
-    handles: per further port, the tensor that carries its gradient back to the block.
-    """
-
-    weights: Tensor
-    columns: slice | Tensor
-    does_nothing: bool
-    delta: BlockDelta | None = None
-    handles: dict[DestPort, Tensor] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class ForwardPass:
-    """The differences of one forward pass, and the gradients that flow back to them.
-
-    diff: [batch, seq, slot, d_model]; grad_buffer: the same, [token, slot, d_model];
-    slots: the slot of each recorded source. With gradients all sources are recorded, so
-    that source `i` has slot `i`.
-    """
-
-    diff: Tensor | None
-    slots: dict[int, int]
-    works: dict[EdgeBlock, BlockWork]
-    patched_base: frozenset[DestPort]
-    grad_buffer: Tensor | None = None
-    has_grad: bool = False
-    awaits_backward: bool = False
-    is_in_backward: bool = False
-
-    def tokens(self) -> Float[Tensor, "token slot d_model"]:
-        """The differences, one row of slots per token."""
-        if self.diff is None:
-            raise GraphError(
-                "`backward` came after another forward pass that overwrote what it "
-                "needs. Call `backward` for each forward pass before you call it a "
-                "second time with retain_graph=True."
-            )
-        return self.diff.flatten(0, 1)
-
-    def compute(self, block: EdgeBlock) -> BlockDelta | None:
-        """What the block's edges change at each row; None if nothing."""
-        work = self.works[block]
-        if work.does_nothing:
-            return None
-        if isinstance(work.columns, slice):
-            differences = self.tokens()[:, work.columns]
-        else:
-            differences = self.tokens().index_select(1, work.columns)
-        return t.bmm(self._per_token(work.weights), differences)
-
-    def _per_token(self, weights: Tensor) -> Tensor:
-        """[batch or 1, seq or 1, row, src] -> [token, row, src]; a view if it can be."""
-        assert self.diff is not None
-        batch, seq = self.diff.shape[:2]
-        if weights.shape[:2] == (1, 1):
-            return weights[0].expand(batch * seq, -1, -1)
-        return weights.expand(batch, seq, -1, -1).flatten(0, 1)
-
-    def weights_grad(self, block: EdgeBlock, grads: BlockDelta) -> Tensor:
-        """The gradient of the block's weights, from those of its rows."""
-        work = self.works[block]
-        tokens = self.tokens()
-        assert self.diff is not None
-        products = t.bmm(grads, tokens[:, work.columns].mT)
-        products = products.unflatten(0, self.diff.shape[:2])
-        expanded = [dim for dim in (0, 1) if work.weights.shape[dim] == 1]
-        return products.sum(expanded, keepdim=True) if expanded else products
-
-    def send_back(self, block: EdgeBlock, grads: BlockDelta) -> None:
-        """Add to the gradient of the differences what comes from the block's rows."""
-        weights = self._per_token(self.works[block].weights).mT
-        tokens = self.tokens()
-        if self.grad_buffer is None:
-            self.grad_buffer = t.empty_like(tokens)
-        grad = self.grad_buffer
-        if not self.has_grad and (block.lo, block.hi) == (0, tokens.shape[1]):
-            t.bmm(weights, grads, out=grad)
-        else:
-            if not self.has_grad:
-                grad.zero_()
-            grad[:, block.lo : block.hi].baddbmm_(weights, grads)
-        self.has_grad = True
-
-    def enter_backward(self) -> None:
-        """When the backward pass that is running ends, forget its gradients."""
-        if not self.is_in_backward:
-            self.is_in_backward = True
-            Variable._execution_engine.queue_callback(self._leave_backward)
-
-    def _leave_backward(self) -> None:
-        self.has_grad = False
-        self.is_in_backward = False
-        self.awaits_backward = False
-
-
-class _ReadBlock(Function):
-    """Identity plus patch on the input of a block's first port; a handle per further one.
-
-    A handle is a constant zero whose gradient is that of the further port's input. The
-    first port's input goes through here so that autograd knows that the block is
-    downstream of its sources.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weights: Tensor, block: EdgeBlock, run: ForwardPass
-    ) -> tuple[Tensor, ...]:
-        ctx.run, ctx.block = run, block
-        ctx.set_materialize_grads(False)
-        run.awaits_backward = True
-        work = run.works[block]
-        work.delta = run.compute(block)
-        tokens = run.tokens()
-        zero = tokens.new_zeros(())
-        handles = [
-            zero.expand(tokens.shape[0], port.n_rows, tokens.shape[2])
-            for port in block.ports[1:]
-        ]
-        return (_add_delta(x, work, block, block.ports[0]), *handles)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outs: Tensor | None) -> tuple[Tensor | None, ...]:
-        run, block = ctx.run, ctx.block
-        run.enter_backward()
-        tokens = run.tokens()
-        n_rows = sum(port.n_rows for port in block.ports)
-        grads = tokens.new_empty((tokens.shape[0], n_rows, tokens.shape[2]))
-        for port, grad in zip(block.ports, grad_outs, strict=True):
-            rows = grads[:, block.rows(port)]
-            rows.zero_() if grad is None else rows.copy_(grad.reshape(rows.shape))
-        grad_weights = None
-        if ctx.needs_input_grad[1]:
-            grad_weights = run.weights_grad(block, grads)
-        if not run.works[block].does_nothing:
-            run.send_back(block, grads)
-        return grad_outs[0], grad_weights, None, None
-
-
-class _EnterPort(Function):
-    """Add to a further port's input what its block holds for it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        handle: Tensor,
-        work: BlockWork,
-        block: EdgeBlock,
-        port: DestPort,
-    ) -> Tensor:
-        ctx.handle_shape = handle.shape
-        return _add_delta(x, work, block, port)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grad_out, grad_out.reshape(ctx.handle_shape), None, None, None
-
-
-class _WriteSource(Function):
-    """Identity on a source's output, minus the gradient that destinations send back."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, run: ForwardPass, srcs: slice) -> Tensor:
-        ctx.run, ctx.srcs = run, srcs
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if not ctx.run.has_grad:
-            return grad_out, None, None
-        sent_back = ctx.run.grad_buffer[:, ctx.srcs].reshape(grad_out.shape)
-        return grad_out - sent_back, None, None
-
-
-def _add_delta(x: Tensor, work: BlockWork, block: EdgeBlock, port: DestPort) -> Tensor:
-    if work.delta is None:
-        return x.view_as(x)
-    return x + work.delta[:, block.rows(port)].reshape(x.shape)
 
 
 class PatchSession:
@@ -329,6 +51,7 @@ class PatchSession:
         tensor of that size; one forward pass only.
     differences: are `patch_src_outs` the differences themselves? They then do not depend
         on what the sources write.
+    keeps_layers: will `starting_at` be used?
     """
 
     def __init__(
@@ -340,6 +63,7 @@ class PatchSession:
         needs_grad: Callable[[], bool],
         overwrite_patch: bool = False,
         differences: bool = False,
+        keeps_layers: bool = False,
     ) -> None:
         self.plan = plan
         self.patch = patch_src_outs
@@ -348,9 +72,12 @@ class PatchSession:
         self.needs_grad = needs_grad
         self.overwrite_patch = overwrite_patch
         self.differences = differences
+        self.keeps_layers = keeps_layers
         self.run: ForwardPass | None = None
+        self._first_layer = 0
+        self._layer_outs: dict[int, Any] = {}
         self._patch_sums: dict[tuple[int, int], Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._exit = ExitStack()
 
     def open(self) -> None:
         """Register the hooks.
@@ -359,55 +86,107 @@ class PatchSession:
         recorded; but an additive port comes after the source that it adds to.
         """
         for port in self.plan.dest_ports:
-            if not port.additive:
+            if port.heads is not None:
+                self._stand_in(port)
+            elif not port.additive:
                 self._hook(port.module, self._reader(port))
-        for wrapper, module in self.plan.src_sites:
-            self._hook(module, self._writer(wrapper))
+        for src_port in self.plan.src_ports:
+            self._hook(src_port.site.module, self._writer(src_port))
         for port in self.plan.dest_ports:
             if port.additive:
                 self._hook(port.module, self._reader(port))
+        if self.keeps_layers:
+            for idx, layer in enumerate(self.plan.layers):
+                self._keep(idx, layer)
 
     def close(self) -> None:
         """Remove the hooks and let go of all activations."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._exit.close()
         if self.run is not None and not self.run.awaits_backward:
             # Even if someone keeps an output, and by it the pass, alive.
             self.run.diff = self.run.grad_buffer = None
         self.run = None
         self._patch_sums.clear()
+        self._layer_outs.clear()
 
     def _hook(self, module: Module, hook: Callable[[Tensor], Tensor | None]) -> None:
         def forward_hook(module: Module, args: Any, output: Tensor) -> Tensor | None:
             return hook(output)
 
-        self._handles.append(module.register_forward_hook(forward_hook))
+        self._exit.callback(module.register_forward_hook(forward_hook).remove)
+
+    # ------------------------------------------------------------------ starting late
+
+    def _keep(self, idx: int, layer: Module) -> None:
+        def keep(module: Module, args: Any, output: Any) -> None:
+            if self._first_layer == 0:
+                self._layer_outs[idx] = output
+
+        self._exit.callback(layer.register_forward_hook(keep).remove)
+
+    @contextmanager
+    def starting_at(self, layer: int) -> Iterator[None]:
+        """Inside, one forward pass, in which the layers before this one do not run.
+
+        They hand on what they gave in the last whole pass, whose masks the caller must
+        not have changed before `layer`. Only with `keeps_layers`, without gradients.
+        """
+        if layer == 0:
+            yield
+            return
+        if not self.keeps_layers or len(self._layer_outs) < len(self.plan.layers):
+            raise GraphError(
+                "A pass from the middle needs `patch_mode(..., keeps_layers=True)` and, "
+                "in it, a whole pass before."
+            )
+        with ExitStack() as stack:
+            for idx, module in enumerate(self.plan.layers[:layer]):
+                stack.enter_context(replaced_forward(module, self._hand_on(idx)))
+            stack.callback(setattr, self, "_first_layer", 0)
+            self._first_layer = layer
+            self.run = self._continued(self._running())
+            yield
+
+    def _hand_on(self, idx: int) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self._layer_outs[idx]
+
+    def _continued(self, run: ForwardPass) -> ForwardPass:
+        """A pass with the differences that the last one left."""
+        assert run.diff is not None
+        blocks = [
+            block
+            for block in self.plan.blocks
+            if block.ports[0].layer >= self._first_layer
+        ]
+        weights = self._block_weights(*run.diff.shape[:2], blocks)
+        works, _, patched_base = self._sparse_works(weights)
+        return ForwardPass(run.diff, run.slots, works, patched_base)
 
     # ------------------------------------------------------------------ sources
 
-    def _writer(self, wrapper: PatchWrapperImpl) -> Callable[[Tensor], Tensor | None]:
-        srcs = wrapper.src_idxs
-        assert srcs is not None
-
+    def _writer(self, port: SrcPort) -> Callable[[Tensor], Tensor | None]:
         def write(out: Tensor) -> Tensor | None:
-            if srcs.start == 0:
+            if port.srcs.start == 0:
                 self.run = self._new_run(out)
             run = self._running()
-            heads = out if wrapper.head_dim is not None else out.unsqueeze(2)
-            self._record(run, srcs, heads.detach())
+            self._record(run, port, out.detach())
             if t.is_grad_enabled() and out.requires_grad and not self.differences:
-                return _WriteSource.apply(out, run, srcs)  # type: ignore[no-any-return]
+                return write_source(run, port, out)
             return None
 
         return write
 
-    def _record(self, run: ForwardPass, srcs: slice, heads: Tensor) -> None:
-        if self.curr_src_outs is not None:
-            self.curr_src_outs[srcs] = heads.movedim(2, 0)
+    def _record(self, run: ForwardPass, port: SrcPort, out: Tensor) -> None:
         assert run.diff is not None
+        srcs = port.srcs
         all_srcs = range(srcs.start, srcs.stop)
         recorded = [i for i, src in enumerate(all_srcs) if src in run.slots]
+        if not recorded and self.curr_src_outs is None:
+            return
+        with t.no_grad():
+            heads = port.outputs(out)
+        if self.curr_src_outs is not None:
+            self.curr_src_outs[srcs] = heads.movedim(2, 0)
         if len(recorded) == len(all_srcs):
             first = run.slots[srcs.start]
             out = run.diff[:, :, first : first + len(recorded)]
@@ -442,7 +221,7 @@ class PatchSession:
                 f"{(self.plan.n_srcs, batch, seq, d_model)}. Compute them with "
                 "`src_ablations` on inputs of the same size (and the same KV cache)."
             )
-        weights = self._block_weights(batch, seq)
+        weights = self._block_weights(batch, seq, list(self.plan.blocks))
         if t.is_grad_enabled() and (start.requires_grad or self.needs_grad()):
             works = self._dense_works(weights)
             slots = {src: src for src in range(self.plan.n_srcs)}
@@ -475,9 +254,12 @@ class PatchSession:
         by_token = self.patch.movedim(0, 2)
         return by_token if by_token.shape == shape and by_token.is_contiguous() else None
 
-    def _block_weights(self, batch: int, seq: int) -> dict[EdgeBlock, Tensor]:
+    def _block_weights(
+        self, batch: int, seq: int, blocks: list[EdgeBlock]
+    ) -> dict[EdgeBlock, Tensor]:
         """Each block's share of the masks: [batch or 1, position or 1, row, src]."""
-        wrappers = {port.wrapper: None for port in self.plan.dest_ports}
+        ports = {port: None for block in blocks for port in block.ports}
+        wrappers = {wrapper: None for port in ports for wrapper in port.wrappers}
         masks = {wrapper: wrapper.mask_weights(batch) for wrapper in wrappers}
         for wrapper, mask in masks.items():
             if mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, seq):
@@ -486,7 +268,7 @@ class PatchSession:
                     f"of {mask.shape[1]} positions, but the input has {batch} of {seq}. "
                     "See `set_mask_batch_size` and `patchable_model(..., seq_len=)`."
                 )
-        return {block: _stack_rows(block, masks) for block in self.plan.blocks}
+        return {block: _stack_rows(block, masks) for block in blocks}
 
     def _dense_works(
         self, weights: dict[EdgeBlock, Tensor]
@@ -494,7 +276,9 @@ class PatchSession:
         # One transfer for all the blocks: a GPU would stop at each.
         is_used = t.stack([w.detach().any() for w in weights.values()]).tolist()
         return {
-            block: BlockWork(w, slice(block.lo, block.hi), not used)
+            block: BlockWork(
+                w, slice(block.lo, block.hi), list(range(block.n_rows)) if used else []
+            )
             for (block, w), used in zip(weights.items(), is_used, strict=True)
         }
 
@@ -502,10 +286,11 @@ class PatchSession:
         self, weights: dict[EdgeBlock, Tensor]
     ) -> tuple[dict[EdgeBlock, BlockWork], dict[int, int], frozenset[DestPort]]:
         """Choose base and columns of every block, and the sources to record."""
-        patched, unpatched = _used_columns(weights)
-        columns: dict[EdgeBlock, list[int]] = {}
+        patched, unpatched = _used_edges(weights)
+        used: dict[EdgeBlock, UsedEdges] = {}
         on_patched_base: list[DestPort] = []
-        for group in self.plan.block_groups:
+        for whole_group in self.plan.block_groups:
+            group = [block for block in whole_group if block in weights]
             base = patched
             ports = {port for block in group for port in block.ports}
             # Fixed differences do not lead to the patched-in run.
@@ -513,12 +298,14 @@ class PatchSession:
                 if _n_columns(unpatched, group) < _n_columns(patched, group):
                     base = unpatched
                     on_patched_base += ports
-            columns.update((block, _worth_picking(block, base[block])) for block in group)
+            used.update((block, _worth_picking(block, base[block])) for block in group)
         patched_base = frozenset(on_patched_base)
-        recorded = sorted({src for srcs in columns.values() for src in srcs})
+        recorded = sorted({src for edges in used.values() for src in edges.srcs})
+        if self.keeps_layers:
+            recorded = list(range(self.plan.n_srcs))
         slots = {src: slot for slot, src in enumerate(recorded)}
         works = {
-            block: _sparse_work(block, w, columns[block], slots, patched_base)
+            block: _sparse_work(block, w, used[block], slots, patched_base)
             for block, w in weights.items()
         }
         return works, slots, patched_base
@@ -526,26 +313,54 @@ class PatchSession:
     # --------------------------------------------------------------- destinations
 
     def _reader(self, port: DestPort) -> Callable[[Tensor], Tensor | None]:
-        blocks = [block for block in self.plan.blocks if port in block.ports]
+        blocks = self._blocks_of(port)
 
         def read(x: Tensor) -> Tensor | None:
             run = self._running()
+            out = x
             if port in run.patched_base:
                 out = self._patched_base(port).to(x.dtype)
-                out = out.unsqueeze(2) if x.ndim == 4 else out
-                out = out.expand_as(x)
-            else:
-                out = x
+                out = (out.unsqueeze(2) if x.ndim == 4 else out).expand_as(x)
             for block in blocks:
-                out = _read(run, block, port, out)
+                out = read_port(run, block, port, out)
             return None if out is x else out
 
         return read
 
+    def _blocks_of(self, port: DestPort) -> list[EdgeBlock]:
+        return [block for block in self.plan.blocks if port in block.ports]
+
+    def _stand_in(self, port: DestPort) -> None:
+        """Compute the port's heads in place of the linear maps that read it."""
+        assert port.heads is not None
+        (block,) = self._blocks_of(port)
+        # Nothing of a pass may hold a tensor of its graph for longer than needed: the
+        # graph holds the pass, and the circle would keep both.
+        self._hook(port.module, lambda x: self._running().residuals.update({port: x}))
+        for idx, (linear, _) in enumerate(port.heads.linears):
+            forward = self._head_forward(port, block, idx, linear)
+            self._exit.enter_context(replaced_forward(linear, forward))
+
+    def _head_forward(
+        self, port: DestPort, block: EdgeBlock, idx: int, linear: Module
+    ) -> Callable[[Tensor], Tensor]:
+        def forward(normed: Tensor) -> Tensor:
+            run = self._running()
+            if idx == 0:
+                x = run.residuals.pop(port)
+                if is_replaced := port in run.patched_base:
+                    x = self._patched_base(port).to(x.dtype)
+                outs = head_outputs(run, block, port, x, normed, is_replaced)
+                run.head_outs[port] = outs or []
+            outs = run.head_outs[port]
+            return outs.pop(0) if outs else linear_forward(linear, normed)
+
+        return forward
+
     def _patched_base(self, port: DestPort) -> Float[Tensor, "batch seq d_model"]:
         """What the port reads when all of its edges are patched."""
         total = self._patch_sum(port.srcs.start, port.srcs.stop)
-        return total + self.constants[port.wrapper.module_name]
+        return total + self.constants[port.name]
 
     def _patch_sum(self, lo: int, hi: int) -> Float[Tensor, "batch seq d_model"]:
         if (lo, hi) not in self._patch_sums:
@@ -560,93 +375,95 @@ class PatchSession:
         return self._patch_sums[lo, hi]
 
 
-def _read(run: ForwardPass, block: EdgeBlock, port: DestPort, x: Tensor) -> Tensor:
-    out = _read_first(run, block, x) if port is block.ports[0] else None
-    work = run.works[block]
-    if out is None:
-        # Taken out: a handle that stayed would keep the whole pass alive in a circle.
-        handle = work.handles.pop(port, None)
-        if handle is not None:
-            out = _EnterPort.apply(x, handle, work, block, port)
-        else:
-            out = x if work.delta is None else _add_delta(x, work, block, port)
-    if port is block.ports[-1]:
-        work.delta = None
-    return out  # type: ignore[return-value]
-
-
-def _read_first(run: ForwardPass, block: EdgeBlock, x: Tensor) -> Tensor | None:
-    """The patched input of a block's first port, or None if no gradient flows there."""
-    work = run.works[block]
-    if t.is_grad_enabled() and (x.requires_grad or work.weights.requires_grad):
-        if work.does_nothing and not work.weights.requires_grad:
-            return x
-        out, *handles = _ReadBlock.apply(x, work.weights, block, run)  # type: ignore[misc]
-        work.handles = dict(zip(block.ports[1:], handles, strict=True))
-        return out
-    work.delta = run.compute(block)
-    return None
+@contextmanager
+def replaced_forward(module: Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a call of the module runs this, and the module's hooks as ever."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _stack_rows(block: EdgeBlock, masks: dict[PatchWrapperImpl, Tensor]) -> Tensor:
     """The rows of all the block's ports, for the block's sources."""
     parts = []
     for port in block.ports:
-        mask = masks[port.wrapper]
-        if port.mask_rows is not None:
-            mask = mask[:, :, list(port.mask_rows)]
-        parts.append(mask[..., block.lo - port.srcs.start : block.hi - port.srcs.start])
+        of_srcs = slice(block.lo - port.srcs.start, block.hi - port.srcs.start)
+        for wrapper in port.wrappers:
+            mask = masks[wrapper]
+            if port.mask_rows is not None:
+                mask = mask[:, :, list(port.mask_rows)]
+            parts.append(mask[..., of_srcs])
     if len(parts) == 1:
         return parts[0]
     leading = t.broadcast_shapes(*(part.shape[:2] for part in parts))
     return t.cat([part.expand(*leading, -1, -1) for part in parts], dim=2)
 
 
-def _used_columns(
+@dataclass(frozen=True)
+class UsedEdges:
+    """The sources of a block, and its rows, that have an edge which does something."""
+
+    srcs: list[int]
+    rows: list[int]
+
+
+def _used_edges(
     weights: dict[EdgeBlock, Tensor],
-) -> tuple[dict[EdgeBlock, list[int]], dict[EdgeBlock, list[int]]]:
-    """Per block: the sources with any patched edge, and with any not fully patched."""
-    flags = [
-        t.stack([w != 0, w != 1]).flatten(1, -2).any(dim=1) for w in weights.values()
-    ]
+) -> tuple[dict[EdgeBlock, UsedEdges], dict[EdgeBlock, UsedEdges]]:
+    """Per block: what has any patched edge, and what has any not fully patched one."""
+    flags = []
+    for w in weights.values():
+        used = t.stack([w != 0, w != 1]).flatten(1, 2).any(1)  # [2 row src]
+        flags += [used.any(1), used.any(2)]
     # One transfer for all the blocks: a GPU would stop at each.
-    all_flags = t.cat(flags, dim=1).cpu()
-    per_block = all_flags.split([flag.shape[1] for flag in flags], dim=1)
+    parts = t.cat(flags, 1).cpu().split([flag.shape[1] for flag in flags], 1)
     patched, unpatched = (
         {
-            block: (used[i].nonzero().flatten() + block.lo).tolist()
-            for block, used in zip(weights, per_block, strict=True)
+            block: UsedEdges(
+                (srcs[i].nonzero().flatten() + block.lo).tolist(),
+                rows[i].nonzero().flatten().tolist(),
+            )
+            for block, srcs, rows in zip(weights, parts[::2], parts[1::2], strict=True)
         }
         for i in (0, 1)
     )
     return patched, unpatched
 
 
-def _worth_picking(block: EdgeBlock, srcs: list[int]) -> list[int]:
-    """These columns, or all if there are so many that picking them costs more."""
+def _worth_picking(block: EdgeBlock, used: UsedEdges) -> UsedEdges:
+    """These sources, or all if there are so many that picking them costs more."""
     n_srcs = block.hi - block.lo
-    return list(range(block.lo, block.hi)) if 2 * len(srcs) > n_srcs else srcs
+    if 2 * len(used.srcs) <= n_srcs:
+        return used
+    return UsedEdges(list(range(block.lo, block.hi)), used.rows)
 
 
-def _n_columns(columns: dict[EdgeBlock, list[int]], blocks: Iterable[EdgeBlock]) -> int:
-    return sum(len(columns[block]) for block in blocks)
+def _n_columns(used: dict[EdgeBlock, UsedEdges], blocks: Iterable[EdgeBlock]) -> int:
+    return sum(len(used[block].srcs) for block in blocks)
 
 
 def _sparse_work(
     block: EdgeBlock,
     weights: Tensor,
-    srcs: list[int],
+    used: UsedEdges,
     slots: dict[int, int],
     patched_base: frozenset[DestPort],
 ) -> BlockWork:
     if block.ports[0] in patched_base:
         weights = weights - 1
-    if not srcs:
-        return BlockWork(weights, slice(0, 0), does_nothing=True)
-    if len(srcs) == block.hi - block.lo:
+    if not used.rows:
+        return BlockWork(weights, slice(0, 0), [])
+    if len(used.rows) < block.n_rows:
+        rows = t.tensor(used.rows, device=weights.device)
+        weights = weights.index_select(2, rows)
+    if len(used.srcs) == block.hi - block.lo:
         first = slots[block.lo]
-        return BlockWork(weights, slice(first, first + len(srcs)), does_nothing=False)
-    columns = t.tensor([src - block.lo for src in srcs], device=weights.device)
-    slot_idxs = t.tensor([slots[src] for src in srcs], device=weights.device)
-    weights = weights.index_select(-1, columns)
-    return BlockWork(weights, slot_idxs, does_nothing=False)
+        return BlockWork(weights, slice(first, first + len(used.srcs)), used.rows)
+    columns = t.tensor([src - block.lo for src in used.srcs], device=weights.device)
+    slot_idxs = t.tensor([slots[src] for src in used.srcs], device=weights.device)
+    return BlockWork(weights.index_select(-1, columns), slot_idxs, used.rows)

@@ -17,7 +17,8 @@ from auto_circuit.data import PrefixCache
 from auto_circuit.errors import ConfigError, GraphError, near_matches
 from auto_circuit.model_utils.model_adapter import ModelAdapter
 from auto_circuit.types import DestNode, Edge, Node, PruneScores, SrcNode
-from auto_circuit.utils.patch_session import PatchPlan, PatchSession
+from auto_circuit.utils.edge_blocks import PatchPlan
+from auto_circuit.utils.patch_session import PatchSession
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
 
 LAST_POSITION = (slice(None), -1)

@@ -1,0 +1,294 @@
+"""Where the nodes of TransformerLens models can be seen and patched.
+
+Most nodes are at hook points. What single heads read and write, TransformerLens computes
+only on demand (`set_use_split_qkv_input`, `set_use_attn_result`), and then for all heads,
+at 40 % of the cost of a forward pass of GPT-2. It follows from the weights: where queries,
+keys and values are plain linear maps of one normed input, and the output one of all heads'
+values, the engine computes it itself, for the heads that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Identity, LayerNorm, Linear, Module
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import (
+    JointQKVAttentionBridge,
+    JointQKVPositionEmbeddingsAttentionBridge,
+    LinearBridge,
+    NormalizationBridge,
+    PositionEmbeddingsAttentionBridge,
+)
+from transformers.pytorch_utils import Conv1D
+
+from auto_circuit.errors import ModelError
+from auto_circuit.model_utils.model_adapter import HeadInputs, Norm, Port, SrcSite
+
+HEAD_INPUTS = ("hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in")
+
+# Exactly these classes compute attention in TransformerLens's own code.
+PLAIN_ATTENTIONS = (
+    JointQKVAttentionBridge,
+    JointQKVPositionEmbeddingsAttentionBridge,
+    PositionEmbeddingsAttentionBridge,
+)
+
+
+def n_kv_heads(model: TransformerBridge) -> int:
+    """The number of key-value heads: that of heads, or fewer (grouped-query)."""
+    return getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
+
+
+def has_mlps(model: TransformerBridge) -> bool:
+    """Do the blocks have MLPs? (Attention-only models do not.)"""
+    return "mlp" in model.blocks[0].submodules
+
+
+def has_post_norm(model: TransformerBridge) -> bool:
+    """Is attention's output normalised before it is added, as in Gemma 2?
+
+    Then a single head's contribution is not defined, and the source is the layer.
+    """
+    return "ln1_post" in model.blocks[0].submodules
+
+
+def hook_point(model: TransformerBridge, name: str) -> Module:
+    """A hook point. Raises ModelError if the model has none of that name."""
+    try:
+        return model.hook_dict[name]
+    except KeyError:
+        raise ModelError(
+            f"This {model.cfg.architecture} model has no hook point {name!r}, "
+            "which its computation graph needs. Its architecture is not supported."
+        ) from None
+
+
+# ------------------------------------------------------------------- heads by weights
+
+
+def projects_heads(attention: Any) -> bool:
+    """Does what single heads read and write follow from the weights?"""
+    if type(attention) not in PLAIN_ATTENTIONS:
+        return False
+    if getattr(attention, "_result_contribution_scale", 1.0) != 1.0:
+        return False
+    config = attention.config
+    n_kv = getattr(config, "n_key_value_heads", None) or config.n_heads
+    widths = {"q": config.n_heads, "k": n_kv, "v": n_kv}
+    output = _inner_linear(attention, "o")
+    return (
+        all(_has_width(attention, name, n) for name, n in widths.items())
+        and type(output) in (Linear, Conv1D)
+        and _in_out(output).shape[0] == config.n_heads * config.d_head
+    )
+
+
+def _has_width(attention: Any, name: str, n_heads: int) -> bool:
+    linear = _inner_linear(attention, name)
+    return type(linear) is Linear and (
+        linear.out_features == n_heads * attention.config.d_head
+    )
+
+
+def _inner_linear(attention: Any, name: str) -> Any:
+    bridge = getattr(attention, name, None)
+    return bridge.original_component if type(bridge) is LinearBridge else None
+
+
+def _in_out(linear: Any) -> Tensor:
+    """The weights as [input output]: GPT-2's Conv1D has them so, a Linear turned."""
+    return linear.weight if isinstance(linear, Conv1D) else linear.weight.T
+
+
+def norm_facts(bridge: NormalizationBridge) -> Norm:
+    """A TransformerLens norm in closed form."""
+    inner: Any = bridge.original_component
+
+    def scale(x: Tensor) -> Tensor:
+        centred = x if bridge.uses_rms_norm else x - x.mean(-1, keepdim=True)
+        return (centred.pow(2).mean(-1, keepdim=True) + _epsilon(bridge)).sqrt()
+
+    def gain() -> Tensor | float:
+        weight = getattr(inner, "weight", None)
+        if weight is None:
+            return 1.0
+        return 1.0 + weight if bridge.uses_weight_offset else weight
+
+    return Norm(inner, not bridge.uses_rms_norm, scale, gain)
+
+
+def _closed_form(bridge: NormalizationBridge) -> Norm | None:
+    inner = bridge.original_component
+    is_known = type(inner) is LayerNorm or type(inner).__name__.endswith("RMSNorm")
+    return norm_facts(bridge) if is_known else None
+
+
+def _epsilon(norm: NormalizationBridge) -> float:
+    for name in ("eps", "variance_epsilon"):
+        epsilon = getattr(norm.original_component, name, None)
+        if epsilon is not None:
+            return float(epsilon)
+    return float(getattr(norm.config, "eps", 1e-5))
+
+
+def _norm_before_heads(block: Any) -> NormalizationBridge | None:
+    norm = block.submodules.get("ln1")
+    is_one = isinstance(norm, NormalizationBridge)
+    return norm if is_one and not isinstance(norm.original_component, Identity) else None
+
+
+# ----------------------------------------------------------------------- sources, ports
+
+
+def src_site(model: Module, module_name: str) -> SrcSite:
+    """Where the sources of a module are seen."""
+    assert isinstance(model, TransformerBridge)
+    if not module_name.endswith(".attn.hook_result"):
+        return SrcSite(hook_point(model, module_name))
+    attention: Any = model.get_submodule(module_name.rpartition(".")[0])
+    if not projects_heads(attention):
+        return SrcSite(hook_point(model, module_name))
+    output = attention.o.original_component
+    return SrcSite(
+        attention.o.hook_in, lambda n_heads: _in_out(output).unflatten(0, (n_heads, -1))
+    )
+
+
+def ports(
+    model: Module, module_names: Sequence[str], separate_qkv: bool | None
+) -> tuple[Port, ...]:
+    """Where the patches of all destinations enter."""
+    assert isinstance(model, TransformerBridge)
+    found: list[Port] = []
+    for (block, reads_heads), group in groupby(module_names, key=_kind):
+        names = tuple(group)
+        if not reads_heads:
+            found += [_port(model, name) for name in names]
+        elif projects_heads(model.get_submodule(f"{block}.attn")):
+            found.append(_weights_port(model, block, names))
+        else:
+            found += [port for name in names for port in _split_ports(model, name)]
+    return tuple(replace(port, layer=_layer(port)) for port in found)
+
+
+def _layer(port: Port) -> int:
+    return int(port.dest_modules[0].split(".")[1])
+
+
+def _kind(module_name: str) -> tuple[str, bool]:
+    """(block, are its heads' inputs meant?)"""
+    block, _, hook = module_name.rpartition(".")
+    return block, hook in HEAD_INPUTS
+
+
+def _port(model: TransformerBridge, name: str) -> Port:
+    block, _, hook = name.rpartition(".")
+    if hook == "hook_resid_mid":
+        # `hook_resid_mid` sees only what the MLP's norm reads. What changes the residual
+        # stream itself is what attention adds to it.
+        attention_out = hook_point(model, f"{block}.hook_attn_out")
+        return Port((name,), attention_out, additive=True)
+    return Port((name,), hook_point(model, name))
+
+
+def _weights_port(model: TransformerBridge, name: str, dests: tuple[str, ...]) -> Port:
+    """All heads of a block, by the weights of their queries, keys and values."""
+    block: Any = model.get_submodule(name)
+    is_shared = dests == (f"{name}.hook_attn_in",)
+    n_kv = n_kv_heads(model)
+    n_queries = n_kv if is_shared else model.cfg.n_heads
+    linears = tuple(
+        (_inner_linear(block.attn, part), n_heads)
+        for part, n_heads in (("q", n_queries), ("k", n_kv), ("v", n_kv))
+    )
+    norm = _norm_before_heads(block)
+    heads = HeadInputs(
+        norm=None if norm is None else norm.original_component,
+        closed_form=None if norm is None else _closed_form(norm),
+        linears=linears,
+        share_rows=is_shared,
+    )
+    residual = block.attn.hook_in if norm is None else norm.hook_in
+    return Port(dests, residual, heads=heads)
+
+
+def _split_ports(model: TransformerBridge, name: str) -> list[Port]:
+    """Heads whose inputs TransformerLens keeps apart (see `open_sites`)."""
+    block, _, hook = name.rpartition(".")
+    n_kv = n_kv_heads(model)
+    if hook != "hook_attn_in" or n_kv == model.cfg.n_heads:
+        return [Port((name,), hook_point(model, name))]
+    group = model.cfg.n_heads // n_kv
+    query_rows = tuple(head // group for head in range(model.cfg.n_heads))
+    return [
+        Port((name,), hook_point(model, f"{block}.hook_q_input"), query_rows),
+        Port((name,), hook_point(model, f"{block}.hook_k_input")),
+        Port((name,), hook_point(model, f"{block}.hook_v_input")),
+    ]
+
+
+# --------------------------------------------------------------------------- switches
+
+
+def _switches(model: TransformerBridge, separate_qkv: bool | None) -> dict[str, bool]:
+    """TransformerLens computes per-head results and inputs only when asked to."""
+    by_weights = all(projects_heads(block.attn) for block in model.blocks)
+    split = bool(separate_qkv) or n_kv_heads(model) != model.cfg.n_heads
+    return {
+        "use_attn_result": not by_weights and not has_post_norm(model),
+        "use_split_qkv_input": not by_weights and split,
+        "use_attn_in": not by_weights and not split,
+        "use_hook_mlp_in": has_mlps(model),
+    }
+
+
+def _set_switches(model: TransformerBridge, switches: dict[str, bool]) -> None:
+    # Off before on: TransformerLens refuses two ways of splitting at the same time.
+    for switch, is_on in sorted(switches.items(), key=lambda item: item[1]):
+        if bool(getattr(model.cfg, switch, False)) != is_on:
+            getattr(model, f"set_{switch}")(is_on)
+
+
+@contextmanager
+def open_sites(model: Module, separate_qkv: bool | None) -> Iterator[None]:
+    """Inside, every site is passed by a forward pass. Restores the model's switches."""
+    assert isinstance(model, TransformerBridge)
+    switches = _switches(model, separate_qkv)
+    before = {switch: bool(getattr(model.cfg, switch, False)) for switch in switches}
+    with _without_zero_bias(model.unembed):
+        try:
+            try:
+                _set_switches(model, switches)
+            except NotImplementedError as error:
+                raise ModelError(
+                    f"The attention of this {model.cfg.architecture} model does not "
+                    f"expose its heads ({error}). For TransformerLens's own models use "
+                    "`auto_circuit.model_utils.transformer_lens_utils.native_bridge`."
+                ) from error
+            yield
+        finally:
+            _set_switches(model, before)
+
+
+@contextmanager
+def _without_zero_bias(unembed: Any) -> Iterator[None]:
+    """TransformerLens gives every unembedding a bias, mostly of zeros.
+
+    To add it takes as long as half of the unembedding itself (at 50,000 words).
+    """
+    buffers = unembed.original_component._buffers
+    bias = buffers.get("bias")
+    if bias is None or bias.any():
+        yield
+        return
+    buffers["bias"] = None
+    try:
+        yield
+    finally:
+        buffers["bias"] = bias

@@ -1,0 +1,159 @@
+"""How the edges are cut into blocks, each of which is one matrix product.
+
+The edges from a range of sources into all the rows that are read at the same place (the
+queries, keys and values of a block's heads, and the MLP after them) are one product,
+`mask [row, src] @ difference [src, d_model]` at each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch as t
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Module
+
+from auto_circuit.model_utils.model_adapter import HeadInputs, SrcSite
+from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
+
+
+@dataclass(frozen=True, eq=False)
+class SrcPort:
+    """A source wrapper, and where its sources are seen."""
+
+    wrapper: PatchWrapperImpl
+    site: SrcSite
+
+    @property
+    def srcs(self) -> slice:
+        """The sources."""
+        assert self.wrapper.src_idxs is not None
+        return self.wrapper.src_idxs
+
+    def weights(self) -> Float[Tensor, "head d_head d_model"] | None:
+        """What turns the output of the site into the sources', if anything does."""
+        if self.site.projection is None:
+            return None
+        return self.site.projection(self.srcs.stop - self.srcs.start)
+
+    def outputs(self, out: Tensor) -> Float[Tensor, "batch seq src d_model"]:
+        """What the sources write, from the output of the site's module."""
+        weights = self.weights()
+        if weights is None:
+            return out if self.wrapper.head_dim is not None else out.unsqueeze(2)
+        heads = out.flatten(0, 1).unflatten(1, (len(weights), -1)).transpose(0, 1)
+        return t.bmm(heads, weights).transpose(0, 1).unflatten(0, out.shape[:2])
+
+
+@dataclass(frozen=True, eq=False)
+class DestPort:
+    """A place through which the patches of some destination wrappers enter the model.
+
+    Its `n_rows` rows are those of the wrappers' masks, one after the other; with
+    `mask_rows`, row `h` is that row of the masks. See `model_adapter.Port` for the rest.
+    """
+
+    wrappers: tuple[PatchWrapperImpl, ...]
+    module: Module
+    n_rows: int
+    mask_rows: tuple[int, ...] | None = None
+    additive: bool = False
+    heads: HeadInputs | None = None
+    layer: int = 0
+
+    @property
+    def srcs(self) -> slice:
+        """The sources that the port reads."""
+        in_srcs = self.wrappers[0].in_srcs
+        assert in_srcs is not None
+        return in_srcs
+
+    @property
+    def name(self) -> str:
+        """The (first) destination module's name."""
+        return self.wrappers[0].module_name
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeBlock:
+    """The edges from the sources lo..hi-1 into all the rows of some ports."""
+
+    ports: tuple[DestPort, ...]
+    lo: int
+    hi: int
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows."""
+        return sum(port.n_rows for port in self.ports)
+
+    def rows(self, port: DestPort) -> slice:
+        """Where the port's rows are in the block."""
+        start = sum(p.n_rows for p in self.ports[: self.ports.index(port)])
+        return slice(start, start + port.n_rows)
+
+
+@dataclass(frozen=True, eq=False)
+class PatchPlan:
+    """What does not change between forward passes.
+
+    block_groups: the blocks, in the order in which the model needs them; blocks that
+        share a port are in one group.
+    layers: the modules that the residual stream passes one after the other, if any.
+    """
+
+    block_groups: tuple[tuple[EdgeBlock, ...], ...]
+    dest_ports: tuple[DestPort, ...]
+    src_ports: tuple[SrcPort, ...]
+    layers: tuple[Module, ...] = ()
+
+    @property
+    def n_srcs(self) -> int:
+        """The number of sources."""
+        return max(port.srcs.stop for port in self.src_ports)
+
+    @property
+    def blocks(self) -> Iterator[EdgeBlock]:
+        """All the blocks, in order."""
+        return (block for group in self.block_groups for block in group)
+
+
+def edge_block_groups(
+    ports: Sequence[DestPort],
+) -> tuple[tuple[EdgeBlock, ...], ...]:
+    """Cut the edges into blocks.
+
+    Ports in a row that read the same sources make one block. A single port that follows
+    and reads these and a few more (the MLP after its block's heads) joins the block for
+    the sources that they share, and has a second, small block for the rest.
+    """
+    runs: list[list[DestPort]] = []
+    for port in ports:
+        if runs and runs[-1][0].srcs == port.srcs:
+            runs[-1].append(port)
+        else:
+            runs.append([port])
+    groups: list[tuple[EdgeBlock, ...]] = []
+    while runs:
+        run = runs.pop(0)
+        srcs = run[0].srcs
+        if runs and _can_join(runs[0], run):
+            (port,) = runs.pop(0)
+            shared = EdgeBlock((*run, port), srcs.start, srcs.stop)
+            groups.append((shared, EdgeBlock((port,), srcs.stop, port.srcs.stop)))
+        else:
+            groups.append((EdgeBlock(tuple(run), srcs.start, srcs.stop),))
+    return tuple(groups)
+
+
+def _can_join(following: list[DestPort], run: list[DestPort]) -> bool:
+    port, srcs = following[0], run[0].srcs
+    return (
+        len(following) == 1
+        and port.n_rows == 1
+        and port.srcs.start == srcs.start
+        and port.srcs.stop > srcs.stop
+        and not port.additive
+    )

@@ -1,0 +1,309 @@
+"""The differences of one forward pass, and the gradients that flow back to them.
+
+Backward needs no copy of the differences per destination: a block's gradient is one
+product with the shared buffer, and what it sends back to the sources is added to one
+shared gradient buffer, which each source subtracts from its own gradient. Each source is
+upstream of all the destinations that read it, so the order is right by itself.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch as t
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function, Variable
+
+from auto_circuit.errors import GraphError
+from auto_circuit.utils.edge_blocks import DestPort, EdgeBlock, SrcPort
+
+BlockDelta = Float[Tensor, "token row d_model"]
+
+
+@dataclass(eq=False)
+class BlockWork:
+    """What one forward pass does with a block.
+
+    weights: [batch or 1, position or 1, row, column]; on the patched base, mask - 1.
+    columns: the slots of `ForwardPass.diff` that they are multiplied with.
+    row_idxs: the rows of the block that the weights are for; the others do not change.
+    delta: the product, from when the block's first port has been reached.
+    handles: per further port, the tensor that carries its gradient back to the block.
+    """
+
+    weights: Tensor
+    columns: slice | Tensor
+    row_idxs: list[int]
+    delta: BlockDelta | None = None
+    handles: dict[DestPort, Tensor] = field(default_factory=dict)
+
+    @property
+    def does_nothing(self) -> bool:
+        """Are the weights all zero?"""
+        return not self.row_idxs
+
+    def changes(self, rows: slice) -> tuple[slice, list[int]]:
+        """(Which rows of delta change some of the block's rows; which of these change)"""
+        lo = bisect_left(self.row_idxs, rows.start)
+        hi = bisect_left(self.row_idxs, rows.stop)
+        return slice(lo, hi), [idx - rows.start for idx in self.row_idxs[lo:hi]]
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """The state of one forward pass.
+
+    diff: [batch, seq, slot, d_model]; grad_buffer: the same, [token, slot, d_model];
+    slots: the slot of each recorded source. With gradients all sources are recorded, so
+        that source `i` has slot `i`.
+    patched_base: the ports at which the base is the patched-in run's residual stream.
+    residuals, head_outs: per port of heads, the residual stream that they read, and what
+        their linear maps give until the model asks for it.
+    """
+
+    diff: Tensor | None
+    slots: dict[int, int]
+    works: dict[EdgeBlock, BlockWork]
+    patched_base: frozenset[DestPort]
+    grad_buffer: Tensor | None = None
+    has_grad: bool = False
+    awaits_backward: bool = False
+    is_in_backward: bool = False
+    residuals: dict[DestPort, Tensor] = field(default_factory=dict)
+    head_outs: dict[DestPort, list[Tensor]] = field(default_factory=dict)
+
+    def tokens(self) -> Float[Tensor, "token slot d_model"]:
+        """The differences, one row of slots per token."""
+        if self.diff is None:
+            raise GraphError(
+                "`backward` came after another forward pass that overwrote what it "
+                "needs. Call `backward` for each forward pass before you call it a "
+                "second time with retain_graph=True."
+            )
+        return self.diff.flatten(0, 1)
+
+    def compute(self, block: EdgeBlock) -> BlockDelta | None:
+        """What the block's edges change at each row; None if nothing."""
+        work = self.works[block]
+        if work.does_nothing:
+            return None
+        if isinstance(work.columns, slice):
+            differences = self.tokens()[:, work.columns]
+        else:
+            differences = self.tokens().index_select(1, work.columns)
+        return t.bmm(self._per_token(work.weights), differences)
+
+    def _per_token(self, weights: Tensor) -> Tensor:
+        """[batch or 1, seq or 1, row, src] -> [token, row, src]; a view if it can be."""
+        assert self.diff is not None
+        batch, seq = self.diff.shape[:2]
+        if weights.shape[:2] == (1, 1):
+            return weights[0].expand(batch * seq, -1, -1)
+        return weights.expand(batch, seq, -1, -1).flatten(0, 1)
+
+    def products(
+        self, block: EdgeBlock, grads: Float[Tensor, "token row d_model"]
+    ) -> Float[Tensor, "token row col"]:
+        """The scalar products of gradients with the differences, at each token."""
+        return t.bmm(grads, self.tokens()[:, self.works[block].columns].mT)
+
+    def weights_grad(
+        self, block: EdgeBlock, products: Float[Tensor, "token row col"]
+    ) -> Tensor:
+        """The gradient of the block's weights, from its products at each token."""
+        weights = self.works[block].weights
+        assert self.diff is not None
+        by_token = products.unflatten(0, self.diff.shape[:2])
+        expanded = [dim for dim in (0, 1) if weights.shape[dim] == 1]
+        return by_token.sum(expanded, keepdim=True) if expanded else by_token
+
+    def send_back(self, block: EdgeBlock, grads: BlockDelta) -> None:
+        """Add to the gradient of the differences what comes from the block's rows."""
+        weights = self._per_token(self.works[block].weights).mT
+        tokens = self.tokens()
+        if self.grad_buffer is None:
+            self.grad_buffer = t.empty_like(tokens)
+        grad = self.grad_buffer
+        if not self.has_grad and (block.lo, block.hi) == (0, tokens.shape[1]):
+            t.bmm(weights, grads, out=grad)
+        else:
+            if not self.has_grad:
+                grad.zero_()
+            grad[:, block.lo : block.hi].baddbmm_(weights, grads)
+        self.has_grad = True
+
+    def enter_backward(self) -> None:
+        """When the backward pass that is running ends, forget its gradients."""
+        if not self.is_in_backward:
+            self.is_in_backward = True
+            Variable._execution_engine.queue_callback(self._leave_backward)
+
+    def _leave_backward(self) -> None:
+        self.has_grad = False
+        self.is_in_backward = False
+        self.awaits_backward = False
+
+
+# ------------------------------------------------------------------------ destinations
+
+
+def read_port(run: ForwardPass, block: EdgeBlock, port: DestPort, x: Tensor) -> Tensor:
+    """What a port reads instead of x because of a block's edges."""
+    out = _read_first(run, block, x) if port is block.ports[0] else None
+    work = run.works[block]
+    if out is None:
+        # Taken out: a handle that stayed would keep the whole pass alive in a circle.
+        handle = work.handles.pop(port, None)
+        if handle is not None:
+            out = _EnterPort.apply(x, handle, work, block, port)
+        else:
+            out = x if work.delta is None else add_delta(x, work, block, port)
+    forget_delta(work, block, port)
+    return out  # type: ignore[return-value]
+
+
+def forget_delta(work: BlockWork, block: EdgeBlock, port: DestPort) -> None:
+    """After the block's last port, its product is not needed any more."""
+    if port is block.ports[-1]:
+        work.delta = None
+
+
+def _read_first(run: ForwardPass, block: EdgeBlock, x: Tensor) -> Tensor | None:
+    """The patched input of a block's first port, or None if no gradient flows there."""
+    work = run.works[block]
+    if t.is_grad_enabled() and (x.requires_grad or work.weights.requires_grad):
+        if work.does_nothing and not work.weights.requires_grad:
+            return x
+        return read_block(run, block, x)
+    work.delta = run.compute(block)
+    return None
+
+
+def read_block(run: ForwardPass, block: EdgeBlock, x: Tensor) -> Tensor:
+    """The patched input of a block's first port, when gradients flow."""
+    work = run.works[block]
+    out, *handles = _ReadBlock.apply(x, work.weights, block, run)  # type: ignore[misc]
+    work.handles = dict(zip(block.ports[1:], handles, strict=True))
+    return out
+
+
+def new_handles(run: ForwardPass, block: EdgeBlock) -> list[Tensor]:
+    """A constant zero for each further port, whose gradient is that of its input."""
+    tokens = run.tokens()
+    zero = tokens.new_zeros(())
+    return [
+        zero.expand(tokens.shape[0], port.n_rows, tokens.shape[2])
+        for port in block.ports[1:]
+    ]
+
+
+def fill_rows(
+    rows: BlockDelta, block: EdgeBlock, grads: tuple[tuple[DestPort, Tensor | None], ...]
+) -> None:
+    """Collect the gradients of some ports' inputs in the rows of their block."""
+    for port, grad in grads:
+        of_port = rows[:, block.rows(port)]
+        of_port.zero_() if grad is None else of_port.copy_(grad.reshape(of_port.shape))
+
+
+class _ReadBlock(Function):
+    """Input plus patch at a block's first port; a handle for each further port.
+
+    The first port's input goes through here so that autograd knows that the block is
+    downstream of its sources. A port of heads gets [token, row, d_model].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, block: EdgeBlock, run: ForwardPass
+    ) -> tuple[Tensor, ...]:
+        ctx.run, ctx.block, ctx.shape = run, block, x.shape
+        ctx.set_materialize_grads(False)
+        run.awaits_backward = True
+        work = run.works[block]
+        work.delta = run.compute(block)
+        port = block.ports[0]
+        if port.heads is not None:
+            x = x.flatten(0, 1).unsqueeze(1).expand(-1, port.n_rows, -1)
+        return (add_delta(x, work, block, port), *new_handles(run, block))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outs: Tensor | None) -> tuple[Tensor | None, ...]:
+        run, block = ctx.run, ctx.block
+        run.enter_backward()
+        tokens = run.tokens()
+        grads = tokens.new_empty((tokens.shape[0], block.n_rows, tokens.shape[2]))
+        fill_rows(grads, block, tuple(zip(block.ports, grad_outs, strict=True)))
+        grad_weights = None
+        if ctx.needs_input_grad[1]:
+            grad_weights = run.weights_grad(block, run.products(block, grads))
+        if not run.works[block].does_nothing:
+            run.send_back(block, grads)
+        grad_x = grad_outs[0]
+        if block.ports[0].heads is not None and grad_x is not None:
+            grad_x = grad_x.sum(1).reshape(ctx.shape)
+        return grad_x, grad_weights, None, None
+
+
+class _EnterPort(Function):
+    """Add to a further port's input what its block holds for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        handle: Tensor,
+        work: BlockWork,
+        block: EdgeBlock,
+        port: DestPort,
+    ) -> Tensor:
+        ctx.handle_shape = handle.shape
+        return add_delta(x, work, block, port)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad_out, grad_out.reshape(ctx.handle_shape), None, None, None
+
+
+def add_delta(x: Tensor, work: BlockWork, block: EdgeBlock, port: DestPort) -> Tensor:
+    """x plus what the block's edges change at the port's rows."""
+    in_delta, changed = work.changes(block.rows(port))
+    if work.delta is None or not changed:
+        return x.view_as(x)
+    delta = work.delta[:, in_delta]
+    if len(changed) == port.n_rows:
+        return x + delta.reshape(x.shape)
+    out = x.clone()
+    out[:, :, changed] += delta.unflatten(0, x.shape[:2])
+    return out
+
+
+# ----------------------------------------------------------------------------- sources
+
+
+def write_source(run: ForwardPass, port: SrcPort, out: Tensor) -> Tensor:
+    """A source's output, whose gradient is that minus what destinations send back."""
+    return _WriteSource.apply(out, run, port)  # type: ignore[no-any-return]
+
+
+class _WriteSource(Function):
+    """Identity on a source's output, minus the gradient that destinations send back."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, run: ForwardPass, port: SrcPort) -> Tensor:
+        ctx.run, ctx.port = run, port
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        run, port = ctx.run, ctx.port
+        if not run.has_grad:
+            return grad_out, None, None
+        sent_back = run.grad_buffer[:, port.srcs]
+        weights = port.weights()
+        if weights is not None:
+            sent_back = t.bmm(sent_back.transpose(0, 1), weights.mT).transpose(0, 1)
+        return grad_out - sent_back.reshape(grad_out.shape), None, None

@@ -1,0 +1,293 @@
+"""Heads that read inputs of their own, in models that give them all the same one.
+
+A model computes the queries (keys, values) of all heads as one `linear(norm(x))`. Where
+patches give head `h` an input x_h, its part is `weight[h] @ norm(x_h)`. Only the heads
+whose input really differs are computed one by one, and a mask of zeros, whose gradient is
+all that edge attribution patching asks for, costs no such inputs at all: the gradient of
+head `h`'s input is `J(x)^T weight[h]^T grad[h]`, and the Jacobian J of a norm is a scaled
+projection, which can be applied to the scalar products of the gradients instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch as t
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import Module
+
+from auto_circuit.model_utils.model_adapter import HeadInputs
+from auto_circuit.utils.edge_blocks import DestPort, EdgeBlock
+from auto_circuit.utils.forward_pass import (
+    ForwardPass,
+    fill_rows,
+    forget_delta,
+    new_handles,
+    read_block,
+)
+
+Tokens = Float[Tensor, "token d_model"]
+HeadTokens = Float[Tensor, "token row d_model"]
+
+
+def head_outputs(
+    run: ForwardPass,
+    block: EdgeBlock,
+    port: DestPort,
+    x: Float[Tensor, "batch seq d_model"],
+    normed: Float[Tensor, "batch seq d_model"],
+    is_replaced: bool,
+) -> list[Tensor] | None:
+    """What the heads' linear maps give with patched inputs: [batch seq width] for each.
+
+    x, normed: the residual stream that the heads read, and the input that the model makes
+        of it. is_replaced: x is not the model's own, so `normed` does not fit.
+    None if that is what the model computes anyway.
+    """
+    heads, work = port.heads, run.works[block]
+    assert heads is not None
+    grad_of_weights = t.is_grad_enabled() and work.weights.requires_grad
+    if grad_of_weights and work.does_nothing and _has_closed_form(heads):
+        return _probed(run, block, port, x, normed)
+    if grad_of_weights or (
+        t.is_grad_enabled() and x.requires_grad and not work.does_nothing
+    ):
+        outs = _project(heads, _norm(heads, read_block(run, block, x)))
+        return [out.unflatten(0, x.shape[:2]) for out in outs]
+    work.delta = run.compute(block)
+    in_delta, changed = work.changes(block.rows(port))
+    delta = work.delta
+    forget_delta(work, block, port)
+    if is_replaced:
+        normed = _norm(heads, x)
+    if delta is None or not changed:
+        return _apply(heads, normed) if is_replaced else None
+    return _with_changed_rows(heads, x, normed, delta[:, in_delta], changed)
+
+
+def linear_forward(linear: Module, x: Tensor) -> Tensor:
+    """The linear map itself, whatever stands in for its `forward`."""
+    return type(linear).forward(linear, x)  # type: ignore[no-any-return]
+
+
+def _apply(heads: HeadInputs, normed: Tensor) -> list[Tensor]:
+    return [linear_forward(linear, normed) for linear, _ in heads.linears]
+
+
+def _norm(heads: HeadInputs, x: Tensor) -> Tensor:
+    return x if heads.norm is None else heads.norm(x)
+
+
+def _by_head(linear: Any, n_heads: int) -> Float[Tensor, "head d_head d_model"]:
+    return linear.weight.unflatten(0, (n_heads, -1))
+
+
+def _add_bias(linear: Any, out: Tensor) -> Tensor:
+    return out if linear.bias is None else out + linear.bias
+
+
+# --------------------------------------------------------------------- without gradients
+
+
+def _with_changed_rows(
+    heads: HeadInputs, x: Tensor, normed: Tensor, delta: HeadTokens, changed: list[int]
+) -> list[Tensor]:
+    """The heads' outputs, where some of them read x plus a change."""
+    patched = _norm(heads, delta + x.flatten(0, 1).unsqueeze(1))
+    outs = []
+    for (linear, n_heads), rows in zip(heads.linears, heads.rows(), strict=True):
+        here = [i for i, row in enumerate(changed) if rows.start <= row < rows.stop]
+        if not here:
+            outs.append(linear_forward(linear, normed))
+            continue
+        idxs = [changed[i] - rows.start for i in here]
+        weights = _by_head(linear, n_heads)
+        if len(here) < n_heads:
+            weights = weights[idxs]
+        inputs = patched[:, here[0] : here[-1] + 1].transpose(0, 1)
+        parts = t.bmm(inputs, weights.mT).transpose(0, 1)  # [token head d_head]
+        if len(here) == n_heads:
+            out = _add_bias(linear, parts.flatten(1))
+        else:
+            if linear.bias is not None:
+                parts = parts + linear.bias.unflatten(0, (n_heads, -1))[idxs]
+            out = linear_forward(linear, normed).flatten(0, 1)
+            out.unflatten(1, (n_heads, -1))[:, idxs] = parts
+        outs.append(out.unflatten(0, x.shape[:2]))
+    return outs
+
+
+# ------------------------------------------------------------------------ with gradients
+
+
+def _project(heads: HeadInputs, inputs: HeadTokens) -> list[Tensor]:
+    """Each head's part, from its own input: [token, width] for each linear map."""
+    if any(linear.weight.requires_grad for linear, _ in heads.linears):
+        weights = [_by_head(linear, n) for linear, n in heads.linears]
+        parts = [
+            t.einsum("trd,red->tre", inputs[:, rows], weight)
+            for weight, rows in zip(weights, heads.rows(), strict=True)
+        ]
+    else:
+        parts = _ProjectHeads.apply(inputs, heads)
+    return [
+        _add_bias(linear, part.flatten(1))
+        for (linear, _), part in zip(heads.linears, parts, strict=True)
+    ]
+
+
+class _ProjectHeads(Function):
+    """`weight[h] @ input[h]`; backward writes all inputs' gradients into one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: HeadTokens, heads: HeadInputs) -> tuple[Tensor, ...]:
+        ctx.heads, ctx.shape = heads, inputs.shape
+        return tuple(
+            t.bmm(
+                inputs[:, rows].transpose(0, 1), _by_head(linear, n_heads).mT
+            ).transpose(0, 1)
+            for (linear, n_heads), rows in zip(heads.linears, heads.rows(), strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_inputs = grads[0].new_empty(ctx.shape)
+        weights = [_by_head(linear, n) for linear, n in ctx.heads.linears]
+        _send_to_inputs(ctx.heads, grad_inputs, weights, grads)
+        return grad_inputs, None
+
+
+def _send_to_inputs(
+    heads: HeadInputs,
+    rows: HeadTokens,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+) -> None:
+    """Write `weight[h]^T grad[h]` into row h, for grads [token head d_head]."""
+    for i, (of_linear, weight, grad) in enumerate(
+        zip(heads.rows(), weights, grads, strict=True)
+    ):
+        out = rows[:, of_linear].transpose(0, 1)
+        if i > 0 and heads.share_rows:
+            out.baddbmm_(grad.transpose(0, 1), weight)
+        else:
+            t.bmm(grad.transpose(0, 1), weight, out=out)
+
+
+def _has_closed_form(heads: HeadInputs) -> bool:
+    """Can the norm's Jacobian be had without running it for each head?
+
+    Not if somebody's hook changes what the norm gives, or its gradient.
+    """
+    if heads.norm is None:
+        return True
+    hooks = (heads.norm._forward_hooks, heads.norm._forward_pre_hooks)
+    return heads.closed_form is not None and not any(hooks)
+
+
+def _probed(
+    run: ForwardPass, block: EdgeBlock, port: DestPort, x: Tensor, normed: Tensor
+) -> list[Tensor]:
+    """What the model computes, with gradients of the block's weights, which are zero."""
+    assert port.heads is not None
+    work = run.works[block]
+    outs = _apply(port.heads, normed)
+    results = _ProbeHeads.apply(work.weights, x.detach(), block, port, run, *outs)
+    work.handles = dict(zip(block.ports[1:], results[len(outs) :], strict=True))
+    return list(results[: len(outs)])
+
+
+class _ProbeHeads(Function):
+    """Identity on the heads' outputs, which has the gradient of weights that are zero.
+
+    With J = (1 - C) / scale, where C projects on the normed input (and on the constant
+    vector, if the norm subtracts the mean), the product of a gradient `J^T gain g` with a
+    difference d is that of g with d minus those of their parts in C.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weights: Tensor,
+        x: Tensor,
+        block: EdgeBlock,
+        port: DestPort,
+        run: ForwardPass,
+        *outs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.x, ctx.block, ctx.port, ctx.run = x, block, port, run
+        ctx.set_materialize_grads(False)
+        run.awaits_backward = True
+        return (*(out.view_as(out) for out in outs), *new_handles(run, block))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        block, heads, run = ctx.block, ctx.port.heads, ctx.run
+        run.enter_backward()
+        grad_outs = grads[: len(heads.linears)]
+        grad_weights = None
+        if ctx.needs_input_grad[0]:
+            further = tuple(
+                zip(block.ports[1:], grads[len(heads.linears) :], strict=True)
+            )
+            grad_weights = _weights_grad(run, block, ctx.port, ctx.x, grad_outs, further)
+        return (grad_weights, None, None, None, None, *grad_outs)
+
+
+def _weights_grad(
+    run: ForwardPass,
+    block: EdgeBlock,
+    port: DestPort,
+    x: Tensor,
+    grad_outs: Sequence[Tensor | None],
+    further: tuple[tuple[DestPort, Tensor | None], ...],
+) -> Tensor:
+    heads = port.heads
+    assert heads is not None
+    basis, inverse_scale, gain = _projected_out(heads, x)
+    n_rows, n_basis = block.n_rows, basis.shape[1]
+    rows = x.new_empty((basis.shape[0], n_rows + n_basis, x.shape[-1]))
+    weights = [_by_head(linear, n) * gain for linear, n in heads.linears]
+    parts = [
+        (x.new_zeros(1) if grad is None else grad)
+        .expand(*x.shape[:2], linear.out_features)
+        .flatten(0, 1)
+        .mul(inverse_scale)
+        .unflatten(1, (n, -1))
+        for grad, (linear, n) in zip(grad_outs, heads.linears, strict=True)
+    ]
+    of_heads = block.rows(port)
+    _send_to_inputs(heads, rows[:, of_heads], weights, parts)
+    fill_rows(rows, block, further)
+    rows[:, n_rows:] = basis
+    products = run.products(block, rows)
+    if n_basis:
+        in_basis = t.bmm(rows[:, of_heads], basis.mT)
+        products[:, of_heads] -= t.bmm(in_basis, products[:, n_rows:])
+    return run.weights_grad(block, products[:, :n_rows])
+
+
+def _projected_out(heads: HeadInputs, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+    """(orthonormal vectors that a norm's Jacobian takes out, 1 / its scale, its gain)
+
+    The first [token, vector, d_model], the second [token, 1].
+    """
+    tokens = x.flatten(0, 1)
+    norm = heads.closed_form
+    if heads.norm is None or norm is None:
+        return (
+            tokens.new_empty((len(tokens), 0, tokens.shape[1])),
+            tokens.new_ones(1),
+            1.0,
+        )
+    exact = tokens.to(t.promote_types(x.dtype, t.float32))
+    scale = norm.scale(exact)
+    centred = exact - exact.mean(-1, keepdim=True) if norm.centred else exact
+    root = exact.shape[1] ** 0.5
+    vectors = [centred / (scale * root)]
+    if norm.centred:
+        vectors.append(t.ones_like(exact) / root)
+    return t.stack(vectors, 1).to(x.dtype), (1 / scale).to(x.dtype), norm.gain()
