@@ -98,6 +98,8 @@ class Port:
     additive: the module's output is not the residual stream itself but something that is
         added to it, so the patch is added there and reaches the residual stream.
     heads: `module` shows the residual stream, and these are the heads that read it.
+    component: the module that turns what is read here into what one source writes, if that
+        depends on nothing else.
     layer: which of the adapter's `blocks` it is in.
     """
 
@@ -106,6 +108,7 @@ class Port:
     mask_rows: tuple[int, ...] | None = None
     additive: bool = False
     heads: HeadInputs | None = None
+    component: Module | None = None
     layer: int = 0
 
 

@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn import Identity, LayerNorm, Linear, Module
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import (
+    GatedMLPBridge,
     JointQKVAttentionBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
     LinearBridge,
+    MLPBridge,
     NormalizationBridge,
     PositionEmbeddingsAttentionBridge,
 )
@@ -38,6 +40,9 @@ PLAIN_ATTENTIONS = (
     JointQKVPositionEmbeddingsAttentionBridge,
     PositionEmbeddingsAttentionBridge,
 )
+
+
+PLAIN_MLPS = (MLPBridge, GatedMLPBridge)
 
 
 def n_kv_heads(model: TransformerBridge) -> int:
@@ -194,7 +199,11 @@ def _port(model: TransformerBridge, name: str) -> Port:
         # stream itself is what attention adds to it.
         attention_out = hook_point(model, f"{block}.hook_attn_out")
         return Port((name,), attention_out, additive=True)
-    return Port((name,), hook_point(model, name))
+    component = None
+    if hook == "hook_mlp_in":
+        mlp: Any = model.get_submodule(f"{block}.mlp")
+        component = mlp.original_component if type(mlp) in PLAIN_MLPS else None
+    return Port((name,), hook_point(model, name), component=component)
 
 
 def _weights_port(model: TransformerBridge, name: str, dests: tuple[str, ...]) -> Port:

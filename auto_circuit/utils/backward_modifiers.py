@@ -30,18 +30,18 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import (
     GatedMLPBridge,
     LinearBridge,
-    MLPBridge,
     NormalizationBridge,
 )
 
 from auto_circuit.errors import ConfigError
-from auto_circuit.model_utils.transformer_lens_sites import PLAIN_ATTENTIONS, norm_facts
+from auto_circuit.model_utils.transformer_lens_sites import (
+    PLAIN_ATTENTIONS,
+    PLAIN_MLPS,
+    norm_facts,
+)
 from auto_circuit.utils.patchable_model import PatchableModel
 
 Hook = Callable[[Tensor], Tensor | None]
-
-# Exactly these classes: others compute inside of modules that hooks cannot reach.
-MLPS = (MLPBridge, GatedMLPBridge)
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def _has_plain_softmax(attention: Module) -> bool:
 def _has_projections(mlp: Module) -> bool:
     names = ["in", "out", *(["gate"] if isinstance(mlp, GatedMLPBridge) else [])]
     projections = [getattr(mlp, name, None) for name in names]
-    is_known = type(mlp) in MLPS
+    is_known = type(mlp) in PLAIN_MLPS
     return is_known and all(isinstance(part, LinearBridge) for part in projections)
 
 

@@ -43,8 +43,8 @@ class SrcPort:
         weights = self.weights()
         if weights is None:
             return out if self.wrapper.head_dim is not None else out.unsqueeze(2)
-        heads = out.flatten(0, 1).unflatten(1, (len(weights), -1)).transpose(0, 1)
-        return t.bmm(heads, weights).transpose(0, 1).unflatten(0, out.shape[:2])
+        parts = out.flatten(0, 1).unflatten(1, (len(weights), -1)).transpose(0, 1)
+        return t.bmm(parts, weights).transpose(0, 1).unflatten(0, out.shape[:2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,7 @@ class DestPort:
     mask_rows: tuple[int, ...] | None = None
     additive: bool = False
     heads: HeadInputs | None = None
+    component: Module | None = None
     layer: int = 0
 
     @property
@@ -88,6 +89,12 @@ class EdgeBlock:
     def n_rows(self) -> int:
         """The number of rows."""
         return sum(port.n_rows for port in self.ports)
+
+    @property
+    def n_head_rows(self) -> int:
+        """How many of the rows, the first ones, are inputs of heads (see `HeadInputs`)."""
+        first = self.ports[0]
+        return 0 if first.heads is None else first.n_rows
 
     def rows(self, port: DestPort) -> slice:
         """Where the port's rows are in the block."""

@@ -30,6 +30,8 @@ class BlockWork:
     weights: [batch or 1, position or 1, row, column]; on the patched base, mask - 1.
     columns: the slots of `ForwardPass.diff` that they are multiplied with.
     row_idxs: the rows of the block that the weights are for; the others do not change.
+    does_nothing: the weights are all zero.
+    inputs_slot: the slot that heads' common input goes to while it is multiplied.
     delta: the product, from when the block's first port has been reached.
     handles: per further port, the tensor that carries its gradient back to the block.
     """
@@ -37,16 +39,15 @@ class BlockWork:
     weights: Tensor
     columns: slice | Tensor
     row_idxs: list[int]
+    does_nothing: bool
+    inputs_slot: int = -1
     delta: BlockDelta | None = None
     handles: dict[DestPort, Tensor] = field(default_factory=dict)
 
-    @property
-    def does_nothing(self) -> bool:
-        """Are the weights all zero?"""
-        return not self.row_idxs
-
     def changes(self, rows: slice) -> tuple[slice, list[int]]:
         """(Which rows of delta change some of the block's rows; which of these change)"""
+        if self.does_nothing:
+            return slice(0, 0), []
         lo = bisect_left(self.row_idxs, rows.start)
         hi = bisect_left(self.row_idxs, rows.stop)
         return slice(lo, hi), [idx - rows.start for idx in self.row_idxs[lo:hi]]
@@ -90,11 +91,36 @@ class ForwardPass:
         work = self.works[block]
         if work.does_nothing:
             return None
-        if isinstance(work.columns, slice):
-            differences = self.tokens()[:, work.columns]
+        return self._multiply(work.weights.detach(), work.columns)
+
+    def compute_inputs(
+        self, block: EdgeBlock, x: Float[Tensor, "batch seq d_model"]
+    ) -> BlockDelta:
+        """The same, plus x at each row of heads: their inputs, in one product.
+
+        x takes part as one more source, whose weight is 1 for heads. Its slot is that of a
+        source which has not written yet.
+        """
+        work = self.works[block]
+        assert self.diff is not None
+        self.diff[:, :, work.inputs_slot] = x.detach()
+        n_head_rows = bisect_left(work.row_idxs, block.n_head_rows)
+        of_x = work.weights.new_zeros((*work.weights.shape[:3], 1))
+        of_x[:, :, :n_head_rows] = 1.0
+        columns = work.columns
+        if isinstance(columns, slice):
+            assert columns.stop == work.inputs_slot
+            columns = slice(columns.start, columns.stop + 1)
         else:
-            differences = self.tokens().index_select(1, work.columns)
-        return t.bmm(self._per_token(work.weights), differences)
+            columns = t.cat([columns, columns.new_tensor([work.inputs_slot])])
+        return self._multiply(t.cat([work.weights.detach(), of_x], -1), columns)
+
+    def _multiply(self, weights: Tensor, columns: slice | Tensor) -> BlockDelta:
+        if isinstance(columns, slice):
+            differences = self.tokens()[:, columns]
+        else:
+            differences = self.tokens().index_select(1, columns)
+        return t.bmm(self._per_token(weights), differences)
 
     def _per_token(self, weights: Tensor) -> Tensor:
         """[batch or 1, seq or 1, row, src] -> [token, row, src]; a view if it can be."""
@@ -213,7 +239,8 @@ class _ReadBlock(Function):
     """Input plus patch at a block's first port; a handle for each further port.
 
     The first port's input goes through here so that autograd knows that the block is
-    downstream of its sources. A port of heads gets [token, row, d_model].
+    downstream of its sources. A port of heads gets all rows, [token, row, d_model]; those
+    after its own mean nothing to it.
     """
 
     @staticmethod
@@ -224,27 +251,35 @@ class _ReadBlock(Function):
         ctx.set_materialize_grads(False)
         run.awaits_backward = True
         work = run.works[block]
-        work.delta = run.compute(block)
-        port = block.ports[0]
-        if port.heads is not None:
-            x = x.flatten(0, 1).unsqueeze(1).expand(-1, port.n_rows, -1)
-        return (add_delta(x, work, block, port), *new_handles(run, block))
+        if block.n_head_rows:
+            out = run.compute_inputs(block, x)
+            work.delta = out.detach()
+        else:
+            work.delta = run.compute(block)
+            out = add_delta(x, work, block, block.ports[0])
+        return (out, *new_handles(run, block))
 
     @staticmethod
     def backward(ctx: Any, *grad_outs: Tensor | None) -> tuple[Tensor | None, ...]:
         run, block = ctx.run, ctx.block
         run.enter_backward()
         tokens = run.tokens()
-        grads = tokens.new_empty((tokens.shape[0], block.n_rows, tokens.shape[2]))
-        fill_rows(grads, block, tuple(zip(block.ports, grad_outs, strict=True)))
+        shape = (tokens.shape[0], block.n_rows, tokens.shape[2])
+        by_port = tuple(zip(block.ports, grad_outs, strict=True))
+        grad_x = grad_outs[0]
+        if block.n_head_rows and grad_x is not None:
+            # All rows, of which those of further ports are zero and nobody else's.
+            grads = grad_x if grad_x.is_contiguous() else grad_x.contiguous()
+            fill_rows(grads, block, by_port[1:])
+            grad_x = grads[:, : block.n_head_rows].sum(1).reshape(ctx.shape)
+        else:
+            grads = tokens.new_empty(shape)
+            fill_rows(grads, block, by_port)
         grad_weights = None
         if ctx.needs_input_grad[1]:
             grad_weights = run.weights_grad(block, run.products(block, grads))
         if not run.works[block].does_nothing:
             run.send_back(block, grads)
-        grad_x = grad_outs[0]
-        if block.ports[0].heads is not None and grad_x is not None:
-            grad_x = grad_x.sum(1).reshape(ctx.shape)
         return grad_x, grad_weights, None, None
 
 

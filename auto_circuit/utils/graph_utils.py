@@ -229,6 +229,7 @@ def _make_plan(
                 mask_rows=port.mask_rows,
                 additive=port.additive,
                 heads=port.heads,
+                component=port.component,
                 layer=port.layer,
             )
         )

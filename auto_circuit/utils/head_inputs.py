@@ -39,12 +39,13 @@ def head_outputs(
     port: DestPort,
     x: Float[Tensor, "batch seq d_model"],
     normed: Float[Tensor, "batch seq d_model"],
-    is_replaced: bool,
+    base_outs: list[Tensor] | None,
 ) -> list[Tensor] | None:
     """What the heads' linear maps give with patched inputs: [batch seq width] for each.
 
     x, normed: the residual stream that the heads read, and the input that the model makes
-        of it. is_replaced: x is not the model's own, so `normed` does not fit.
+        of it.
+    base_outs: what they give for x, if that is not `normed`'s.
     None if that is what the model computes anyway.
     """
     heads, work = port.heads, run.works[block]
@@ -57,15 +58,20 @@ def head_outputs(
     ):
         outs = _project(heads, _norm(heads, read_block(run, block, x)))
         return [out.unflatten(0, x.shape[:2]) for out in outs]
-    work.delta = run.compute(block)
-    in_delta, changed = work.changes(block.rows(port))
-    delta = work.delta
+    _, changed = work.changes(block.rows(port))
+    work.delta = run.compute_inputs(block, x) if changed else run.compute(block)
+    inputs = work.delta
     forget_delta(work, block, port)
-    if is_replaced:
-        normed = _norm(heads, x)
-    if delta is None or not changed:
-        return _apply(heads, normed) if is_replaced else None
-    return _with_changed_rows(heads, x, normed, delta[:, in_delta], changed)
+    if not changed or inputs is None:
+        return None if base_outs is None else list(base_outs)
+    return _with_changed_rows(heads, x.shape, normed, base_outs, inputs, changed)
+
+
+def outputs_of(
+    heads: HeadInputs, x: Float[Tensor, "batch seq d_model"]
+) -> list[Float[Tensor, "batch seq width"]]:
+    """What the linear maps give if all heads read x."""
+    return _apply(heads, _norm(heads, x))
 
 
 def linear_forward(linear: Module, x: Tensor) -> Tensor:
@@ -93,38 +99,58 @@ def _add_bias(linear: Any, out: Tensor) -> Tensor:
 
 
 def _with_changed_rows(
-    heads: HeadInputs, x: Tensor, normed: Tensor, delta: HeadTokens, changed: list[int]
+    heads: HeadInputs,
+    shape: t.Size,
+    normed: Tensor,
+    base_outs: list[Tensor] | None,
+    inputs: HeadTokens,
+    changed: list[int],
 ) -> list[Tensor]:
-    """The heads' outputs, where some of them read x plus a change."""
-    patched = _norm(heads, delta + x.flatten(0, 1).unsqueeze(1))
+    """The heads' outputs, where these have inputs of their own (the first of `inputs`)."""
+    inputs = _norm(heads, inputs)
     outs = []
-    for (linear, n_heads), rows in zip(heads.linears, heads.rows(), strict=True):
-        here = [i for i, row in enumerate(changed) if rows.start <= row < rows.stop]
-        if not here:
-            outs.append(linear_forward(linear, normed))
-            continue
-        idxs = [changed[i] - rows.start for i in here]
-        weights = _by_head(linear, n_heads)
+    for i, ((linear, n_heads), rows) in enumerate(
+        zip(heads.linears, heads.rows(), strict=True)
+    ):
+        here = [j for j, row in enumerate(changed) if rows.start <= row < rows.stop]
+        idxs = [changed[j] - rows.start for j in here]
         if len(here) < n_heads:
-            weights = weights[idxs]
-        inputs = patched[:, here[0] : here[-1] + 1].transpose(0, 1)
-        parts = t.bmm(inputs, weights.mT).transpose(0, 1)  # [token head d_head]
+            base = linear_forward(linear, normed) if base_outs is None else base_outs[i]
+            if not here:
+                outs.append(base)
+                continue
+        weights = _by_head(linear, n_heads).mT
+        bias = None if linear.bias is None else linear.bias.unflatten(0, (n_heads, -1))
+        if len(here) < n_heads:
+            weights = _pick(weights, idxs)
+            bias = None if bias is None else bias[idxs]
+        of_linear = inputs[:, here[0] : here[-1] + 1].transpose(0, 1)
+        parts = t.bmm(of_linear, weights).transpose(0, 1)  # [token head d_head]
+        parts = parts if bias is None else parts + bias
         if len(here) == n_heads:
-            out = _add_bias(linear, parts.flatten(1))
+            out = parts.flatten(1)
         else:
-            if linear.bias is not None:
-                parts = parts + linear.bias.unflatten(0, (n_heads, -1))[idxs]
-            out = linear_forward(linear, normed).flatten(0, 1)
+            out = base.flatten(0, 1).clone()
             out.unflatten(1, (n_heads, -1))[:, idxs] = parts
-        outs.append(out.unflatten(0, x.shape[:2]))
+        outs.append(out.unflatten(0, shape[:2]))
     return outs
+
+
+def _pick(
+    weights: Float[Tensor, "head d_model d_head"], idxs: list[int]
+) -> Float[Tensor, "idx d_model d_head"]:
+    """`weights[idxs]`, read in the order in which the weights lie in memory."""
+    return weights[idxs] if weights.stride(-1) == 1 else weights.mT[idxs].mT
 
 
 # ------------------------------------------------------------------------ with gradients
 
 
 def _project(heads: HeadInputs, inputs: HeadTokens) -> list[Tensor]:
-    """Each head's part, from its own input: [token, width] for each linear map."""
+    """Each head's part, from its own input: [token, width] for each linear map.
+
+    Rows of `inputs` after the heads' are left out.
+    """
     if any(linear.weight.requires_grad for linear, _ in heads.linears):
         weights = [_by_head(linear, n) for linear, n in heads.linears]
         parts = [
@@ -155,6 +181,7 @@ class _ProjectHeads(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_inputs = grads[0].new_empty(ctx.shape)
+        grad_inputs[:, ctx.heads.n_rows :] = 0.0
         weights = [_by_head(linear, n) for linear, n in ctx.heads.linears]
         _send_to_inputs(ctx.heads, grad_inputs, weights, grads)
         return grad_inputs, None

@@ -36,8 +36,11 @@ from auto_circuit.utils.forward_pass import (
     read_port,
     write_source,
 )
-from auto_circuit.utils.head_inputs import head_outputs, linear_forward
+from auto_circuit.utils.head_inputs import head_outputs, linear_forward, outputs_of
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
+
+PICKING_COST = 3
+"""To copy a difference to another place, in terms of multiplying with it where it is."""
 
 
 class PatchSession:
@@ -77,6 +80,7 @@ class PatchSession:
         self._first_layer = 0
         self._layer_outs: dict[int, Any] = {}
         self._patch_sums: dict[tuple[int, int], Tensor] = {}
+        self._base_outs: dict[DestPort, list[Tensor]] = {}
         self._exit = ExitStack()
 
     def open(self) -> None:
@@ -90,6 +94,8 @@ class PatchSession:
                 self._stand_in(port)
             elif not port.additive:
                 self._hook(port.module, self._reader(port))
+            if port.component is not None:
+                self._remember(port, port.component)
         for src_port in self.plan.src_ports:
             self._hook(src_port.site.module, self._writer(src_port))
         for port in self.plan.dest_ports:
@@ -107,6 +113,7 @@ class PatchSession:
             self.run.diff = self.run.grad_buffer = None
         self.run = None
         self._patch_sums.clear()
+        self._base_outs.clear()
         self._layer_outs.clear()
 
     def _hook(self, module: Module, hook: Callable[[Tensor], Tensor | None]) -> None:
@@ -229,7 +236,9 @@ class PatchSession:
         else:
             works, slots, patched_base = self._sparse_works(weights)
         run = ForwardPass(None, slots, works, patched_base)
-        self._give_buffers(run, (batch, seq, len(slots), d_model))
+        # A slot more: see `ForwardPass.compute_inputs`.
+        n_slots = min(len(slots) + 1, self.plan.n_srcs)
+        self._give_buffers(run, (batch, seq, n_slots, d_model))
         return run
 
     def _give_buffers(self, run: ForwardPass, shape: tuple[int, ...]) -> None:
@@ -277,7 +286,11 @@ class PatchSession:
         is_used = t.stack([w.detach().any() for w in weights.values()]).tolist()
         return {
             block: BlockWork(
-                w, slice(block.lo, block.hi), list(range(block.n_rows)) if used else []
+                w,
+                slice(block.lo, block.hi),
+                list(range(block.n_rows)),
+                does_nothing=not used,
+                inputs_slot=block.hi,
             )
             for (block, w), used in zip(weights.items(), is_used, strict=True)
         }
@@ -298,7 +311,7 @@ class PatchSession:
                 if _n_columns(unpatched, group) < _n_columns(patched, group):
                     base = unpatched
                     on_patched_base += ports
-            used.update((block, _worth_picking(block, base[block])) for block in group)
+            used.update((block, base[block]) for block in group)
         patched_base = frozenset(on_patched_base)
         recorded = sorted({src for edges in used.values() for src in edges.srcs})
         if self.keeps_layers:
@@ -344,18 +357,41 @@ class PatchSession:
     def _head_forward(
         self, port: DestPort, block: EdgeBlock, idx: int, linear: Module
     ) -> Callable[[Tensor], Tensor]:
+        heads = port.heads
+        assert heads is not None
+
         def forward(normed: Tensor) -> Tensor:
             run = self._running()
             if idx == 0:
-                x = run.residuals.pop(port)
-                if is_replaced := port in run.patched_base:
+                x, base_outs = run.residuals.pop(port), None
+                if port in run.patched_base:
                     x = self._patched_base(port).to(x.dtype)
-                outs = head_outputs(run, block, port, x, normed, is_replaced)
+                    base_outs = self._base_outs.get(port) or outputs_of(heads, x)
+                    self._base_outs[port] = base_outs
+                outs = head_outputs(run, block, port, x, normed, base_outs)
                 run.head_outs[port] = outs or []
             outs = run.head_outs[port]
             return outs.pop(0) if outs else linear_forward(linear, normed)
 
         return forward
+
+    def _remember(self, port: DestPort, component: Module) -> None:
+        """Compute a component once for all passes in which all its edges are patched."""
+        if any(module._forward_hooks for module in component.modules()):
+            return  # somebody wants to see, or to change, what is inside
+        blocks, forward = self._blocks_of(port), component.forward
+
+        def remembering(*args: Any, **kwargs: Any) -> Any:
+            run = self._running()
+            if port not in run.patched_base or any(
+                run.works[block].changes(block.rows(port))[1] for block in blocks
+            ):
+                return forward(*args, **kwargs)
+            if port not in self._base_outs:
+                self._base_outs[port] = [forward(*args, **kwargs)]
+            return self._base_outs[port][0]
+
+        self._exit.enter_context(replaced_forward(component, remembering))
 
     def _patched_base(self, port: DestPort) -> Float[Tensor, "batch seq d_model"]:
         """What the port reads when all of its edges are patched."""
@@ -435,14 +471,6 @@ def _used_edges(
     return patched, unpatched
 
 
-def _worth_picking(block: EdgeBlock, used: UsedEdges) -> UsedEdges:
-    """These sources, or all if there are so many that picking them costs more."""
-    n_srcs = block.hi - block.lo
-    if 2 * len(used.srcs) <= n_srcs:
-        return used
-    return UsedEdges(list(range(block.lo, block.hi)), used.rows)
-
-
 def _n_columns(used: dict[EdgeBlock, UsedEdges], blocks: Iterable[EdgeBlock]) -> int:
     return sum(len(used[block].srcs) for block in blocks)
 
@@ -457,13 +485,19 @@ def _sparse_work(
     if block.ports[0] in patched_base:
         weights = weights - 1
     if not used.rows:
-        return BlockWork(weights, slice(0, 0), [])
+        return BlockWork(weights, slice(0, 0), [], does_nothing=True)
     if len(used.rows) < block.n_rows:
         rows = t.tensor(used.rows, device=weights.device)
         weights = weights.index_select(2, rows)
-    if len(used.srcs) == block.hi - block.lo:
-        first = slots[block.lo]
-        return BlockWork(weights, slice(first, first + len(used.srcs)), used.rows)
-    columns = t.tensor([src - block.lo for src in used.srcs], device=weights.device)
-    slot_idxs = t.tensor([slots[src] for src in used.srcs], device=weights.device)
-    return BlockWork(weights.index_select(-1, columns), slot_idxs, used.rows)
+    recorded = [src for src in slots if block.lo <= src < block.hi]
+    # To pick the used ones costs more than to multiply with zeros, unless they are few.
+    is_worth_picking = PICKING_COST * len(used.srcs) < len(recorded)
+    srcs = used.srcs if is_worth_picking else recorded
+    if len(srcs) < block.hi - block.lo:
+        columns = t.tensor([src - block.lo for src in srcs], device=weights.device)
+        weights = weights.index_select(-1, columns)
+    inputs_slot = slots[recorded[-1]] + 1
+    slots_of_srcs: slice | Tensor = slice(slots[recorded[0]], inputs_slot)
+    if is_worth_picking:
+        slots_of_srcs = t.tensor([slots[src] for src in srcs], device=weights.device)
+    return BlockWork(weights, slots_of_srcs, used.rows, False, inputs_slot)

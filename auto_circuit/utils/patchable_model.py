@@ -300,7 +300,8 @@ def last_position_only(model: PatchableModel) -> Iterator[None]:
         return
 
     def cut(module: Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][:, -1:], *args[1:])
+        # Contiguous: torch would otherwise multiply the examples one by one.
+        return (args[0][:, -1:].contiguous(), *args[1:])
 
     handle = unembed.register_forward_pre_hook(cut)
     try:
