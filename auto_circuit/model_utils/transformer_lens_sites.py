@@ -10,11 +10,13 @@ values, the engine computes it itself, for the heads that it needs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
+import torch as t
 from torch import Tensor
 from torch.nn import Identity, LayerNorm, Linear, Module
 from transformer_lens.model_bridge import TransformerBridge
@@ -31,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from auto_circuit.errors import ModelError
 from auto_circuit.model_utils.model_adapter import HeadInputs, Norm, Port, SrcSite
+from auto_circuit.utils.misc import replaced_forward
 
 HEAD_INPUTS = ("hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in")
 
@@ -270,7 +273,7 @@ def open_sites(model: Module, separate_qkv: bool | None) -> Iterator[None]:
     assert isinstance(model, TransformerBridge)
     switches = _switches(model, separate_qkv)
     before = {switch: bool(getattr(model.cfg, switch, False)) for switch in switches}
-    with _without_zero_bias(model.unembed):
+    with _without_zero_bias(model.unembed), _plain_norms(model):
         try:
             try:
                 _set_switches(model, switches)
@@ -283,6 +286,36 @@ def open_sites(model: Module, separate_qkv: bool | None) -> Iterator[None]:
             yield
         finally:
             _set_switches(model, before)
+
+
+@contextmanager
+def _plain_norms(model: TransformerBridge) -> Iterator[None]:
+    """Inside, norms are computed by their Hugging Face modules alone.
+
+    TransformerLens computes them a second time, step by step, for hooks on their scale.
+    Where nobody has hooks there, that only costs time.
+    """
+    inside = [norm for block in model.blocks for norm in block.submodules.values()]
+    with ExitStack() as stack:
+        for norm in (*inside, getattr(model, "ln_final", None)):
+            if isinstance(norm, NormalizationBridge) and _only_costs_time(norm):
+                stack.enter_context(replaced_forward(norm, partial(_plain_norm, norm)))
+        yield
+
+
+def _only_costs_time(norm: NormalizationBridge) -> bool:
+    hooks = (norm.hook_scale, norm.hook_normalized)
+    weight = getattr(norm.original_component, "weight", None)
+    return (
+        _closed_form(norm) is not None
+        # In half precision the two ways round differently.
+        and (weight is None or weight.dtype in (t.float32, t.float64))
+        and not any(hook._forward_hooks or hook._backward_hooks for hook in hooks)
+    )
+
+
+def _plain_norm(norm: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    return norm.hook_out(norm.original_component(norm.hook_in(hidden_states)))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch as t
@@ -373,7 +373,7 @@ def patch_mode(
         patch_src_outs,
         curr_src_outs,
         model.constants,
-        lambda: any(p.requires_grad for p in model.parameters()),
+        lambda: _any_requires_grad(model),
         overwrite_patch,
         differences,
         keeps_layers,
@@ -392,6 +392,11 @@ def patch_mode(
         session.open()
         model.patch_session = session
         yield
+
+
+def _any_requires_grad(model: PatchableModel) -> bool:
+    masks = model.patch_masks.values()
+    return any(p.requires_grad for p in chain(masks, model.wrapped_model.parameters()))
 
 
 def set_all_masks(model: PatchableModel, val: float) -> None:
@@ -424,21 +429,27 @@ def train_mask_mode(
     masks = model.patch_masks
     weights = list(model.wrapped_model.parameters())
     grads_before = [(p, p.requires_grad) for p in [*weights, *masks.values()]]
-    modes_before = [(module, module.training) for module in model.modules()]
+    # A model has thousands of modules: only those are touched that are not as they should.
+    wrappers = set(model.dest_wrappers)
+    in_training = [module for module in model.modules() if module.training]
     with preserved_masks(model):
         try:
-            model.eval()
-            for wrapper in model.dest_wrappers:
-                wrapper.train()
-            for weight in weights:
-                weight.requires_grad_(False)
+            for module in in_training:
+                module.training = False
+            for wrapper in wrappers:
+                wrapper.training = True
+            for weight, required_grad in grads_before:
+                if required_grad:
+                    weight.requires_grad_(False)
             for mask in masks.values():
                 mask.requires_grad_(requires_grad)
                 mask.grad = None
             yield masks
         finally:
-            for module, training in modes_before:
-                module.training = training
+            for wrapper in wrappers:
+                wrapper.training = False
+            for module in in_training:
+                module.training = True
             for param, required_grad in grads_before:
                 param.requires_grad_(required_grad)
             for mask in masks.values():

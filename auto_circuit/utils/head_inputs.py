@@ -205,14 +205,18 @@ def _send_to_inputs(
 
 
 def _has_closed_form(heads: HeadInputs) -> bool:
-    """Can the norm's Jacobian be had without running it for each head?
+    """Can gradients of the inputs be had without running the norm for each head?
 
-    Not if somebody's hook changes what the norm gives, or its gradient.
+    Not if somebody's hook changes what the norm gives, or its gradient, or if weights are
+    being trained.
     """
-    if heads.norm is None:
-        return True
-    hooks = (heads.norm._forward_hooks, heads.norm._forward_pre_hooks)
-    return heads.closed_form is not None and not any(hooks)
+    modules = [linear for linear, _ in heads.linears]
+    if heads.norm is not None:
+        modules.append(heads.norm)
+        hooks = (heads.norm._forward_hooks, heads.norm._forward_pre_hooks)
+        if heads.closed_form is None or any(hooks):
+            return False
+    return not any(p.requires_grad for module in modules for p in module.parameters())
 
 
 def _probed(
@@ -221,18 +225,20 @@ def _probed(
     """What the model computes, with gradients of the block's weights, which are zero."""
     assert port.heads is not None
     work = run.works[block]
-    outs = _apply(port.heads, normed)
-    results = _ProbeHeads.apply(work.weights, x.detach(), block, port, run, *outs)
+    with t.no_grad():
+        outs = _apply(port.heads, normed)
+    results = _ProbeHeads.apply(work.weights, x, block, port, run, *outs)
     work.handles = dict(zip(block.ports[1:], results[len(outs) :], strict=True))
     return list(results[: len(outs)])
 
 
 class _ProbeHeads(Function):
-    """Identity on the heads' outputs, which has the gradient of weights that are zero.
+    """The heads' outputs, with the gradients of x and of weights that are zero.
 
     With J = (1 - C) / scale, where C projects on the normed input (and on the constant
-    vector, if the norm subtracts the mean), the product of a gradient `J^T gain g` with a
-    difference d is that of g with d minus those of their parts in C.
+    vector, if the norm subtracts the mean), the gradient of head h's input is
+    `J gain weight[h]^T grad[h]`. Its product with a difference d is that of
+    `gain weight[h]^T grad[h] / scale` with d, minus that of their parts in C.
     """
 
     @staticmethod
@@ -245,56 +251,53 @@ class _ProbeHeads(Function):
         run: ForwardPass,
         *outs: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.x, ctx.block, ctx.port, ctx.run = x, block, port, run
+        ctx.x, ctx.block, ctx.port, ctx.run = x.detach(), block, port, run
         ctx.set_materialize_grads(False)
         run.awaits_backward = True
         return (*(out.view_as(out) for out in outs), *new_handles(run, block))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        block, heads, run = ctx.block, ctx.port.heads, ctx.run
+        block, port, run, x = ctx.block, ctx.port, ctx.run, ctx.x
         run.enter_backward()
-        grad_outs = grads[: len(heads.linears)]
-        grad_weights = None
+        n_outs = len(port.heads.linears)
+        basis, inverse_scale, gain = _projected_out(port.heads, x)
+        # The rows of the block, and after them the vectors of C.
+        rows = x.new_empty((len(basis), block.n_rows + basis.shape[1], x.shape[-1]))
+        heads = rows[:, : block.n_head_rows]
+        parts = _head_grads(port.heads, x, grads[:n_outs], inverse_scale)
+        weights = [_by_head(linear, n) * gain for linear, n in port.heads.linears]
+        _send_to_inputs(port.heads, heads, weights, parts)
+        fill_rows(rows, block, tuple(zip(block.ports[1:], grads[n_outs:], strict=True)))
+        rows[:, block.n_rows :] = basis
+        in_basis = t.bmm(heads, basis.mT)
+        grad_weights = grad_x = None
         if ctx.needs_input_grad[0]:
-            further = tuple(
-                zip(block.ports[1:], grads[len(heads.linears) :], strict=True)
+            products = run.products(block, rows)
+            products[:, : block.n_head_rows] -= t.bmm(
+                in_basis, products[:, block.n_rows :]
             )
-            grad_weights = _weights_grad(run, block, ctx.port, ctx.x, grad_outs, further)
-        return (grad_weights, None, None, None, None, *grad_outs)
+            grad_weights = run.weights_grad(block, products[:, : block.n_rows])
+        if ctx.needs_input_grad[1]:
+            total = heads.sum(1, keepdim=True)
+            grad_x = total - t.bmm(in_basis.sum(1, keepdim=True), basis)
+            grad_x = grad_x.reshape(x.shape)
+        return (grad_weights, grad_x, None, None, None, *(None for _ in range(n_outs)))
 
 
-def _weights_grad(
-    run: ForwardPass,
-    block: EdgeBlock,
-    port: DestPort,
+def _head_grads(
+    heads: HeadInputs,
     x: Tensor,
-    grad_outs: Sequence[Tensor | None],
-    further: tuple[tuple[DestPort, Tensor | None], ...],
-) -> Tensor:
-    heads = port.heads
-    assert heads is not None
-    basis, inverse_scale, gain = _projected_out(heads, x)
-    n_rows, n_basis = block.n_rows, basis.shape[1]
-    rows = x.new_empty((basis.shape[0], n_rows + n_basis, x.shape[-1]))
-    weights = [_by_head(linear, n) * gain for linear, n in heads.linears]
-    parts = [
-        (x.new_zeros(1) if grad is None else grad)
-        .expand(*x.shape[:2], linear.out_features)
-        .flatten(0, 1)
-        .mul(inverse_scale)
-        .unflatten(1, (n, -1))
-        for grad, (linear, n) in zip(grad_outs, heads.linears, strict=True)
-    ]
-    of_heads = block.rows(port)
-    _send_to_inputs(heads, rows[:, of_heads], weights, parts)
-    fill_rows(rows, block, further)
-    rows[:, n_rows:] = basis
-    products = run.products(block, rows)
-    if n_basis:
-        in_basis = t.bmm(rows[:, of_heads], basis.mT)
-        products[:, of_heads] -= t.bmm(in_basis, products[:, n_rows:])
-    return run.weights_grad(block, products[:, :n_rows])
+    grads: Sequence[Tensor | None],
+    factor: Float[Tensor, "token 1"],
+) -> list[Float[Tensor, "token head d_head"]]:
+    """The gradients of the linear maps' outputs, by head, times a factor."""
+    parts = []
+    for grad, (linear, n_heads) in zip(grads, heads.linears, strict=True):
+        if grad is None:
+            grad = x.new_zeros((*x.shape[:2], linear.out_features))
+        parts.append((grad.flatten(0, 1) * factor).unflatten(1, (n_heads, -1)))
+    return parts
 
 
 def _projected_out(heads: HeadInputs, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from enum import Enum
@@ -246,6 +246,20 @@ def set_module_by_name(model: Module, module_name: str, new_module: Module) -> N
     if not name:
         raise GraphError("The model itself cannot be replaced: give a submodule's name.")
     setattr(module_by_name(model, parent_name), name, new_module)
+
+
+@contextmanager
+def replaced_forward(module: Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a call of the module runs this, and the module's hooks as ever."""
+    # Not by setattr: TransformerLens's modules hand some attributes on to others.
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from auto_circuit.utils.forward_pass import (
     write_source,
 )
 from auto_circuit.utils.head_inputs import head_outputs, linear_forward, outputs_of
+from auto_circuit.utils.misc import replaced_forward
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
 
 PICKING_COST = 3
@@ -409,19 +410,6 @@ class PatchSession:
                 total = total + self._patch_sums[lo, known]
             self._patch_sums[lo, hi] = total
         return self._patch_sums[lo, hi]
-
-
-@contextmanager
-def replaced_forward(module: Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a call of the module runs this, and the module's hooks as ever."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 def _stack_rows(block: EdgeBlock, masks: dict[PatchWrapperImpl, Tensor]) -> Tensor:
