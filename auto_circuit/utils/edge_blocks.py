@@ -76,6 +76,11 @@ class DestPort:
         """The (first) destination module's name."""
         return self.wrappers[0].module_name
 
+    @property
+    def dest_modules(self) -> tuple[str, ...]:
+        """The names of all destination modules that are read here."""
+        return tuple(wrapper.module_name for wrapper in self.wrappers)
+
 
 @dataclass(frozen=True, eq=False)
 class EdgeBlock:

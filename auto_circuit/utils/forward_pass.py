@@ -58,8 +58,9 @@ class ForwardPass:
     """The state of one forward pass.
 
     diff: [batch, seq, slot, d_model]; grad_buffer: the same, [token, slot, d_model];
-    slots: the slot of each recorded source. With gradients all sources are recorded, so
-        that source `i` has slot `i`.
+    slots: the slot of each source that has one. With gradients all sources have, and
+        source `i` has slot `i`.
+    recorded: the sources that this pass must record.
     patched_base: the ports at which the base is the patched-in run's residual stream.
     residuals, head_outs: per port of heads, the residual stream that they read, and what
         their linear maps give until the model asks for it.
@@ -67,6 +68,7 @@ class ForwardPass:
 
     diff: Tensor | None
     slots: dict[int, int]
+    recorded: frozenset[int]
     works: dict[EdgeBlock, BlockWork]
     patched_base: frozenset[DestPort]
     grad_buffer: Tensor | None = None

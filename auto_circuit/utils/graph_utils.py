@@ -38,6 +38,7 @@ __all__ = [
     "preserved_masks",
     "set_all_masks",
     "set_mask_batch_size",
+    "starting_at",
     "train_mask_mode",
     "unpatch",
 ]
@@ -354,7 +355,7 @@ def patch_mode(
         `model` can then be called once.
     differences: `patch_src_outs` already holds what a patched edge adds to what its
         destination reads: nothing is subtracted, whatever the sources write.
-    keeps_layers: `starting_at` will be used.
+    keeps_layers: `starting_at` will be used inside.
 
     On exit, hooks, switches and masks are what they were. Raises GraphError for an
     unknown edge, for activations of the wrong shape, and for nested use.
@@ -391,6 +392,22 @@ def patch_mode(
         stack.callback(session.close)
         session.open()
         model.patch_session = session
+        yield
+
+
+@contextmanager
+def starting_at(model: PatchableModel, dest: DestNode) -> Iterator[None]:
+    """Inside, one call of `model` skips the layers before a destination's.
+
+    Inside of `patch_mode(..., keeps_layers=True)`, without gradients, after one whole
+    call. The skipped layers hand on what they gave in that call, so the masks of their
+    destinations must be what they were; and calls must go from late destinations to early
+    ones. Raises GraphError if something of this is missing (not for masks).
+    """
+    if model.patch_session is None:
+        raise GraphError("`starting_at` outside of `patch_mode`.")
+    port, *_ = [p for p in model.plan.dest_ports if dest.module_name in p.dest_modules]
+    with model.patch_session.starting_at(port.layer):
         yield
 
 

@@ -79,6 +79,7 @@ class PatchSession:
         self.keeps_layers = keeps_layers
         self.run: ForwardPass | None = None
         self._first_layer = 0
+        self._overwritten_from = len(plan.layers)
         self._layer_outs: dict[int, Any] = {}
         self._patch_sums: dict[tuple[int, int], Tensor] = {}
         self._base_outs: dict[DestPort, list[Tensor]] = {}
@@ -137,21 +138,27 @@ class PatchSession:
         """Inside, one forward pass, in which the layers before this one do not run.
 
         They hand on what they gave in the last whole pass, whose masks the caller must
-        not have changed before `layer`. Only with `keeps_layers`, without gradients.
+        not have changed before `layer`. Only with `keeps_layers`, without gradients, and
+        from late layers to early ones: what later layers wrote is overwritten.
         """
         if layer == 0:
             yield
             return
-        if not self.keeps_layers or len(self._layer_outs) < len(self.plan.layers):
+        if len(self._layer_outs) < len(self.plan.layers) or self.run is None:
             raise GraphError(
                 "A pass from the middle needs `patch_mode(..., keeps_layers=True)` and, "
                 "in it, a whole pass before."
+            )
+        if layer > self._overwritten_from:
+            raise GraphError(
+                f"A pass from layer {layer} after one from {self._overwritten_from}: they "
+                "must go from late layers to early ones, or with a whole pass in between."
             )
         with ExitStack() as stack:
             for idx, module in enumerate(self.plan.layers[:layer]):
                 stack.enter_context(replaced_forward(module, self._hand_on(idx)))
             stack.callback(setattr, self, "_first_layer", 0)
-            self._first_layer = layer
+            self._first_layer = self._overwritten_from = layer
             self.run = self._continued(self._running())
             yield
 
@@ -167,8 +174,8 @@ class PatchSession:
             if block.ports[0].layer >= self._first_layer
         ]
         weights = self._block_weights(*run.diff.shape[:2], blocks)
-        works, _, patched_base = self._sparse_works(weights)
-        return ForwardPass(run.diff, run.slots, works, patched_base)
+        works, _, recorded, patched_base = self._sparse_works(weights)
+        return ForwardPass(run.diff, run.slots, recorded, works, patched_base)
 
     # ------------------------------------------------------------------ sources
 
@@ -188,7 +195,7 @@ class PatchSession:
         assert run.diff is not None
         srcs = port.srcs
         all_srcs = range(srcs.start, srcs.stop)
-        recorded = [i for i, src in enumerate(all_srcs) if src in run.slots]
+        recorded = [i for i, src in enumerate(all_srcs) if src in run.recorded]
         if not recorded and self.curr_src_outs is None:
             return
         with t.no_grad():
@@ -233,10 +240,11 @@ class PatchSession:
         if t.is_grad_enabled() and (start.requires_grad or self.needs_grad()):
             works = self._dense_works(weights)
             slots = {src: src for src in range(self.plan.n_srcs)}
-            patched_base: frozenset[DestPort] = frozenset()
+            recorded, patched_base = frozenset(slots), frozenset[DestPort]()
         else:
-            works, slots, patched_base = self._sparse_works(weights)
-        run = ForwardPass(None, slots, works, patched_base)
+            works, slots, recorded, patched_base = self._sparse_works(weights)
+        run = ForwardPass(None, slots, recorded, works, patched_base)
+        self._overwritten_from = len(self.plan.layers)
         # A slot more: see `ForwardPass.compute_inputs`.
         n_slots = min(len(slots) + 1, self.plan.n_srcs)
         self._give_buffers(run, (batch, seq, n_slots, d_model))
@@ -298,8 +306,10 @@ class PatchSession:
 
     def _sparse_works(
         self, weights: dict[EdgeBlock, Tensor]
-    ) -> tuple[dict[EdgeBlock, BlockWork], dict[int, int], frozenset[DestPort]]:
-        """Choose base and columns of every block, and the sources to record."""
+    ) -> tuple[
+        dict[EdgeBlock, BlockWork], dict[int, int], frozenset[int], frozenset[DestPort]
+    ]:
+        """Choose base and edges of every block, and the sources with slots and to record."""
         patched, unpatched = _used_edges(weights)
         used: dict[EdgeBlock, UsedEdges] = {}
         on_patched_base: list[DestPort] = []
@@ -314,15 +324,17 @@ class PatchSession:
                     on_patched_base += ports
             used.update((block, base[block]) for block in group)
         patched_base = frozenset(on_patched_base)
-        recorded = sorted({src for edges in used.values() for src in edges.srcs})
-        if self.keeps_layers:
-            recorded = list(range(self.plan.n_srcs))
-        slots = {src: slot for slot, src in enumerate(recorded)}
+        all_srcs = range(self.plan.n_srcs)
+        recorded = {src for edges in used.values() for src in edges.srcs}
+        if self.keeps_layers and self._first_layer == 0:
+            recorded = set(all_srcs)
+        with_slot = all_srcs if self.keeps_layers else sorted(recorded)
+        slots = {src: slot for slot, src in enumerate(with_slot)}
         works = {
             block: _sparse_work(block, w, used[block], slots, patched_base)
             for block, w in weights.items()
         }
-        return works, slots, patched_base
+        return works, slots, frozenset(recorded), patched_base
 
     # --------------------------------------------------------------- destinations
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch as t
 
-from auto_circuit.errors import ConfigError
+from auto_circuit.errors import ConfigError, GraphError
 from auto_circuit.prune_algos.ACDC import acdc_prune_scores, removed_edges
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
@@ -17,11 +17,14 @@ from auto_circuit.prune_algos.exact_edge_patching import (
 )
 from auto_circuit.types import Edge
 from auto_circuit.utils.ablation_activations import src_ablations
-from auto_circuit.utils.graph_utils import patch_mode, patchable_model
+from auto_circuit.utils.graph_utils import patch_mode, patchable_model, starting_at
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import micro_loader, micro_model
-from tests.models import gpt2, llama
+from tests.models import attn_only, gpt2, llama, pythia, tokens
 from tests.test_prune import token_loader
+
+CLEAN = tokens(3, 5, seed=1)
+EARLY_NAME = "Resid Start->A0.1.Q"
 
 
 def plain_acdc(model: PatchableModel, loader: Any, threshold: float) -> list[Edge]:
@@ -63,6 +66,97 @@ def test_acdc_is_the_plain_loop(make: Any) -> None:
         ]
         score = float(edge.prune_score(scores))
         assert score == pytest.approx(min(lowest, default=2 * 3e-5), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_guessing_that_edges_go_changes_nothing(make: Any) -> None:
+    model = patchable_model(make().to(t.float64), True, "last_seq", separate_qkv=True)
+    loader = token_loader(3, 3)
+    one_by_one = removed_edges(model, loader, 3e-6)
+    assert 0 < len(one_by_one) < model.n_edges
+    for n_edges in (2, 5, 500):
+        assert removed_edges(model, loader, 3e-6, edges_at_once=n_edges) == one_by_one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make, edges_at_once, seq_len",
+    [
+        (gpt2, 1, None),
+        (gpt2, 7, 5),
+        (llama, 7, None),
+        (pythia, 1, 5),
+        (attn_only, 7, None),
+    ],
+)
+def test_exact_effects_are_those_of_whole_passes(
+    make: Any, edges_at_once: int, seq_len: int | None
+) -> None:
+    if seq_len and (edges_at_once > 1 or make in (pythia, attn_only)):
+        pytest.skip("no other code than with one edge at once, or without positions")
+    bridge = make().to(t.float64)
+    model = patchable_model(bridge, True, "last_seq", seq_len, separate_qkv=True)
+    loader = token_loader(3, 3)
+    exact = exact_edge_patching_prune_scores(
+        model, loader, None, edges_at_once=edges_at_once
+    )
+    (batch,) = loader
+    patch = src_ablations(model, batch.corrupt)
+    edges = list(model.edges)[:: model.n_edges // 60 + 1]
+    n_different = 0
+    with t.no_grad():
+        before = model(batch.clean)[:, -1]
+        for edge in edges:
+            with patch_mode(model, patch, [edge]):
+                after = model(batch.clean)[:, -1]
+            change = (before[:, 1] - before[:, 2]) - (after[:, 1] - after[:, 2])
+            score = float(edge.prune_score(exact))
+            assert score == pytest.approx(float(change.mean()), abs=1e-12)
+            n_different += abs(score) > 1e-9
+    assert n_different > len(edges) / 3
+
+
+def test_layers_before_the_first_changed_edge_do_not_run() -> None:
+    model = patchable_model(gpt2(), True, "last_seq", separate_qkv=True)
+    runs = [0, 0]
+
+    def count(layer: int) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            runs[layer] += 1
+
+        return hook
+
+    patch = src_ablations(model, CLEAN.flip(0))
+    handles = [
+        block.mlp.register_forward_hook(count(layer))
+        for layer, block in enumerate(model.wrapped_model.blocks)
+    ]
+    last, first = (model.find_edges(name)[0] for name in ("MLP 0->A1.2.K", EARLY_NAME))
+    with t.no_grad(), patch_mode(model, patch, keeps_layers=True):
+        with pytest.raises(GraphError, match="a whole pass before"):
+            with starting_at(model, last.dest):
+                pass
+        clean = model(CLEAN)
+        assert runs == [1, 1]
+        with starting_at(model, last.dest):
+            t.testing.assert_close(model(CLEAN), clean)
+        assert runs == [1, 2]
+        with starting_at(model, first.dest):
+            model(CLEAN)  # a whole pass
+        assert runs == [2, 3]
+        with starting_at(model, last.dest):
+            t.testing.assert_close(model(CLEAN), clean)
+        session = model.patch_session
+        assert session is not None
+        with pytest.raises(GraphError, match="from late layers to early ones"):
+            with session.starting_at(2):
+                model(CLEAN)
+    with pytest.raises(GraphError, match="outside of `patch_mode`"):
+        with starting_at(model, last.dest):
+            pass
+    for handle in handles:
+        handle.remove()
 
 
 def test_acdc_options() -> None:
