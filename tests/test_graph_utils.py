@@ -233,3 +233,15 @@ def test_a_pass_can_be_differentiated_after_the_context() -> None:
     for name, grad in grads[0].items():
         assert grad is not None and (grad != 0).any()
         t.testing.assert_close(grads[1][name], grad)
+
+
+def test_hooks_that_would_never_be_called_are_an_error() -> None:
+    bridge = gpt2()
+    model = patchable_model(bridge, True, separate_qkv=True)
+    inputs = tokens(2, 5)
+    handle = bridge.blocks[1].attn.hook_q_input.register_forward_hook(lambda *_: None)
+    text = r"a hook at `blocks.1.attn.hook_q_input`.*not pass while edges are patched"
+    with pytest.raises(ModelError, match=text):
+        src_ablations(model, inputs)
+    handle.remove()
+    assert src_ablations(model, inputs).isfinite().all()

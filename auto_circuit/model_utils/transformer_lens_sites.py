@@ -260,6 +260,21 @@ def _switches(model: TransformerBridge, separate_qkv: bool | None) -> dict[str, 
     }
 
 
+def _check_no_hooks_of_heads(model: TransformerBridge) -> None:
+    """Raise ModelError for hooks that would never be called, without a word."""
+    for idx, block in enumerate(model.blocks):
+        if not projects_heads(block.attn):
+            continue
+        for name in (*HEAD_INPUTS, "hook_result"):
+            if getattr(block.attn, name)._forward_hooks:
+                raise ModelError(
+                    f"There is a hook at `blocks.{idx}.attn.{name}`, which this model does "
+                    "not pass while edges are patched or activations recorded: inputs and "
+                    "outputs of single heads are computed from the weights. Remove it "
+                    "(`reset_hooks`), or hook `hook_q`, `hook_k`, `hook_v` or `hook_z`."
+                )
+
+
 def _set_switches(model: TransformerBridge, switches: dict[str, bool]) -> None:
     # Off before on: TransformerLens refuses two ways of splitting at the same time.
     for switch, is_on in sorted(switches.items(), key=lambda item: item[1]):
@@ -271,6 +286,7 @@ def _set_switches(model: TransformerBridge, switches: dict[str, bool]) -> None:
 def open_sites(model: Module, separate_qkv: bool | None) -> Iterator[None]:
     """Inside, every site is passed by a forward pass. Restores the model's switches."""
     assert isinstance(model, TransformerBridge)
+    _check_no_hooks_of_heads(model)
     switches = _switches(model, separate_qkv)
     before = {switch: bool(getattr(model.cfg, switch, False)) for switch in switches}
     with _without_zero_bias(model.unembed), _plain_norms(model):

@@ -87,10 +87,16 @@ def removed_edges(
     threshold: float,
     faithfulness_target: AcdcTarget = "kl_div",
     edges_at_once: int = 1,
+    edges: Collection[Edge] | None = None,
 ) -> list[Edge]:
-    """The edges that one threshold takes out, in the order in which they go."""
+    """The edges that one threshold takes out, in the order in which they go.
+
+    edges: only these are tried; all if None. For the rest see `acdc_prune_scores`.
+    """
     (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
-    return _removed_edges(model, batch, threshold, faithfulness_target, edges_at_once)
+    return _removed_edges(
+        model, batch, threshold, faithfulness_target, edges_at_once, edges
+    )
 
 
 def _removed_edges(
@@ -99,9 +105,10 @@ def _removed_edges(
     threshold: float,
     target: AcdcTarget,
     edges_at_once: int,
+    edges: Collection[Edge] | None = None,
 ) -> list[Edge]:
     removed: list[Edge] = []
-    waiting, distance = edges_from_the_end(model), 0.0
+    waiting, distance = edges_from_the_end(model.edges if edges is None else edges), 0.0
     with trial(model, batch, edges_at_once) as circuits:
         progress = tqdm(total=len(waiting), desc=f"ACDC {threshold:.0e}", leave=False)
         while waiting:

@@ -64,7 +64,7 @@ def exact_edge_patching_prune_scores(
         unpatched = loss(clean_outputs)
         with trial(model, ready, edges_at_once) as circuits:
             for edges in tqdm(
-                list(chunks(edges_from_the_end(model), edges_at_once)), leave=False
+                list(chunks(edges_from_the_end(model.edges), edges_at_once)), leave=False
             ):
                 of_edge = {edge: slice(i, i + 1) for i, edge in enumerate(edges)}
                 for edge, circuit in of_edge.items():

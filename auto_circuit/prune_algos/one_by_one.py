@@ -9,7 +9,7 @@ that pays where a pass costs its overhead, on small inputs and GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -30,9 +30,9 @@ from auto_circuit.utils.graph_utils import (
 from auto_circuit.utils.patchable_model import PatchableModel
 
 
-def edges_from_the_end(model: PatchableModel) -> list[Edge]:
-    """All edges: destinations from the last layer to the first, else in the graph's order."""
-    return sorted(model.edges, key=lambda edge: -edge.dest.layer)
+def edges_from_the_end(edges: Iterable[Edge]) -> list[Edge]:
+    """Edges by destination, from the last layer to the first, else in the graph's order."""
+    return sorted(edges, key=lambda edge: (-edge.dest.layer, edge))
 
 
 @dataclass(frozen=True, eq=False)

@@ -93,8 +93,6 @@ def test_guessing_that_edges_go_changes_nothing(make: Any) -> None:
 def test_exact_effects_are_those_of_whole_passes(
     make: Any, edges_at_once: int, seq_len: int | None
 ) -> None:
-    if seq_len and (edges_at_once > 1 or make in (pythia, attn_only)):
-        pytest.skip("no other code than with one edge at once, or without positions")
     bridge = make().to(t.float64)
     model = patchable_model(bridge, True, "last_seq", seq_len, separate_qkv=True)
     loader = token_loader(3, 3)

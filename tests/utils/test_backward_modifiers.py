@@ -21,7 +21,12 @@ from auto_circuit.prune_algos.integrated_gradients import (
 )
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.backward_modifiers import gim_backward, relp_backward
-from auto_circuit.utils.graph_utils import patch_mode, patchable_model
+from auto_circuit.utils.graph_utils import (
+    patch_mode,
+    patchable_model,
+    set_all_masks,
+    train_mask_mode,
+)
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import micro_model
 from tests.models import ARCHITECTURES, SIZES, gemma2, gpt2, llama, state_snapshot
@@ -283,3 +288,19 @@ def test_a_temperature_of_0_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected a number above 0"):
         with gim_backward(make(), softmax_temperature=0.0):
             pass
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_patched_values_are_what_they_are_without(share: float) -> None:
+    model, (batch,) = make("llama"), token_loader(4, 4)
+    patch = src_ablations(model, batch.corrupt)
+
+    def logits() -> Tensor:
+        with train_mask_mode(model), patch_mode(model, patch):
+            set_all_masks(model, share)
+            return model(batch.clean).detach()
+
+    true = logits()
+    for modifier in (gim_backward, relp_backward):
+        with modifier(model):
+            t.testing.assert_close(logits(), true, atol=1e-6, rtol=0.0)

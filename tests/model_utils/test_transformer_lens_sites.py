@@ -1,0 +1,87 @@
+"""Heads by their weights do what TransformerLens's own heads do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch as t
+from torch import Tensor
+
+from auto_circuit.model_utils import transformer_lens_sites
+from auto_circuit.utils.ablation_activations import src_ablations
+from auto_circuit.utils.graph_utils import patch_mode, patchable_model, train_mask_mode
+from auto_circuit.utils.patchable_model import PatchableModel
+from tests.models import gpt2, llama, pythia, tokens
+
+SEQ = 5
+CLEAN, CORRUPT = tokens(3, SEQ, seed=1), tokens(3, SEQ, seed=2)
+
+
+def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for architectures whose heads do not follow from the weights."""
+    monkeypatch.setattr(transformer_lens_sites, "projects_heads", lambda attention: False)
+
+
+def set_masks(model: PatchableModel, kind: str) -> None:
+    generator = t.Generator().manual_seed(0)
+    for mask in model.patch_masks.values():
+        noise = t.rand(mask.shape, generator=generator, dtype=mask.dtype)
+        values = {
+            "none": noise * 0,
+            "any": noise,
+            "few": (noise < 0.2).to(noise),
+            "most": (noise > 0.2).to(noise),
+        }
+        mask.data = values[kind]
+
+
+def outputs_and_gradients(model: PatchableModel, kind: str) -> list[Tensor]:
+    patch = src_ablations(model, CORRUPT)
+    with train_mask_mode(model) as masks, patch_mode(model, patch):
+        set_masks(model, kind)
+        outputs = model(CLEAN)
+        outputs.log_softmax(-1)[..., 3].sum().backward()
+        gradients = [
+            mask.grad.clone() for mask in masks.values() if mask.grad is not None
+        ]
+    set_masks(model, kind)
+    with t.no_grad(), patch_mode(model, patch):
+        without_gradients = [model(CLEAN).clone(), model(CLEAN).clone()]
+    return [patch, outputs.detach(), *without_gradients, *gradients]
+
+
+@pytest.mark.parametrize("kind", ["none", "any", "few", "most"])
+@pytest.mark.parametrize("separate_qkv", [True, False], ids=["qkv", "head"])
+@pytest.mark.parametrize("seq_len", [None, SEQ], ids=["all", "positions"])
+@pytest.mark.parametrize(
+    "make", [gpt2, llama, pytest.param(pythia, marks=pytest.mark.slow)]
+)
+def test_heads_by_weights_are_those_of_the_switches(
+    make: Callable[[], Any],
+    seq_len: int | None,
+    separate_qkv: bool,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bridge = make().to(t.float64)
+    args = (bridge, True, None, seq_len, separate_qkv)
+    by_weights = outputs_and_gradients(patchable_model(*args), kind)
+    without_weights(monkeypatch)
+    model = patchable_model(*args)
+    assert all(port.heads is None for port in model.plan.dest_ports)
+    by_switches = outputs_and_gradients(model, kind)
+    assert len(by_weights) == 4 + len(model.patch_masks)
+    # Of circuits of few edges, most edges have no gradient at all.
+    n_not_zero = sum(bool(tensor.any()) for tensor in by_weights)
+    assert n_not_zero > len(by_weights) / 2
+    for ours, theirs in zip(by_weights, by_switches, strict=True):
+        t.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_what_these_architectures_use(make: Callable[[], Any]) -> None:
+    model = patchable_model(make(), True, separate_qkv=True)
+    n_heads = [port.heads.n_rows for port in model.plan.dest_ports if port.heads]
+    assert n_heads == [12, 12] if make is gpt2 else [8, 8]
