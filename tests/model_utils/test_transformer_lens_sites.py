@@ -76,8 +76,12 @@ def test_heads_by_weights_are_those_of_the_switches(
     # Of circuits of few edges, most edges have no gradient at all.
     n_not_zero = sum(bool(tensor.any()) for tensor in by_weights)
     assert n_not_zero > len(by_weights) / 2
+    # Llama's norm computes in float32, whatever it is given.
+    atol = 1e-6 if make is llama else 1e-12
     for ours, theirs in zip(by_weights, by_switches, strict=True):
-        t.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-8)
+        t.testing.assert_close(
+            ours, theirs, atol=atol, rtol=1e-5 if make is llama else 0.0
+        )
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
