@@ -6,7 +6,8 @@ that a noisy machine slows both; a ratio is that of the shortest times. The plai
 computes the logits of every position, as it does by default; ours, like all of AutoCircuit,
 only those that `slice_output` says count. "Ratio, last logits" is to a plain model that is
 told to compute the last ones only. Memory is the peak above the loaded model, each in a
-process of its own. `make bench` runs this.
+process of its own. A row per algorithm compares it with the passes that its formula needs:
+`F` forward passes, `Bk` backward passes. `make bench` runs this.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch as t
@@ -32,11 +34,26 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from auto_circuit.data import PromptDataLoader, PromptDataset
 from auto_circuit.prune import run_circuits, set_masks
+from auto_circuit.prune_algos.ACDC import removed_edges
+from auto_circuit.prune_algos.activation_magnitude import (
+    activation_magnitude_prune_scores,
+)
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
+from auto_circuit.prune_algos.edge_pruning import edge_pruning_prune_scores
+from auto_circuit.prune_algos.exact_edge_patching import edge_effects
+from auto_circuit.prune_algos.head_importance import head_importance_prune_scores
+from auto_circuit.prune_algos.integrated_gradients import (
+    activation_integrated_gradients_prune_scores,
+    clean_corrupt_prune_scores,
+    input_integrated_gradients_prune_scores,
+)
+from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
+from auto_circuit.prune_algos.matryoshka import matryoshka_prune_scores
 from auto_circuit.prune_algos.random_edges import random_prune_scores
-from auto_circuit.types import PatchType
+from auto_circuit.prune_algos.subnetwork_probing import subnetwork_probing_prune_scores
+from auto_circuit.types import Edge, PatchType
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import (
     patch_mode,
@@ -50,7 +67,7 @@ from auto_circuit.utils.tensor_ops import circuit_mask
 Run = Callable[[], object]
 Plain = Callable[[int], object]
 """Plain passes, with the logits of the last so many positions; 0 means all."""
-ONE_PERCENT, N_SIZES = 0.01, 5
+ONE_PERCENT, N_SIZES, N_POINTS, N_STEPS, N_EDGES = 0.01, 5, 5, 5, 60
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,8 @@ class BenchConfig:
     batch_size: int = 8
     seq_len: int = 15
     n_threads: int = 2
+    quick: bool = False
+    """Leave out the rows of single algorithms."""
     out: Path = Path("results/bench.json")
     """Where the figures are written."""
     memory_of: str | None = None
@@ -76,6 +95,7 @@ class Case:
     run: Run
     plain: Plain
     budget: float | None = None
+    is_slow: bool = False
 
 
 class Bench:
@@ -110,13 +130,16 @@ class Bench:
         output = self.hf_model(inputs_embeds=embedded, logits_to_keep=logits_to_keep)
         _logit_diff(output.logits[:, -1]).backward()
 
-    def eap_passes(self, logits_to_keep: int) -> None:
-        self.forward(logits_to_keep)
-        self.forward_backward(logits_to_keep)
+    def passes(self, n_forward: int, n_forward_backward: int = 0) -> Plain:
+        """So many forward passes, and so many with a backward pass."""
 
-    def six_forwards(self, logits_to_keep: int) -> None:
-        for _ in range(1 + N_SIZES):
-            self.forward(logits_to_keep)
+        def run(logits_to_keep: int) -> None:
+            for _ in range(n_forward):
+                self.forward(logits_to_keep)
+            for _ in range(n_forward_backward):
+                self.forward_backward(logits_to_keep)
+
+        return run
 
     # --------------------------------------------------------------------- the cases
 
@@ -137,7 +160,7 @@ class Bench:
 
     def bare_bridge(self) -> float:
         with t.no_grad(), self.model.adapter.open_sites(self.model.wrapped_model, True):
-            return self.second(lambda: self.model.wrapped_model(self.clean))
+            return self.second(lambda: self.model.sliced(self.clean))
 
     def mask_training_step(self) -> float:
         patch = src_ablations(self.model, self.corrupt)
@@ -161,7 +184,9 @@ class Bench:
         circuit, _ = circuit_mask(scores, size)
         tree = {name: (~mask).float() for name, mask in circuit.items()}
         return [
-            Case("TransformerBridge, heads exposed", self.bare_bridge, self.forward),
+            Case(
+                "TransformerBridge, ready to be patched", self.bare_bridge, self.forward
+            ),
             Case("dense patched forward", self.patched(scores), self.forward, 1.6),
             Case("1 % circuit, forward", self.patched(tree), self.forward, 1.35),
             Case(
@@ -170,9 +195,106 @@ class Bench:
                 self.forward_backward,
                 1.9,
             ),
-            Case("EAP scores", self.eap, self.eap_passes, 1.35),
-            Case("run_circuits, 5 sizes", self.circuits, self.six_forwards),
+            Case("EAP scores", self.eap, self.passes(1, 1), 1.35),
+            Case("run_circuits, 5 sizes", self.circuits, self.passes(1 + N_SIZES)),
         ]
+
+    def algorithms(self) -> list[Case]:
+        """A row per algorithm: its time over that of the passes of its formula."""
+        model, loader = self.model, self.loader
+        n_sublayers = 1 + 2 * model.wrapped_model.cfg.n_layers  # type: ignore[union-attr]
+
+        def scores(func: Callable[..., object], **settings: object) -> Run:
+            return lambda: func(model, loader, None, **settings) and None
+
+        return [
+            Case(
+                "activation magnitude: F",
+                scores(activation_magnitude_prune_scores),
+                self.passes(1),
+            ),
+            Case(
+                "head importance (HISP): 2 F + Bk",
+                scores(head_importance_prune_scores),
+                self.passes(1, 1),
+                1.35,
+            ),
+            Case(
+                f"IEG, {N_POINTS} points: F + {N_POINTS} (F + Bk)",
+                scores(
+                    mask_gradient_prune_scores,
+                    grad_function="logit",
+                    answer_function="avg_diff",
+                    integrated_grad_samples=N_POINTS,
+                ),
+                self.passes(1, N_POINTS),
+                1.9,
+            ),
+            Case(
+                f"EAP-IG inputs: 2 F + {N_POINTS} (F + Bk)",
+                scores(
+                    input_integrated_gradients_prune_scores,
+                    integrated_grad_samples=N_POINTS,
+                ),
+                self.passes(2, N_POINTS),
+                1.35,
+            ),
+            Case(
+                f"EAP-IG activations: F + {n_sublayers} (F + Bk)",
+                scores(
+                    activation_integrated_gradients_prune_scores,
+                    integrated_grad_samples=1,
+                ),
+                self.passes(1, n_sublayers),
+                1.9,
+                is_slow=True,
+            ),
+            Case(
+                "clean-corrupt: 2 F + 2 (F + Bk)",
+                scores(clean_corrupt_prune_scores),
+                self.passes(2, 2),
+                1.35,
+            ),
+            Case("exact patching, an edge: F", self.exact_edge, self.forward, 0.7),
+            Case("ACDC, an edge: F", self.acdc_edge, self.forward, 0.7),
+            Case(
+                f"subnetwork probing: 2 F + {N_STEPS} (F + Bk)",
+                scores(
+                    subnetwork_probing_prune_scores,
+                    epochs=N_STEPS,
+                    tree_optimisation=True,
+                ),
+                self.passes(2, N_STEPS),
+                1.9,
+            ),
+            Case(
+                f"Edge Pruning: 2 F + {N_STEPS} (F + Bk)",
+                scores(edge_pruning_prune_scores, n_steps=N_STEPS),
+                self.passes(2, N_STEPS),
+                1.9,
+            ),
+            Case(
+                f"Matryoshka attribution: 2 F + {N_STEPS} (F + Bk)",
+                scores(matryoshka_prune_scores, n_steps=N_STEPS),
+                self.passes(2, N_STEPS),
+                1.9,
+            ),
+        ]
+
+    def some_edges(self) -> list[Edge]:
+        """Edges from all over the graph, as many to each layer as it has."""
+        edges = self.model.edges
+        return list(edges[:: len(edges) // N_EDGES])
+
+    def acdc_edge(self) -> float:
+        edges = self.some_edges()
+        run = partial(removed_edges, self.model, self.loader, 1e-4, edges=edges)
+        return _seconds(lambda: run() and None) / len(edges)
+
+    def exact_edge(self) -> float:
+        edges = self.some_edges()
+        run = partial(edge_effects, self.model, self.loader, edges)
+        return _seconds(lambda: run() and None) / len(edges)
 
 
 def _logit_diff(last_logits: Tensor) -> Tensor:
@@ -183,15 +305,14 @@ def main(config: BenchConfig) -> None:
     """Measure, print a table, write JSON."""
     bench = Bench(config)
     cases = {case.name: case for case in bench.cases()}
+    algorithms = [] if config.quick else bench.algorithms()
     if config.memory_of is not None:
         print(_peak_memory(cases[config.memory_of].run))
         return
     rows = [_measure(case, config.rounds) for case in cases.values()]
     for row in rows:
-        command = [sys.executable, __file__, "--memory-of", str(row["name"])]
-        row["peak_mb"] = round(
-            float(subprocess.check_output(command, text=True).split()[-1])
-        )
+        row["peak_mb"] = _measure_memory(str(row["name"]))
+    rows += [_measure(case, config.rounds) for case in algorithms]
     n_srcs = bench.model.plan.n_srcs
     buffer_mb = n_srcs * config.batch_size * config.seq_len * 768 * 4 / 1e6
     config.out.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +325,7 @@ def main(config: BenchConfig) -> None:
 def _measure(case: Case, rounds: int) -> dict[str, str | float | None]:
     case.run()
     times, plain_times, lean_times = [], [], []
-    for _ in range(rounds + 1):
+    for _ in range(1 + (rounds // 4 if case.is_slow else rounds)):
         plain_times.append(_seconds(lambda: case.plain(0)))
         lean_times.append(_seconds(lambda: case.plain(1)))
         times.append(_seconds(case.run))
@@ -276,7 +397,7 @@ def _print(
             f"{row['ratio']:.2f}",
             budget,
             f"{row['ratio_last_logits']:.2f}",
-            f"{row['peak_mb']:.0f}",
+            f"{row['peak_mb']:.0f}" if "peak_mb" in row else "-",
         )
     console = Console()
     console.print(table)

@@ -47,34 +47,57 @@ def exact_edge_patching_prune_scores(
     how many edges are patched in one pass, each for examples of its own (pays on GPUs, and
     for few short prompts).
     """
+    effects = edge_effects(
+        model,
+        dataloader,
+        model.edges,
+        grad_function,
+        answer_function,
+        ablation_type,
+        clean_corrupt,
+        edges_at_once,
+    )
+    scores = model.new_prune_scores()
+    for edge, effect in effects.items():
+        scores[edge.dest.module_name][edge.patch_idx] = effect
+    return scores
+
+
+def edge_effects(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    edges: Collection[Edge],
+    grad_function: GradFunction = "logit",
+    answer_function: AnswerFunction = "avg_diff",
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    clean_corrupt: Side | None = "corrupt",
+    edges_at_once: int = 1,
+) -> dict[Edge, float]:
+    """The same for some edges, for example to check another method's best ones."""
     check_choice("grad_function", grad_function, GradFunction)
     check_choice("answer_function", answer_function, AnswerFunction)
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
-    scores = model.new_prune_scores()
+    effects = dict.fromkeys(edges_from_the_end(edges), 0.0)
     for batch, outs in iter_src_ablations(model, dataloader, ablation_type, side):
         tokens, kwargs = batch.model_input("clean")
         with t.no_grad():
             clean_outputs = model.sliced(tokens, **kwargs)
         ready = TrainingBatch(batch, tokens, kwargs, outs, clean_outputs)
-        weight = len(tokens) / dataloader.n_prompts
 
         def loss(outputs: Tensor, batch: PromptPairBatch = batch) -> float:
             return float(answer_loss(outputs, batch, grad_function, answer_function))
 
         unpatched = loss(clean_outputs)
+        weight = len(tokens) / dataloader.n_prompts
         with trial(model, ready, edges_at_once) as circuits:
-            for edges in tqdm(
-                list(chunks(edges_from_the_end(model.edges), edges_at_once)), leave=False
-            ):
-                of_edge = {edge: slice(i, i + 1) for i, edge in enumerate(edges)}
-                for edge, circuit in of_edge.items():
-                    circuits.patch(edge, circuit, 1.0)
-                outputs = circuits.outputs(first=edges[-1])
-                for edge, circuit in of_edge.items():
-                    circuits.patch(edge, circuit, 0.0)
-                    effect = (loss(outputs[circuit].squeeze(0)) - unpatched) * weight
-                    scores[edge.dest.module_name][edge.patch_idx] += effect
-    return scores
+            for tried in tqdm(list(chunks(list(effects), edges_at_once)), leave=False):
+                for circuit, edge in enumerate(tried):
+                    circuits.patch(edge, slice(circuit, circuit + 1), 1.0)
+                outputs = circuits.outputs(first=tried[-1])
+                for edge, of_circuit in zip(tried, outputs, strict=False):
+                    circuits.patch(edge, slice(None), 0.0)
+                    effects[edge] += (loss(of_circuit) - unpatched) * weight
+    return effects
 
 
 EXACT_EDGE_PATCHING_PRUNE_ALGO = PruneAlgo(
