@@ -21,8 +21,6 @@ API: dict[str, Any] = json.loads(
 )
 # The issues that bring them: 3 (algorithms), 4 (the evaluation half).
 TO_COME = (
-    "auto_circuit.experiment_utils:IOI_CIRCUIT_TYPE",
-    "auto_circuit.experiment_utils:ioi_circuit_single_template_logit_diff_percent",
     "auto_circuit.model_utils.sparse_autoencoders.",
 )
 PRIVATE = "__init_complete__"  # of auto-circuit's Task: not for users
