@@ -8,7 +8,7 @@ in the tuple to be measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -187,6 +187,29 @@ CORRECT_ANSWER_GREATER_THAN_INCORRECT_PERCENT_METRIC = PruneMetric(
         prompt_correct_percents, out_of_correct_and_incorrect_answers=True
     ),
 )
+
+PERCENT_METRICS: tuple[PruneMetric, ...] = (
+    LOGIT_DIFF_PERCENT_METRIC,
+    PROB_DIFF_PERCENT_METRIC,
+    LOGPROB_DIFF_PERCENT_METRIC,
+)
+"""Those that are the ratio of a circuit's mean to the model's."""
+
+
+def with_mean_of_ratios(metric: PruneMetric) -> PruneMetric:
+    """A percentage as the mean over prompts of each one's; other metrics as they are.
+
+    Source: Miller et al. 2024 (arXiv 2407.08734), figure 4: the two differ.
+    """
+    if metric not in PERCENT_METRICS or metric.prompt_func is None:
+        return metric
+    return replace(
+        metric,
+        name=f"{metric.name}, Mean over Prompts",
+        metric_func=partial(metric.metric_func, diff_of_means=False),
+        prompt_func=partial(metric.prompt_func, diff_of_means=False),
+    )
+
 
 PRUNE_METRICS: tuple[PruneMetric, ...] = (
     CLEAN_KL_DIV_METRIC,
