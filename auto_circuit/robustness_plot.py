@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
@@ -27,7 +29,6 @@ def robustness_fig(
     """
     tasks = list(dict.fromkeys(row.task for row in rows))
     algos = list(dict.fromkeys(row.algo for row in rows))
-    shares = sorted({row.share for row in rows})
     labels = list(dict.fromkeys(_label(row) for row in rows))
     fig = make_subplots(
         rows=max(1, len(algos)),
@@ -41,26 +42,13 @@ def robustness_fig(
         horizontal_spacing=0.03,
         vertical_spacing=0.3 / max(1, len(algos)),
     )
-    colors = dict(zip(shares, _colors(len(shares)), strict=True))
-    for row_idx, algo in enumerate(algos, start=1):
-        for col_idx, task in enumerate(tasks, start=1):
-            panel = [row for row in rows if (row.task, row.algo) == (task, algo)]
-            in_legend = row_idx == col_idx == 1
-            for share in shares:
-                points = [row for row in panel if row.share == share]
-                trace = _dots(points, share, colors[share], in_legend)
-                fig.add_trace(trace, row=row_idx, col=col_idx)
-                base = next(row.verdict for row in points if row.is_base)
-                fig.add_vline(
-                    x=base,
-                    line={"dash": "dot", "width": 1, "color": colors[share]},
-                    row=row_idx,
-                    col=col_idx,
-                )
-            for border in _borders(labels):
-                fig.add_hline(
-                    y=border, line={"color": LINE_COLOR}, row=row_idx, col=col_idx
-                )
+    panels = itertools.product(enumerate(algos, start=1), enumerate(tasks, start=1))
+    for (row_idx, algo), (col_idx, task) in panels:
+        points = [row for row in rows if (row.task, row.algo) == (task, algo)]
+        place: dict[str, Any] = {"row": row_idx, "col": col_idx}
+        _draw_panel(fig, points, place, in_legend=row_idx == col_idx == 1)
+        for border in _borders(labels):
+            fig.add_hline(y=border, line={"color": LINE_COLOR}, **place)
     fig.update_xaxes(title_text="Verdict: % of the task that the circuit does")
     fig.update_yaxes(
         categoryorder="array",
@@ -79,13 +67,26 @@ def robustness_fig(
     return fig
 
 
+def _draw_panel(
+    fig: go.Figure,
+    rows: Sequence[RobustnessRow],
+    place: Mapping[str, Any],
+    in_legend: bool,
+) -> None:
+    shares = sorted({row.share for row in rows})
+    for idx, share in enumerate(shares):
+        color = sample_colorscale("Blues", [0.35 + 0.6 * idx / max(1, len(shares) - 1)])[
+            0
+        ]
+        points = [row for row in rows if row.share == share]
+        fig.add_trace(_dots(points, share, color, in_legend), **place)
+        base = next(row.verdict for row in points if row.is_base)
+        line = {"dash": "dot", "width": 1, "color": color}
+        fig.add_vline(x=base, line=line, **place)
+
+
 def _label(row: RobustnessRow) -> str:
     return f"<b>{row.choice}</b>: {row.value}"
-
-
-def _colors(count: int) -> list[str]:
-    places = [0.35 + 0.6 * i / max(1, count - 1) for i in range(count)]
-    return sample_colorscale("Blues", places)
 
 
 def _borders(labels: Sequence[str]) -> list[float]:
@@ -95,7 +96,7 @@ def _borders(labels: Sequence[str]) -> list[float]:
 
 
 def _dots(
-    rows: Sequence[RobustnessRow], share: float, color: str, in_legend: bool
+    rows: Sequence[RobustnessRow], share: float, color: Any, in_legend: bool
 ) -> go.Scatter:
     name = f"{100 * share:g} % of the edges"
     return go.Scatter(

@@ -145,12 +145,13 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for field in ExperimentConfig.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in text, field
-    for words in ("Keys of tasks", "What is patched in", "The folder that holds"):
+    for words in ("Keys of tasks", "what is patched in", "The folder that holds"):
         assert words in re.sub(r"[\s│]+", " ", text)
 
 
 def test_the_summary_of_no_logit_differences() -> None:
     algo = experiments.find_prune_algo("EAP")
-    summary = experiments.summarize([], {("Task", algo.key): 1.0}, [algo])
+    summary = experiments.summarize([], {("Task", algo.key): 1.0}, [algo], {})
     assert summary["edges_for_80_percent"].isna().all()
+    assert summary["auroc"].isna().all()
     assert t.tensor(summary["seconds"][0]) == 1.0

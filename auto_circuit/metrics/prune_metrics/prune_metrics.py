@@ -201,13 +201,15 @@ def with_mean_of_ratios(metric: PruneMetric) -> PruneMetric:
 
     Source: Miller et al. 2024 (arXiv 2407.08734), figure 4: the two differ.
     """
-    if metric not in PERCENT_METRICS or metric.prompt_func is None:
+    if metric not in PERCENT_METRICS:
         return metric
+    metric_func: Any = metric.metric_func
+    prompt_func: Any = metric.prompt_func
     return replace(
         metric,
         name=f"{metric.name}, Mean over Prompts",
-        metric_func=partial(metric.metric_func, diff_of_means=False),
-        prompt_func=partial(metric.prompt_func, diff_of_means=False),
+        metric_func=partial(metric_func, diff_of_means=False),
+        prompt_func=partial(prompt_func, diff_of_means=False),
     )
 
 
