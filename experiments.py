@@ -12,6 +12,9 @@ choices of Miller et al. 2024 is changed, and a figure shows how the verdict cha
 
     python experiments.py robustness
     python experiments.py robustness --algos EAP IEG --circuit-shares 0.01 0.1
+
+`tracr-reverse` and `tracr-xproportion` are sweeps on compiled models, whose circuits are
+known exactly: their tables say how well each algorithm finds these (AUROC).
 """
 
 from __future__ import annotations
@@ -50,7 +53,10 @@ from auto_circuit.metrics.prune_metrics.task_measurements import (
     nest_rows,
     task_measurement_rows,
 )
+from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO, MSE_ACDC_PRUNE_ALGO
+from auto_circuit.prune_algos.exact_edge_patching import EXACT_EDGE_PATCHING_PRUNE_ALGO
 from auto_circuit.prune_algos.prune_algos import (
+    PRUNE_ALGOS,
     PruneAlgo,
     find_prune_algo,
     run_prune_algo,
@@ -67,6 +73,8 @@ from auto_circuit.tasks import (
     POCKET_GREATERTHAN_TASK,
     POCKET_IOI_TOKEN_TASK,
     POCKET_TASKS,
+    TRACR_REVERSE_TOKEN_CIRCUIT_TASK,
+    TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK,
     Task,
     find_task,
 )
@@ -447,6 +455,12 @@ def print_robustness(
 # -------------------------------------------------------------------- named experiments
 
 
+EDGE_BY_EDGE_PRUNE_ALGOS = (
+    ACDC_PRUNE_ALGO,
+    MSE_ACDC_PRUNE_ALGO,
+    EXACT_EDGE_PATCHING_PRUNE_ALGO,
+)
+
 ROBUSTNESS = ExperimentConfig(
     name="robustness",
     tasks=(
@@ -461,9 +475,29 @@ ROBUSTNESS = ExperimentConfig(
 )
 """The pocket tasks whose prompts have one length, so that positions can be told apart."""
 
+TRACR_REVERSE = ExperimentConfig(
+    name="tracr-reverse",
+    tasks=(TRACR_REVERSE_TOKEN_CIRCUIT_TASK.key,),
+    algos=tuple(
+        algo.short_name for algo in PRUNE_ALGOS if algo not in EDGE_BY_EDGE_PRUNE_ALGOS
+    ),
+    metrics=("Clean KL Div", LOGIT_DIFF_PERCENT_METRIC.key),
+)
+"""Every algorithm against a circuit that is known exactly, but those that patch each edge."""
+
+TRACR_XPROPORTION = ExperimentConfig(
+    name="tracr-xproportion",
+    tasks=(TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK.key,),
+    algos=("GT", "Act Mag", "Random", "EAP (MSE)", "STP (MSE)", "TP (MSE)"),
+    metrics=("Clean MSE",),
+)
+"""The algorithms that compare numbers: this program's output is no word."""
+
 EXPERIMENTS: dict[str, ExperimentConfig] = {
     "sweep": ExperimentConfig(),
     "robustness": ROBUSTNESS,
+    "tracr-reverse": TRACR_REVERSE,
+    "tracr-xproportion": TRACR_XPROPORTION,
 }
 """The first word of the command line -> what its options change."""
 

@@ -20,9 +20,7 @@ API: dict[str, Any] = json.loads(
     (Path(__file__).parent / "upstream_api.json").read_text()
 )
 # The issues that bring them: 3 (algorithms), 4 (the evaluation half).
-TO_COME = (
-    "auto_circuit.model_utils.sparse_autoencoders.",
-)
+TO_COME = ("auto_circuit.model_utils.sparse_autoencoders.",)
 PRIVATE = "__init_complete__"  # of auto-circuit's Task: not for users
 
 

@@ -37,6 +37,7 @@ from auto_circuit.types import AblationType, AlgoPruneScores, PatchType
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
 from experiments import ROBUSTNESS, ExperimentConfig, run_robustness
+from tests.browser import check_shown
 from tests.models import gpt2
 
 TASK = replace(POCKET_IOI_TOKEN_TASK, batch_size=8, batch_count=1)
@@ -277,6 +278,12 @@ def test_the_figure_has_a_line_for_each_value_and_a_dot_for_each_size() -> None:
     verticals = [shape.x0 for shape in fig.layout.shapes if shape.x0 == shape.x1]
     assert verticals == [50, 90]
     assert [a.text for a in fig.layout.annotations] == ["Task, my EAP"]
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_figure(rows: list[RobustnessRow], tmp_path: Path) -> None:
+    robustness_fig(rows).write_html(tmp_path / "robustness.html")
+    check_shown(tmp_path / "robustness.html")
 
 
 @pytest.mark.slow

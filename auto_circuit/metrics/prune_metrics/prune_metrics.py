@@ -31,6 +31,10 @@ from auto_circuit.metrics.prune_metrics.correct_answer_percent import (
     prompt_correct_percents,
 )
 from auto_circuit.metrics.prune_metrics.kl_div import measure_kl_div, prompt_kl_divs
+from auto_circuit.metrics.prune_metrics.mean_squared_error import (
+    measure_mean_squared_error,
+    prompt_squared_errors,
+)
 from auto_circuit.metrics.prune_metrics.prompt_stats import PromptFunc
 from auto_circuit.types import CircuitOutputs, Measurements, PruneMetricKey
 
@@ -94,6 +98,18 @@ CORRUPT_KL_DIV_METRIC = PruneMetric(
     y_min=1e-6,
     prompt_func=partial(prompt_kl_divs, compare_to_clean=False),
 )
+CLEAN_MSE_METRIC = PruneMetric(
+    key="Clean MSE",
+    name="Squared Difference to Clean",
+    metric_func=measure_mean_squared_error,
+    log_x=True,
+    log_y=True,
+    lower_better=True,
+    y_min=1e-6,
+    prompt_func=prompt_squared_errors,
+)
+"""For models whose output is a number; auto-circuit has no such metric."""
+
 ANSWER_LOGIT_METRIC = PruneMetric(
     key="Answer Logit",
     name="Answer Logit",
@@ -216,6 +232,7 @@ def with_mean_of_ratios(metric: PruneMetric) -> PruneMetric:
 PRUNE_METRICS: tuple[PruneMetric, ...] = (
     CLEAN_KL_DIV_METRIC,
     CORRUPT_KL_DIV_METRIC,
+    CLEAN_MSE_METRIC,
     ANSWER_LOGIT_METRIC,
     WRONG_ANSWER_LOGIT_METRIC,
     ANSWER_PROB_METRIC,
