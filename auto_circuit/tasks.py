@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import torch as t
 from torch.nn import Module
+from transformer_lens.model_bridge import TransformerBridge
 
 from auto_circuit.data import PromptDataLoader, load_datasets_from_json
 from auto_circuit.errors import ConfigError, DataError, near_matches
@@ -34,6 +35,9 @@ from auto_circuit.metrics.official_circuits.circuits.tracr.xproportion_official 
     tracr_xproportion_official_edges,
 )
 from auto_circuit.model_utils.load_model import load_transformer
+from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import (
+    sae_model,
+)
 from auto_circuit.model_utils.tracr_model_utils import TRACR_TASK_KEY, get_tracr_model
 from auto_circuit.types import AutoencoderInput, Edge, OutputSlice, TaskKey
 from auto_circuit.utils.graph_utils import patchable_model
@@ -54,6 +58,11 @@ class Task:
         local folder.
     _dataset_name: a prompt file: `datasets/<name>.json`, or a path to one.
     factorized, separate_qkv, slice_output: see `patchable_model`.
+    autoencoder_input: see each MLP's output ("resid_delta_mlp") or neurons
+        ("mlp_post_act") through a published sparse autoencoder, see `load_autoencoder`.
+        Of its latents the autoencoder_max_latents are kept that are most active on the
+        training prompts (with autoencoder_prune_with_corrupt on the corrupt ones too).
+        autoencoder_pythia_size: which of Pythia's autoencoders.
     _true_edge_func: (model) or (model, token_positions, word_idxs, seq_start_idx) -> the
         edges of the known circuit; None if it is not known.
     dtype: the type in which the model is loaded, if it is named.
@@ -88,7 +97,7 @@ class Task:
         """The model, with its graph."""
         train_loader, test_loader = self._loaders
         return patchable_model(
-            self._bare_model,
+            self._graph_model,
             factorized=self.factorized,
             slice_output=self.slice_output,
             seq_len=train_loader.seq_len if self.token_circuit else None,
@@ -138,15 +147,33 @@ class Task:
     def _bare_model(self) -> Module:
         if isinstance(self._model_def, Module):
             return self._model_def
-        if self.autoencoder_input is not None:
-            raise ConfigError(
-                f"The task {self.key!r} asks for sparse autoencoders "
-                "(`autoencoder_input`), which this version cannot insert."
-            )
         for program in get_args(TRACR_TASK_KEY):
             if self._model_def == program:
                 return get_tracr_model(program, self._device)[0]
         return load_transformer(self._model_def, self._device, self.dtype)
+
+    @property
+    def _graph_model(self) -> Module:
+        """The model whose graph it is: the bare one, or seen through autoencoders."""
+        bridge = self._bare_model
+        if self.autoencoder_input is None:
+            return bridge
+        if not isinstance(bridge, TransformerBridge):
+            raise ConfigError(
+                f"The task {self.key!r} asks for sparse autoencoders "
+                f"(`autoencoder_input`), but a {type(bridge).__name__} has none."
+            )
+        saes = sae_model(
+            bridge,
+            self.autoencoder_input,
+            load_pretrained=True,
+            pythia_size=self.autoencoder_pythia_size,
+        )
+        return saes.pruned(
+            self.train_loader,
+            self.autoencoder_max_latents,
+            include_corrupt=bool(self.autoencoder_prune_with_corrupt),
+        )
 
     @property
     def _device(self) -> t.device:
