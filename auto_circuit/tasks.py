@@ -204,6 +204,12 @@ class Task:
         path = Path(name)
         if path.suffix != ".json":
             path = repo_path_to_abs_path(f"datasets/{name}.json")
+        if not path.exists() and name in GENERATORS:
+            raise DataError(
+                f"The task {self.key!r} needs the prompt file {path}, which is not part of "
+                "the repository: its words must be tokens of the model's own tokenizer. "
+                f"With a network connection, write it with `python {GENERATORS[name]}`."
+            )
         if not path.exists():
             raise DataError(
                 f"The task {self.key!r} needs the prompt file {path}, which does not "
@@ -211,6 +217,19 @@ class Task:
                 "`load_datasets_from_json`), or give the task another `_dataset_name`."
             )
         return path
+
+
+GENERATORS: dict[str, str] = {
+    "docstring_attn-only-4l_prompts": (
+        "datasets/docstring_generator.py --model-name attn-only-4l --tokenizer "
+        "NeelNanda/Attn_Only_4L512W_C4_Code"
+    ),
+    "sports-players/sports_players_pythia-2.8b-deduped_prompts": (
+        "datasets/sports-players/sports_players_generator.py"
+    ),
+    "capital_cities_pythia-70m-deduped_prompts": "datasets/capital_cities_generator.py",
+}
+"""Prompt files that cannot be written offline -> the script that writes them."""
 
 
 def _per_split(value: PerSplit) -> tuple[int, int]:
@@ -315,7 +334,7 @@ DOCSTRING_TOKEN_CIRCUIT_TASK = Task(
     batch_count=2,
     token_circuit=True,
     _model_def="attn-only-4l",
-    _dataset_name="docstring_prompts",
+    _dataset_name="docstring_attn-only-4l_prompts",
     _true_edge_func=docstring_node_based_official_edges,
 )
 DOCSTRING_COMPONENT_CIRCUIT_TASK = Task(
@@ -325,7 +344,7 @@ DOCSTRING_COMPONENT_CIRCUIT_TASK = Task(
     batch_count=2,
     token_circuit=False,
     _model_def="attn-only-4l",
-    _dataset_name="docstring_prompts",
+    _dataset_name="docstring_attn-only-4l_prompts",
     _true_edge_func=docstring_true_edges,
 )
 GREATERTHAN_COMPONENT_CIRCUIT_TASK = Task(
@@ -337,6 +356,60 @@ GREATERTHAN_COMPONENT_CIRCUIT_TASK = Task(
     _model_def="gpt2-small",
     _dataset_name="greaterthan_gpt2-small_prompts",
     _true_edge_func=greaterthan_true_edges,
+)
+
+# MLPs seen through sparse autoencoders, whose latents are sources of the graph.
+
+IOI_GPT2_AUTOENCODER_COMPONENT_CIRCUIT_TASK = Task(
+    key="Indirect Object Identification GPT2 Autoencoder Component Circuit",
+    name="Indirect Object Identification",
+    batch_size=1,
+    batch_count=2,
+    token_circuit=False,
+    _model_def="gpt2-small",
+    _dataset_name="ioi/ioi_prompts",
+    autoencoder_input="resid_delta_mlp",
+    autoencoder_max_latents=200,
+)
+GREATERTHAN_GPT2_AUTOENCODER_COMPONENT_CIRCUIT_TASK = Task(
+    key="Greaterthan GPT2 Autoencoder Component Circuit",
+    name="Greaterthan",
+    batch_size=1,
+    batch_count=2,
+    token_circuit=False,
+    _model_def="gpt2-small",
+    _dataset_name="greaterthan_gpt2-small_prompts",
+    autoencoder_input="resid_delta_mlp",
+    autoencoder_max_latents=200,
+)
+ANIMAL_DIET_GPT2_AUTOENCODER_COMPONENT_CIRCUIT_TASK = Task(
+    key="Animal Diet GPT2 Autoencoder Component Circuit",
+    name="Animal Diet",
+    batch_size=2,
+    batch_count=16,
+    token_circuit=False,
+    _model_def="gpt2-small",
+    _dataset_name="animal_diet_short_prompts",
+    autoencoder_input="resid_delta_mlp",
+    autoencoder_max_latents=200,
+)
+CAPITAL_CITIES_PYTHIA_70M_AUTOENCODER_TOKEN_CIRCUIT_TASK = Task(
+    key="Capital Cities Pythia 70M Autoencoder Token Circuit",
+    name="Capital Cities",
+    batch_size=2,
+    batch_count=4,
+    token_circuit=True,
+    _model_def="EleutherAI/pythia-70m-deduped",
+    _dataset_name="capital_cities_pythia-70m-deduped_prompts",
+    autoencoder_input="resid_delta_mlp",
+    autoencoder_max_latents=200,
+    autoencoder_pythia_size="2_32768",
+)
+AUTOENCODER_TASKS: tuple[Task, ...] = (
+    IOI_GPT2_AUTOENCODER_COMPONENT_CIRCUIT_TASK,
+    GREATERTHAN_GPT2_AUTOENCODER_COMPONENT_CIRCUIT_TASK,
+    ANIMAL_DIET_GPT2_AUTOENCODER_COMPONENT_CIRCUIT_TASK,
+    CAPITAL_CITIES_PYTHIA_70M_AUTOENCODER_TOKEN_CIRCUIT_TASK,
 )
 
 # Compiled programs, whose circuits are known exactly. Their models come with the package.
@@ -378,6 +451,7 @@ TASKS: tuple[Task, ...] = (
     DOCSTRING_TOKEN_CIRCUIT_TASK,
     DOCSTRING_COMPONENT_CIRCUIT_TASK,
     GREATERTHAN_COMPONENT_CIRCUIT_TASK,
+    *AUTOENCODER_TASKS,
 )
 TASK_DICT: dict[TaskKey, Task] = {task.key: task for task in TASKS}
 

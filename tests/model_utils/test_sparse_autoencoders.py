@@ -248,7 +248,7 @@ def test_the_task_asks_for_latents(folder: Path) -> None:
         autoencoder_prune_with_corrupt=True,
     )
     name = Path(POCKET_MODEL).name
-    bridge = task._bare_model
+    bridge: Any = task._bare_model
     for block in range(bridge.cfg.n_layers):
         file = weights(5, bridge.cfg.d_model)
         save_file(file, folder / f"{name}_resid_delta_mlp_{block}.safetensors")

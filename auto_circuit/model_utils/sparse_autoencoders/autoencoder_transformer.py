@@ -143,6 +143,7 @@ def sae_model(
     without the files.
     """
     hook = _hook_name(sae_input)
+    _check_mlps(model, sae_input)
     if not load_pretrained and n_latents is None:
         raise ConfigError("Random autoencoders need `n_latents`, or load published ones.")
     saes = {}
@@ -180,16 +181,20 @@ def _write_weight(model: TransformerBridge, block: int) -> Tensor:
     return model.blocks[block].mlp.W_out
 
 
-def _check(model: AutoencoderTransformer) -> None:
-    bridge, sae_input = model.wrapped_model, model.sae_input
-    _hook_name(sae_input)
-    if not has_mlps(bridge):
+def _check_mlps(model: TransformerBridge, sae_input: AutoencoderInput) -> None:
+    if not has_mlps(model):
         raise ModelError("The model has no MLPs, so it has nothing for autoencoders.")
-    if sae_input == "mlp_post_act" and has_post_norm(bridge):
+    if sae_input == "mlp_post_act" and has_post_norm(model):
         raise ModelError(
             "The model normalises what its MLPs write, so neurons write no parts of it. Use "
             "autoencoders of 'resid_delta_mlp'."
         )
+
+
+def _check(model: AutoencoderTransformer) -> None:
+    bridge, sae_input = model.wrapped_model, model.sae_input
+    _hook_name(sae_input)
+    _check_mlps(bridge, sae_input)
     for block, sae in model.saes.items():
         if block not in range(bridge.cfg.n_layers):
             raise ConfigError(
