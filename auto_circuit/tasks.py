@@ -195,7 +195,7 @@ class Task:
             batch_size=sizes,
             train_test_size=(sizes[0] * counts[0], sizes[1] * counts[1]),
             return_seq_length=self.token_circuit,
-            tail_divergence=has_tokenizer,
+            tail_divergence=has_tokenizer and _has_kv_cache(model),
             random_seed=self.seed,
         )
 
@@ -217,6 +217,11 @@ class Task:
                 "`load_datasets_from_json`), or give the task another `_dataset_name`."
             )
         return path
+
+
+def _has_kv_cache(model: Any) -> bool:
+    """TransformerLens's own models have none, so they run every prompt from its start."""
+    return getattr(model.cfg, "architecture", None) != "TransformerLensNative"
 
 
 GENERATORS: dict[str, str] = {
