@@ -64,11 +64,10 @@ def figure_in(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 def labels(traces: list[dict[str, Any]], layout: dict[str, Any]) -> Counter[str]:
     """Every text that must be readable: legend, titles, axes, panels, nodes."""
-    texts = [trace["name"] for trace in traces if "name" in trace]
-    hidden = [trace["name"] for trace in traces if trace.get("showlegend") is False]
+    named = [trace for trace in traces if "name" in trace]
+    texts = [trace["name"] for trace in named if trace.get("showlegend") is not False]
     if len(traces) == 1 or layout.get("showlegend") is False:
-        hidden = texts
-    texts = [text for text in texts if text not in hidden or texts.count(text) > 1]
+        texts = []  # plotly.js draws no legend of its own
     for trace in traces:
         texts += (
             trace.get("node", {}).get("label", []) if trace["type"] == "sankey" else []
