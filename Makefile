@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint format bench pocket-model datasets lock clean
+.PHONY: help run robustness test lint format bench pocket-model datasets lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -21,6 +21,9 @@ help:  ## show this list
 
 run: $(VENV)/.stamp-run  ## run a sweep: make run ARGS="--help"
 	$(BIN)/python experiments.py $(ARGS)
+
+robustness: $(VENV)/.stamp-run  ## test the same circuits in other ways, and draw what changes
+	$(BIN)/python experiments.py robustness $(ARGS)
 
 test: $(VENV)/.stamp-dev  ## run the tests: make test ARGS=--runslow
 	$(BIN)/python -m pytest $(ARGS)

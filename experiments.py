@@ -6,6 +6,15 @@ All of it is written to `results/<name>-<hash>/`, and a table is printed.
 
     python experiments.py --help
     python experiments.py --tasks "Pocket IOI" --algos EAP IEG
+
+`robustness` as the first word tests the same circuits in other ways: each of the six
+choices of Miller et al. 2024 is changed, and a figure shows how the verdict changes.
+
+    python experiments.py robustness
+    python experiments.py robustness --algos EAP IEG --circuit-shares 0.01 0.1
+
+`tracr-reverse` and `tracr-xproportion` are sweeps on compiled models, whose circuits are
+known exactly: their tables say how well each algorithm finds these (AUROC).
 """
 
 from __future__ import annotations
@@ -15,56 +24,81 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import tyro
+from plotly.graph_objects import Figure
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
 from auto_circuit.errors import AutoCircuitError, ConfigError
 from auto_circuit.metrics.area_under_curve import area_share, edges_for_share, has_area
+from auto_circuit.metrics.official_circuits.measure_roc import measure_task_roc, roc_auc
+from auto_circuit.metrics.official_circuits.roc_plot import roc_plot
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOGIT_DIFF_PERCENT_METRIC,
     PruneMetric,
     find_metric,
+    with_mean_of_ratios,
 )
 from auto_circuit.metrics.prune_metrics.prune_metrics_plot import measurement_figs
 from auto_circuit.metrics.prune_metrics.task_measurements import (
     nest_rows,
     task_measurement_rows,
 )
+from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO, MSE_ACDC_PRUNE_ALGO
+from auto_circuit.prune_algos.exact_edge_patching import EXACT_EDGE_PATCHING_PRUNE_ALGO
 from auto_circuit.prune_algos.prune_algos import (
+    PRUNE_ALGOS,
     PruneAlgo,
     find_prune_algo,
     run_prune_algo,
 )
-from auto_circuit.tasks import POCKET_TASKS, Task, find_task
+from auto_circuit.robustness import (
+    Choices,
+    RobustnessRow,
+    chosen_task,
+    robustness_rows,
+)
+from auto_circuit.robustness_plot import robustness_fig
+from auto_circuit.tasks import (
+    POCKET_DOCSTRING_TASK,
+    POCKET_GREATERTHAN_TASK,
+    POCKET_IOI_TOKEN_TASK,
+    POCKET_TASKS,
+    TRACR_REVERSE_TOKEN_CIRCUIT_TASK,
+    TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK,
+    Task,
+    find_task,
+)
 from auto_circuit.types import (
-    AblationType,
     AlgoKey,
+    AlgoMeasurements,
     AlgoPruneScores,
     EdgeCounts,
     MeasurementRow,
     Measurements,
-    PatchType,
     TaskKey,
+    TaskMeasurements,
     TaskPruneScores,
     TestEdges,
 )
 from auto_circuit.utils.custom_tqdm import tqdm
 
 SHARE = 0.8
-Seconds = dict[tuple[TaskKey, AlgoKey], float]
+Numbers = dict[tuple[TaskKey, AlgoKey], float]
 
 
 @dataclass(frozen=True)
-class ExperimentConfig:
-    """One sweep. Without arguments: the pocket tasks, which need no download."""
+class ExperimentConfig(Choices):
+    """One experiment. Without arguments: the pocket tasks, which need no download."""
 
     name: str = "pocket"
     """The first part of the result folder's name."""
@@ -75,16 +109,12 @@ class ExperimentConfig:
     need a known circuit are left out on tasks without one."""
     metrics: tuple[str, ...] = ("Clean KL Div", "Logit Diff", "Logit Diff Percent")
     """Keys of metrics (see auto_circuit/metrics/prune_metrics/prune_metrics.py)."""
-    ablation: AblationType = AblationType.RESAMPLE
-    """What is patched in when circuits are tested."""
-    patch_type: PatchType = PatchType.TREE_PATCH
-    """TREE_PATCH: patch all edges but the circuit's. EDGE_PATCH: patch the circuit's."""
-    reverse_clean_corrupt: bool = False
-    """Swap the roles of clean and corrupt prompts."""
     edge_counts: EdgeCounts = EdgeCounts.LOGARITHMIC
     """Which circuit sizes are tested: LOGARITHMIC (1..9, 10, 20, ...), ALL or GROUPS."""
     circuit_sizes: tuple[int, ...] = ()
     """Exactly these numbers of edges, instead of `edge_counts`."""
+    circuit_shares: tuple[float, ...] = ()
+    """Exactly these shares of all edges (0.05 is 5 %), instead of `edge_counts`."""
     seed: int = 42
     """Which prompts are picked from each task's file, and in which order."""
     device: str | None = None
@@ -108,7 +138,7 @@ class ExperimentConfig:
     @property
     def test_edges(self) -> TestEdges:
         """The circuit sizes, as the metrics take them."""
-        return list(self.circuit_sizes) or self.edge_counts
+        return [*self.circuit_sizes, *self.circuit_shares] or self.edge_counts
 
 
 def _plain(value: object) -> object:
@@ -117,12 +147,16 @@ def _plain(value: object) -> object:
 
 @dataclass(frozen=True)
 class ExperimentResults:
-    """What an experiment found: scores, measurements, a summary and where they lie."""
+    """What an experiment found: scores, measurements, a summary and where they lie.
+
+    rocs: of the tasks whose circuit is known; see `measure_task_roc`.
+    """
 
     config: ExperimentConfig
     scores: TaskPruneScores
     rows: list[MeasurementRow]
     summary: pd.DataFrame
+    rocs: TaskMeasurements
 
 
 def run_experiment(config: ExperimentConfig) -> ExperimentResults:
@@ -130,25 +164,40 @@ def run_experiment(config: ExperimentConfig) -> ExperimentResults:
 
     Raises ConfigError, before anything is computed, for unknown names.
     """
-    tasks = [_task(key, config) for key in config.tasks]
-    algos = [find_prune_algo(name) for name in config.algos]
-    metrics = [find_metric(key) for key in config.metrics]
-    _check_not_empty(config)
+    tasks, algos, metrics = _named(config)
+    if config.mean_of_ratios:
+        metrics = [with_mean_of_ratios(metric) for metric in metrics]
     scores: TaskPruneScores = {}
     rows: list[MeasurementRow] = []
-    seconds: Seconds = {}
+    rocs: TaskMeasurements = {}
+    seconds: Numbers = {}
+    aurocs: Numbers = {}
     for task in tqdm(tasks, desc="Tasks"):
         scores[task.key] = _timed_scores(task, algos, seconds)
         rows += _measure(task, scores[task.key], metrics, config)
+        if task.true_edges is not None:
+            rocs[task.key] = _rocs(task, scores[task.key], aurocs)
         task.free()
-    summary = summarize(rows, seconds, algos)
-    results = ExperimentResults(config, scores, rows, summary)
+    summary = summarize(rows, seconds, algos, aurocs)
+    results = ExperimentResults(config, scores, rows, summary, rocs)
     write_results(results, metrics, algos)
     return results
 
 
+def _named(
+    config: ExperimentConfig,
+) -> tuple[list[Task], list[PruneAlgo], list[PruneMetric]]:
+    """What the configuration names."""
+    tasks = [_task(key, config) for key in config.tasks]
+    algos = [find_prune_algo(name) for name in config.algos]
+    metrics = [find_metric(key) for key in config.metrics]
+    _check_not_empty(config)
+    return tasks, algos, metrics
+
+
 def _task(key: TaskKey, config: ExperimentConfig) -> Task:
-    return replace(find_task(key), seed=config.seed, device=config.device)
+    task = replace(find_task(key), seed=config.seed, device=config.device)
+    return chosen_task(task, config)
 
 
 def _check_not_empty(config: ExperimentConfig) -> None:
@@ -161,7 +210,7 @@ def _check_not_empty(config: ExperimentConfig) -> None:
 
 
 def _timed_scores(
-    task: Task, algos: Sequence[PruneAlgo], seconds: Seconds
+    task: Task, algos: Sequence[PruneAlgo], seconds: Numbers
 ) -> AlgoPruneScores:
     scores: AlgoPruneScores = {}
     task.model  # loads now, so that no algorithm's time includes it  # noqa: B018
@@ -192,18 +241,31 @@ def _measure(
     return [replace(row, seed=config.seed) for row in rows]
 
 
+def _rocs(task: Task, scores: AlgoPruneScores, aurocs: Numbers) -> AlgoMeasurements:
+    """Points enough for a figure, and, into `aurocs`, the exact area."""
+    edges = task.true_edges or ()
+    for algo, of_algo in scores.items():
+        exact = measure_task_roc(task.model, edges, of_algo, all_edges=True)
+        aurocs[task.key, algo] = roc_auc(exact)
+    return {algo: measure_task_roc(task.model, edges, s) for algo, s in scores.items()}
+
+
 # --------------------------------------------------------------------------- the summary
 
 
 def summarize(
-    rows: Sequence[MeasurementRow], seconds: Seconds, algos: Sequence[PruneAlgo]
+    rows: Sequence[MeasurementRow],
+    seconds: Numbers,
+    algos: Sequence[PruneAlgo],
+    aurocs: Numbers,
 ) -> pd.DataFrame:
     """A row per task and algorithm: how small a circuit does the task, and how well.
 
     edges_for_80_percent: the smallest tested circuit with 80 % of the model's logit
     difference (empty: none). area: that of the percentage against the logarithm of the
-    circuit's size, as a share of always having the largest circuit's. seconds: the time
-    that the algorithm took to score the edges.
+    circuit's size, as a share of always having the largest circuit's. auroc: how well the
+    scores tell the known circuit's edges from all others (1 is perfect, 0.5 chance; empty:
+    no circuit is known). seconds: the time that the algorithm took to score the edges.
     """
     names = {algo.key: algo.short_name for algo in algos}
     curves: dict[tuple[TaskKey, AlgoKey], Measurements] = {key: [] for key in seconds}
@@ -220,6 +282,7 @@ def summarize(
             "area": (
                 area_share(curve, log_x=True) if has_area(curve, log_x=True) else None
             ),
+            "auroc": aurocs.get((task, algo)),
             "seconds": seconds[task, algo],
         }
         for (task, algo), curve in curves.items()
@@ -231,14 +294,21 @@ def print_summary(results: ExperimentResults, console: Console) -> None:
     table = Table(title=f"Circuits of {results.config.name}")
     table.add_column("Task")
     table.add_column("Algorithm")
-    for title in ("Edges for 80 %\nof logit diff", "Area under\ncurve", "Seconds"):
+    columns = {
+        "edges_for_80_percent": ("Edges for 80 %\nof logit diff", "{:.0f}"),
+        "area": ("Area under\ncurve", "{:.3f}"),
+        "auroc": ("AUROC", "{:.3f}"),
+        "seconds": ("Seconds", "{:.1f}"),
+    }
+    if not results.rocs:
+        del columns["auroc"]
+    for title, _ in columns.values():
         table.add_column(title, justify="right")
     last_task = None
-    formats = {"edges_for_80_percent": "{:.0f}", "area": "{:.3f}", "seconds": "{:.1f}"}
     for row in results.summary.to_dict("records"):
         numbers = [
             "-" if pd.isna(row[column]) else text.format(row[column])
-            for column, text in formats.items()
+            for column, (_, text) in columns.items()
         ]
         if row["task"] != last_task:
             table.add_section()
@@ -246,7 +316,10 @@ def print_summary(results: ExperimentResults, console: Console) -> None:
         table.add_row(shown, row["algorithm"], *numbers)
         last_task = row["task"]
     console.print(table)
-    folder = results.config.folder
+    _print_folder(results.config.folder, console)
+
+
+def _print_folder(folder: Path, console: Console) -> None:
     console.print(f"Results: {folder}", soft_wrap=True)
     for path in sorted(folder.glob("*.html")):
         console.print(f"  figure: {path}", soft_wrap=True)
@@ -259,47 +332,193 @@ def write_results(
     results: ExperimentResults, metrics: Sequence[PruneMetric], algos: Sequence[PruneAlgo]
 ) -> None:
     """Write configuration, scores, measurements and figures; all of them or nothing."""
-    folder = results.config.folder
-    partial = folder.with_name(f".{folder.name}.partial")
+    with _new_folder(results.config) as folder:
+        _write_scores(results.scores, folder / "scores")
+        _as_table(results.rows).to_parquet(folder / "measurements.parquet")
+        results.summary.to_csv(folder / "summary.csv", index=False)
+        for name, fig in _figures(results, metrics, algos).items():
+            fig.write_html(folder / f"{name}.html", include_plotlyjs="directory")
+
+
+@contextmanager
+def _new_folder(config: ExperimentConfig) -> Iterator[Path]:
+    """A folder that becomes `config.folder` when all has been written."""
+    partial = config.folder.with_name(f".{config.folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    (partial / "scores").mkdir(parents=True)
-    (partial / "config.json").write_text(results.config.json)
-    for task_key, algo_scores in results.scores.items():
+    partial.mkdir(parents=True)
+    (partial / "config.json").write_text(config.json)
+    yield partial
+    shutil.rmtree(config.folder, ignore_errors=True)
+    partial.rename(config.folder)
+
+
+def _write_scores(task_scores: TaskPruneScores, folder: Path) -> None:
+    folder.mkdir()
+    for task_key, algo_scores in task_scores.items():
         flat = {
             f"{algo_key}/{module_name}": scores.contiguous().cpu()
             for algo_key, prune_scores in algo_scores.items()
             for module_name, scores in prune_scores.items()
         }
-        save_file(flat, partial / "scores" / f"{_slug(task_key)}.safetensors")
-    pd.DataFrame([asdict(row) for row in results.rows]).to_parquet(
-        partial / "measurements.parquet"
-    )
-    results.summary.to_csv(partial / "summary.csv", index=False)
+        save_file(flat, folder / f"{_slug(task_key)}.safetensors")
+
+
+def _figures(
+    results: ExperimentResults, metrics: Sequence[PruneMetric], algos: Sequence[PruneAlgo]
+) -> dict[str, Figure]:
+    """File name -> figure: a curve and its areas for each metric, and the ROCs."""
     names = {algo.key: algo.short_name for algo in algos}
-    figs = measurement_figs(
-        nest_rows(results.rows), True, metrics=metrics, algo_names=names
-    )
-    for idx, fig in enumerate(figs):
-        # A curve and its areas for each metric, in turn.
-        kind = "-area" if idx % 2 else ""
-        path = partial / f"{_slug(metrics[idx // 2].key)}{kind}.html"
-        fig.write_html(path, include_plotlyjs="directory")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    nested = nest_rows(results.rows)
+    figs = measurement_figs(nested, True, metrics=metrics, algo_names=names)
+    stems = [_slug(metric.key) + kind for metric in metrics for kind in ("", "-area")]
+    named = dict(zip(stems, figs, strict=True))
+    if results.rocs:
+        named["roc"] = roc_plot(results.rocs, algo_names=names)
+    return named
+
+
+def _as_table(rows: Sequence[Any]) -> pd.DataFrame:
+    return pd.DataFrame([asdict(row) for row in rows])
 
 
 def _slug(text: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in text.lower())
 
 
+# ---------------------------------------------------------------------------- robustness
+
+
+def run_robustness(config: ExperimentConfig) -> list[RobustnessRow]:
+    """Test the same circuits in other ways, and write how the verdicts change.
+
+    Raises, before anything is computed, ConfigError for unknown names and for other
+    metrics than the logit difference's percentage, in which verdicts are stated.
+    """
+    tasks, algos, metrics = _named(config)
+    if metrics != [LOGIT_DIFF_PERCENT_METRIC] or config.circuit_sizes:
+        raise ConfigError(
+            "Robustness states verdicts in 'Logit Diff Percent', of circuits whose size is "
+            "a share of the graph: leave `metrics` and `circuit_sizes` out."
+        )
+
+    def find_scores(task: Task) -> AlgoPruneScores:
+        return _timed_scores(task, algos, {})
+
+    rows = []
+    for task in tqdm(tasks, desc="Tasks"):
+        rows += robustness_rows(task, config, config.circuit_shares, find_scores)
+        task.free()
+    names = {algo.key: algo.short_name for algo in algos}
+    with _new_folder(config) as folder:
+        _as_table(rows).to_parquet(folder / "robustness.parquet")
+        fig = robustness_fig(rows, names)
+        fig.write_html(folder / "robustness.html", include_plotlyjs="directory")
+    return rows
+
+
+def print_robustness(
+    config: ExperimentConfig, rows: Sequence[RobustnessRow], console: Console
+) -> None:
+    """The verdicts as a table, and where the figure is."""
+    shares = " / ".join(f"{100 * share:g}" for share in sorted(config.circuit_shares))
+    table = Table(
+        title="Verdicts: % of the task that the same circuit does in other tests",
+        caption=f"Circuits of {shares} % of the edges. * The experiment's own choices.",
+    )
+    table.add_column("Choice")
+    table.add_column("Value")
+    columns = list(dict.fromkeys((row.task, row.algo) for row in rows))
+    for task_key, algo_key in columns:
+        algo = find_prune_algo(algo_key).short_name
+        table.add_column(f"{task_key}\n{algo}", justify="right")
+    last_choice = None
+    for choice, value, is_base in dict.fromkeys(
+        (row.choice, row.value, row.is_base) for row in rows
+    ):
+        if choice != last_choice:
+            table.add_section()
+        cells = [
+            " / ".join(
+                f"{row.verdict:.0f}"
+                for row in rows
+                if (row.task, row.algo, row.choice, row.value) == (*column, choice, value)
+            )
+            for column in columns
+        ]
+        shown = choice if choice != last_choice else ""
+        table.add_row(shown, value + ("*" if is_base else ""), *cells)
+        last_choice = choice
+    console.print(table)
+    _print_folder(config.folder, console)
+
+
+# -------------------------------------------------------------------- named experiments
+
+
+EDGE_BY_EDGE_PRUNE_ALGOS = (
+    ACDC_PRUNE_ALGO,
+    MSE_ACDC_PRUNE_ALGO,
+    EXACT_EDGE_PATCHING_PRUNE_ALGO,
+)
+
+ROBUSTNESS = ExperimentConfig(
+    name="robustness",
+    tasks=(
+        POCKET_IOI_TOKEN_TASK.key,
+        POCKET_GREATERTHAN_TASK.key,
+        POCKET_DOCSTRING_TASK.key,
+    ),
+    algos=("EAP",),
+    metrics=(LOGIT_DIFF_PERCENT_METRIC.key,),
+    token_positions=True,
+    circuit_shares=(0.001, 0.003, 0.01),
+)
+"""The pocket tasks whose prompts have one length, so that positions can be told apart."""
+
+TRACR_REVERSE = ExperimentConfig(
+    name="tracr-reverse",
+    tasks=(TRACR_REVERSE_TOKEN_CIRCUIT_TASK.key,),
+    algos=tuple(
+        algo.short_name for algo in PRUNE_ALGOS if algo not in EDGE_BY_EDGE_PRUNE_ALGOS
+    ),
+    metrics=("Clean KL Div", LOGIT_DIFF_PERCENT_METRIC.key),
+)
+"""Every algorithm against a circuit that is known exactly, but those that patch each edge."""
+
+TRACR_XPROPORTION = ExperimentConfig(
+    name="tracr-xproportion",
+    tasks=(TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK.key,),
+    algos=("GT", "Act Mag", "Random", "EAP (MSE)", "STP (MSE)", "TP (MSE)"),
+    metrics=("Clean MSE",),
+)
+"""The algorithms that compare numbers: this program's output is no word."""
+
+EXPERIMENTS: dict[str, ExperimentConfig] = {
+    "sweep": ExperimentConfig(),
+    "robustness": ROBUSTNESS,
+    "tracr-reverse": TRACR_REVERSE,
+    "tracr-xproportion": TRACR_XPROPORTION,
+}
+"""The first word of the command line -> what its options change."""
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the experiment that the command line describes."""
-    config = tyro.cli(ExperimentConfig, args=args, description=__doc__)
+    words = list(sys.argv[1:] if args is None else args)
+    name = words.pop(0) if words and words[0] in EXPERIMENTS else "sweep"
+    config = tyro.cli(
+        ExperimentConfig,
+        args=words,
+        default=EXPERIMENTS[name],
+        description=__doc__,
+    )
     try:
-        results = run_experiment(config)
+        if name == "robustness":
+            print_robustness(config, run_robustness(config), Console())
+        else:
+            print_summary(run_experiment(config), Console())
     except AutoCircuitError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    print_summary(results, Console())
 
 
 if __name__ == "__main__":

@@ -301,7 +301,8 @@ def load_datasets_from_json(
     if n_prompts > len(prompts):
         raise DataError(
             f"{paths[0]} has {len(prompts)} prompts, but train_test_size="
-            f"{train_test_size} needs {n_prompts}."
+            f"{train_test_size} needs {n_prompts}. Ask for fewer, or write more with the "
+            "file's generator (`--n-prompts`)."
         )
     prompts = prompts[:n_prompts]
     if model is None:

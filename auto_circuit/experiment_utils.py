@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 import torch as t
 from transformer_lens.model_bridge import TransformerBridge
 
+from auto_circuit.data import PromptDataLoader, load_datasets_from_json
+from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.metrics.official_circuits.circuits.ioi_official import (
+    ioi_head_based_official_edges,
+    ioi_true_edges,
+    ioi_true_edges_mlp_0_only,
+)
+from auto_circuit.metrics.prune_metrics.answer_diff_percent import answer_diff_percent
 from auto_circuit.model_utils.load_model import load_transformer
+from auto_circuit.prune import run_circuits
+from auto_circuit.prune_algos.objectives import FaithfulnessTarget
+from auto_circuit.prune_algos.subnetwork_probing import subnetwork_probing_prune_scores
+from auto_circuit.types import AblationType, Edge, PatchType, PruneScores
+from auto_circuit.utils.graph_utils import patchable_model
+from auto_circuit.utils.misc import repo_path_to_abs_path
+from auto_circuit.utils.patchable_model import PatchableModel
+
+IoiOrder = Literal["ABBA", "BABA"]
+N_IOI_TEMPLATES = 15
+LEARNED_TRAIN_FACTOR = 8
+"""A learned circuit is found on this many prompts for each one that it is tested on."""
 
 
 def load_tl_model(name: str | Path, device: t.device | str = "cpu") -> TransformerBridge:
@@ -19,3 +42,167 @@ def load_tl_model(name: str | Path, device: t.device | str = "cpu") -> Transform
     unembedding centred) and without gradients. Raises ModelError if it cannot be had.
     """
     return load_transformer(name, device)
+
+
+class IOI_CIRCUIT_TYPE(Enum):
+    """Which published circuit of indirect object identification is tested.
+
+    NODES: the heads. EDGES: the edges between heads, through the MLPs between them.
+    EDGES_MLP_0_ONLY: of those, the edges without an MLP or with the first one.
+    """
+
+    NODES = 1
+    EDGES = 2
+    EDGES_MLP_0_ONLY = 3
+
+    def __str__(self) -> str:
+        return self.name.replace("_", " ").title()
+
+
+IOI_CIRCUITS: dict[IOI_CIRCUIT_TYPE, Callable[..., set[Edge]]] = {
+    IOI_CIRCUIT_TYPE.NODES: ioi_head_based_official_edges,
+    IOI_CIRCUIT_TYPE.EDGES: ioi_true_edges,
+    IOI_CIRCUIT_TYPE.EDGES_MLP_0_ONLY: ioi_true_edges_mlp_0_only,
+}
+
+
+class SingleTemplateResult(NamedTuple):
+    """How much of the logit difference a circuit has on one template's prompts.
+
+    n_edges: the circuit's edges. mean, std: in % of the full model's logit difference,
+    over the prompts (std is 0 for the difference of means). percents: each prompt's
+    (none for the difference of means). prune_scores: the scores that make the circuit.
+    """
+
+    n_edges: int
+    mean: float
+    std: float
+    percents: list[float]
+    prune_scores: PruneScores
+
+
+def ioi_circuit_single_template_logit_diff_percent(
+    gpt2: TransformerBridge,
+    dataset_size: int,
+    prepend_bos: bool,
+    template: IoiOrder,
+    template_idx: int,
+    factorized: bool = False,
+    circuit: IOI_CIRCUIT_TYPE = IOI_CIRCUIT_TYPE.NODES,
+    ablation_type: AblationType = AblationType.TOKENWISE_MEAN_CORRUPT,
+    tok_pos: bool = True,
+    patch_type: PatchType = PatchType.TREE_PATCH,
+    learned: bool = False,
+    learned_faithfulness_target: FaithfulnessTarget = "logit_diff_percent",
+    diff_of_mean_logit_diff: bool = False,
+    batch_size: int | None = None,
+    *,
+    learned_epochs: int = 200,
+) -> SingleTemplateResult:
+    """What share of GPT-2's logit difference the IOI circuit has on one template.
+
+    The study of Miller et al. 2024 (arXiv 2407.08734, figures 3 and 4): the percentage
+    depends on how a circuit is tested. 100 is the full model's; it has no bounds.
+
+    gpt2: GPT-2 small (`load_tl_model("gpt2")`), which is not changed.
+    dataset_size: the number of prompts, the file's first ones.
+    prepend_bos: put BOS before each prompt.
+    template, template_idx: which names come first ("ABBA": the indirect object), and
+        which of the 15 templates.
+    factorized: edges between all components, or (nodes only) a graph of components.
+    tok_pos: does the circuit hold only at the token positions of the paper?
+    ablation_type, patch_type: what is patched in, and where; see `run_circuits`.
+    learned: test, in place of the published circuit, one of as many edges that
+        subnetwork probing finds on `8 * dataset_size` other prompts, trained for
+        `learned_faithfulness_target` in `learned_epochs` epochs.
+    diff_of_mean_logit_diff: 100 * mean(circuit) / mean(model), else the mean over prompts
+        of each one's percentage.
+    batch_size: prompts per batch (what BATCH_* ablations mean over); None: all of them.
+
+    Raises ConfigError for another model and for a template that does not exist, DataError
+    without its prompt file or with too few prompts in it.
+
+    Differs from auto-circuit: the templates are others (so are its figures); the learned
+    circuit is found by subnetwork probing with this ablation.
+    """
+    model, train_loader, test_loader = _single_template_graph(
+        gpt2,
+        _ioi_prompt_file(template, template_idx),
+        (LEARNED_TRAIN_FACTOR * dataset_size if learned else 0, dataset_size),
+        batch_size or dataset_size,
+        prepend_bos,
+        factorized,
+        tok_pos,
+    )
+    edges = IOI_CIRCUITS[circuit](
+        model, token_positions=tok_pos, word_idxs=test_loader.word_idxs
+    )
+    if learned:
+        prune_scores = subnetwork_probing_prune_scores(
+            model,
+            train_loader,
+            None,
+            epochs=learned_epochs,
+            circuit_size=len(edges),
+            tree_optimisation=patch_type == PatchType.TREE_PATCH,
+            faithfulness_target=learned_faithfulness_target,
+            ablation_type=ablation_type,
+        )
+    else:
+        prune_scores = model.circuit_prune_scores(edges)
+    outs = run_circuits(
+        model, test_loader, [len(edges)], prune_scores, patch_type, ablation_type
+    )
+    means, stds, points = answer_diff_percent(
+        model, test_loader, outs, diff_of_means=diff_of_mean_logit_diff
+    )
+    ((n_edges, mean),), ((_, std),) = means, stds
+    percents = [float(percent) for _, percent in points]
+    return SingleTemplateResult(
+        int(n_edges), float(mean), float(std), percents, prune_scores
+    )
+
+
+def _single_template_graph(
+    gpt2: TransformerBridge,
+    path: Path,
+    train_test_size: tuple[int, int],
+    batch_size: int,
+    prepend_bos: bool,
+    factorized: bool,
+    tok_pos: bool,
+) -> tuple[PatchableModel, PromptDataLoader, PromptDataLoader]:
+    train_loader, test_loader = load_datasets_from_json(
+        gpt2,
+        path,
+        device=next(gpt2.parameters()).device,
+        prepend_bos=prepend_bos,
+        batch_size=batch_size,
+        train_test_size=train_test_size,
+        return_seq_length=True,
+        shuffle=False,
+    )
+    model = patchable_model(
+        gpt2,
+        factorized=factorized,
+        slice_output="last_seq",
+        seq_len=test_loader.seq_len if tok_pos else None,
+        separate_qkv=True,
+    )
+    return model, train_loader, test_loader
+
+
+def _ioi_prompt_file(template: IoiOrder, template_idx: int) -> Path:
+    if template not in get_args(IoiOrder) or template_idx not in range(N_IOI_TEMPLATES):
+        raise ConfigError(
+            f"There is no IOI template {template!r} {template_idx!r}; expected one of "
+            f"{list(get_args(IoiOrder))} and an index from 0 to {N_IOI_TEMPLATES - 1}."
+        )
+    name = f"ioi_{template}_template_{template_idx}_prompts"
+    path = repo_path_to_abs_path(f"datasets/ioi/{name}.json")
+    if not path.exists():
+        raise DataError(
+            f"There is no prompt file {path}. Write it with `python "
+            "datasets/ioi/ioi_generator.py --single-templates --n-prompts 100`."
+        )
+    return path

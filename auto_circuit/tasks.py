@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import torch as t
 from torch.nn import Module
+from transformer_lens.model_bridge import TransformerBridge
 
 from auto_circuit.data import PromptDataLoader, load_datasets_from_json
 from auto_circuit.errors import ConfigError, DataError, near_matches
@@ -34,6 +35,9 @@ from auto_circuit.metrics.official_circuits.circuits.tracr.xproportion_official 
     tracr_xproportion_official_edges,
 )
 from auto_circuit.model_utils.load_model import load_transformer
+from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import (
+    sae_model,
+)
 from auto_circuit.model_utils.tracr_model_utils import TRACR_TASK_KEY, get_tracr_model
 from auto_circuit.types import AutoencoderInput, Edge, OutputSlice, TaskKey
 from auto_circuit.utils.graph_utils import patchable_model
@@ -54,6 +58,11 @@ class Task:
         local folder.
     _dataset_name: a prompt file: `datasets/<name>.json`, or a path to one.
     factorized, separate_qkv, slice_output: see `patchable_model`.
+    autoencoder_input: see each MLP's output ("resid_delta_mlp") or neurons
+        ("mlp_post_act") through a published sparse autoencoder, see `load_autoencoder`.
+        Of its latents the autoencoder_max_latents are kept that are most active on the
+        training prompts (with autoencoder_prune_with_corrupt on the corrupt ones too).
+        autoencoder_pythia_size: which of Pythia's autoencoders.
     _true_edge_func: (model) or (model, token_positions, word_idxs, seq_start_idx) -> the
         edges of the known circuit; None if it is not known.
     dtype: the type in which the model is loaded, if it is named.
@@ -88,7 +97,7 @@ class Task:
         """The model, with its graph."""
         train_loader, test_loader = self._loaders
         return patchable_model(
-            self._bare_model,
+            self._graph_model,
             factorized=self.factorized,
             slice_output=self.slice_output,
             seq_len=train_loader.seq_len if self.token_circuit else None,
@@ -138,15 +147,33 @@ class Task:
     def _bare_model(self) -> Module:
         if isinstance(self._model_def, Module):
             return self._model_def
-        if self.autoencoder_input is not None:
-            raise ConfigError(
-                f"The task {self.key!r} asks for sparse autoencoders "
-                "(`autoencoder_input`), which this version cannot insert."
-            )
         for program in get_args(TRACR_TASK_KEY):
             if self._model_def == program:
                 return get_tracr_model(program, self._device)[0]
         return load_transformer(self._model_def, self._device, self.dtype)
+
+    @property
+    def _graph_model(self) -> Module:
+        """The model whose graph it is: the bare one, or seen through autoencoders."""
+        bridge = self._bare_model
+        if self.autoencoder_input is None:
+            return bridge
+        if not isinstance(bridge, TransformerBridge):
+            raise ConfigError(
+                f"The task {self.key!r} asks for sparse autoencoders "
+                f"(`autoencoder_input`), but a {type(bridge).__name__} has none."
+            )
+        saes = sae_model(
+            bridge,
+            self.autoencoder_input,
+            load_pretrained=True,
+            pythia_size=self.autoencoder_pythia_size,
+        )
+        return saes.pruned(
+            self.train_loader,
+            self.autoencoder_max_latents,
+            include_corrupt=bool(self.autoencoder_prune_with_corrupt),
+        )
 
     @property
     def _device(self) -> t.device:
@@ -168,7 +195,7 @@ class Task:
             batch_size=sizes,
             train_test_size=(sizes[0] * counts[0], sizes[1] * counts[1]),
             return_seq_length=self.token_circuit,
-            tail_divergence=has_tokenizer,
+            tail_divergence=has_tokenizer and _has_kv_cache(model),
             random_seed=self.seed,
         )
 
@@ -177,6 +204,12 @@ class Task:
         path = Path(name)
         if path.suffix != ".json":
             path = repo_path_to_abs_path(f"datasets/{name}.json")
+        if not path.exists() and name in GENERATORS:
+            raise DataError(
+                f"The task {self.key!r} needs the prompt file {path}, which is not part of "
+                "the repository: its words must be tokens of the model's own tokenizer. "
+                f"With a network connection, write it with `python {GENERATORS[name]}`."
+            )
         if not path.exists():
             raise DataError(
                 f"The task {self.key!r} needs the prompt file {path}, which does not "
@@ -184,6 +217,24 @@ class Task:
                 "`load_datasets_from_json`), or give the task another `_dataset_name`."
             )
         return path
+
+
+def _has_kv_cache(model: Any) -> bool:
+    """TransformerLens's own models have none, so they run every prompt from its start."""
+    return getattr(model.cfg, "architecture", None) != "TransformerLensNative"
+
+
+GENERATORS: dict[str, str] = {
+    "docstring_attn-only-4l_prompts": (
+        "datasets/docstring_generator.py --model-name attn-only-4l --tokenizer "
+        "NeelNanda/Attn_Only_4L512W_C4_Code"
+    ),
+    "sports-players/sports_players_pythia-2.8b-deduped_prompts": (
+        "datasets/sports-players/sports_players_generator.py"
+    ),
+    "capital_cities_pythia-70m-deduped_prompts": "datasets/capital_cities_generator.py",
+}
+"""Prompt files that cannot be written offline -> the script that writes them."""
 
 
 def _per_split(value: PerSplit) -> tuple[int, int]:
@@ -288,7 +339,7 @@ DOCSTRING_TOKEN_CIRCUIT_TASK = Task(
     batch_count=2,
     token_circuit=True,
     _model_def="attn-only-4l",
-    _dataset_name="docstring_prompts",
+    _dataset_name="docstring_attn-only-4l_prompts",
     _true_edge_func=docstring_node_based_official_edges,
 )
 DOCSTRING_COMPONENT_CIRCUIT_TASK = Task(
@@ -298,7 +349,7 @@ DOCSTRING_COMPONENT_CIRCUIT_TASK = Task(
     batch_count=2,
     token_circuit=False,
     _model_def="attn-only-4l",
-    _dataset_name="docstring_prompts",
+    _dataset_name="docstring_attn-only-4l_prompts",
     _true_edge_func=docstring_true_edges,
 )
 GREATERTHAN_COMPONENT_CIRCUIT_TASK = Task(
@@ -310,6 +361,60 @@ GREATERTHAN_COMPONENT_CIRCUIT_TASK = Task(
     _model_def="gpt2-small",
     _dataset_name="greaterthan_gpt2-small_prompts",
     _true_edge_func=greaterthan_true_edges,
+)
+
+# MLPs seen through sparse autoencoders, whose latents are sources of the graph.
+
+IOI_GPT2_AUTOENCODER_COMPONENT_CIRCUIT_TASK = Task(
+    key="Indirect Object Identification GPT2 Autoencoder Component Circuit",
+    name="Indirect Object Identification",
+    batch_size=1,
+    batch_count=2,
+    token_circuit=False,
+    _model_def="gpt2-small",
+    _dataset_name="ioi/ioi_prompts",
+    autoencoder_input="resid_delta_mlp",
+    autoencoder_max_latents=200,
+)
+GREATERTHAN_GPT2_AUTOENCODER_COMPONENT_CIRCUIT_TASK = Task(
+    key="Greaterthan GPT2 Autoencoder Component Circuit",
+    name="Greaterthan",
+    batch_size=1,
+    batch_count=2,
+    token_circuit=False,
+    _model_def="gpt2-small",
+    _dataset_name="greaterthan_gpt2-small_prompts",
+    autoencoder_input="resid_delta_mlp",
+    autoencoder_max_latents=200,
+)
+ANIMAL_DIET_GPT2_AUTOENCODER_COMPONENT_CIRCUIT_TASK = Task(
+    key="Animal Diet GPT2 Autoencoder Component Circuit",
+    name="Animal Diet",
+    batch_size=2,
+    batch_count=16,
+    token_circuit=False,
+    _model_def="gpt2-small",
+    _dataset_name="animal_diet_short_prompts",
+    autoencoder_input="resid_delta_mlp",
+    autoencoder_max_latents=200,
+)
+CAPITAL_CITIES_PYTHIA_70M_AUTOENCODER_TOKEN_CIRCUIT_TASK = Task(
+    key="Capital Cities Pythia 70M Autoencoder Token Circuit",
+    name="Capital Cities",
+    batch_size=2,
+    batch_count=4,
+    token_circuit=True,
+    _model_def="EleutherAI/pythia-70m-deduped",
+    _dataset_name="capital_cities_pythia-70m-deduped_prompts",
+    autoencoder_input="resid_delta_mlp",
+    autoencoder_max_latents=200,
+    autoencoder_pythia_size="2_32768",
+)
+AUTOENCODER_TASKS: tuple[Task, ...] = (
+    IOI_GPT2_AUTOENCODER_COMPONENT_CIRCUIT_TASK,
+    GREATERTHAN_GPT2_AUTOENCODER_COMPONENT_CIRCUIT_TASK,
+    ANIMAL_DIET_GPT2_AUTOENCODER_COMPONENT_CIRCUIT_TASK,
+    CAPITAL_CITIES_PYTHIA_70M_AUTOENCODER_TOKEN_CIRCUIT_TASK,
 )
 
 # Compiled programs, whose circuits are known exactly. Their models come with the package.
@@ -351,6 +456,7 @@ TASKS: tuple[Task, ...] = (
     DOCSTRING_TOKEN_CIRCUIT_TASK,
     DOCSTRING_COMPONENT_CIRCUIT_TASK,
     GREATERTHAN_COMPONENT_CIRCUIT_TASK,
+    *AUTOENCODER_TASKS,
 )
 TASK_DICT: dict[TaskKey, Task] = {task.key: task for task in TASKS}
 

@@ -18,6 +18,7 @@ The task is that of Heimersheim & Janiak 2023, "A circuit for Python docstrings 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import tyro
@@ -117,7 +118,16 @@ def docstring_prompts(tokenizer: Any, n_prompts: int = 1000, seed: int = 0) -> P
     return PromptFile(prompts, labels, word_idxs(labels, WORDS))
 
 
+@dataclass(frozen=True)
+class Config(TextConfig):
+    """Which prompts to write."""
+
+    model_name: str = ""
+    """For the name of the file, which is `docstring_prompts.json` if empty."""
+
+
 if __name__ == "__main__":
-    config = tyro.cli(TextConfig, description=__doc__)
+    config = tyro.cli(Config, description=__doc__)
     file = docstring_prompts(config.load_tokenizer(), config.n_prompts, config.seed)
-    file.write(config.out / "docstring_prompts.json", config.stated_name)
+    stem = "_".join(word for word in ("docstring", config.model_name, "prompts") if word)
+    file.write(config.out / f"{stem}.json", config.stated_name)

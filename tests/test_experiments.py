@@ -27,6 +27,7 @@ from auto_circuit.prune_algos.random_edges import random_prune_scores
 from auto_circuit.tasks import POCKET_IOI_TASK
 from auto_circuit.types import PatchType
 from experiments import ExperimentConfig, run_experiment
+from tests.browser import check_shown
 
 REPO = Path(__file__).parents[1]
 SMALL = [
@@ -84,13 +85,30 @@ def test_a_small_sweep_in_two_processes(tmp_path: Path) -> None:
     assert list(summary["edges_for_80_percent"]) == [1519, 100]
 
 
+@pytest.fixture(scope="module")
+def default_sweeps(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The folders of the default sweep's results, of two processes."""
+    folders = [tmp_path_factory.mktemp(f"sweep{i}") for i in (1, 2)]
+    for i, folder in enumerate(folders):
+        run_process(folder, i)
+    return folders
+
+
 @pytest.mark.slow
-def test_the_default_sweep_in_two_processes(tmp_path: Path) -> None:
-    for i in (1, 2):
-        run_process(tmp_path / str(i), i)
-    one, two = (score_files(tmp_path / str(i)) for i in (1, 2))
+def test_the_default_sweep_in_two_processes(default_sweeps: list[Path]) -> None:
+    one, two = map(score_files, default_sweeps)
     assert len(one) == 4
     assert one == two
+
+
+@pytest.mark.slow
+def test_a_browser_shows_every_figure_of_the_default_sweep(
+    default_sweeps: list[Path],
+) -> None:
+    figures = sorted(default_sweeps[0].glob("*/*.html"))
+    assert len(figures) == 2 * len(ExperimentConfig().metrics)
+    for path in figures:
+        check_shown(path)
 
 
 def test_eap_finds_the_ioi_circuit_and_chance_does_not() -> None:
@@ -145,12 +163,13 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for field in ExperimentConfig.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in text, field
-    for words in ("Keys of tasks", "What is patched in", "The folder that holds"):
+    for words in ("Keys of tasks", "what is patched in", "The folder that holds"):
         assert words in re.sub(r"[\s│]+", " ", text)
 
 
 def test_the_summary_of_no_logit_differences() -> None:
     algo = experiments.find_prune_algo("EAP")
-    summary = experiments.summarize([], {("Task", algo.key): 1.0}, [algo])
+    summary = experiments.summarize([], {("Task", algo.key): 1.0}, [algo], {})
     assert summary["edges_for_80_percent"].isna().all()
+    assert summary["auroc"].isna().all()
     assert t.tensor(summary["seconds"][0]) == 1.0

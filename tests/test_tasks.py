@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -10,7 +13,9 @@ import torch as t
 
 from auto_circuit.errors import ConfigError, DataError, ModelError
 from auto_circuit.experiment_utils import load_tl_model
+from auto_circuit.model_utils.micro_model_utils import MicroModel
 from auto_circuit.tasks import (
+    GENERATORS,
     IOI_COMPONENT_CIRCUIT_TASK,
     POCKET_DOCSTRING_TASK,
     POCKET_IOI_TASK,
@@ -23,6 +28,7 @@ from auto_circuit.tasks import (
 from tests.models import randomize
 
 N_COMPONENT_EDGES = 1519
+REPO = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("task", POCKET_TASKS, ids=lambda task: task.key)
@@ -105,5 +111,29 @@ def test_what_is_missing(tmp_path: Path) -> None:
         _ = IOI_COMPONENT_CIRCUIT_TASK._bare_model
     with pytest.raises(ModelError, match="local folder needs config.json"):
         _ = replace(POCKET_IOI_TASK, _model_def=tmp_path).model
-    with pytest.raises(ConfigError, match="sparse autoencoders"):
-        _ = replace(POCKET_IOI_TASK, autoencoder_input="resid").model
+    with pytest.raises(ModelError, match="There is no autoencoder .*pocket_model_resid"):
+        _ = replace(POCKET_IOI_TASK, autoencoder_input="resid_delta_mlp").model
+    micro = replace(
+        POCKET_IOI_TASK,
+        _model_def=MicroModel(),
+        _dataset_name="micro_model_inputs",
+        batch_size=8,
+        batch_count=1,
+        autoencoder_input="resid_delta_mlp",
+    )
+    with pytest.raises(ConfigError, match="autoencoders .*, but a MicroModel has none"):
+        _ = micro.model
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_files_that_need_a_tokenizer_of_the_hub_name_their_generator(name: str) -> None:
+    task = next(task for task in TASKS if task._dataset_name == name)
+    command = re.escape(GENERATORS[name])
+    with pytest.raises(DataError, match=f"not part of the repo.*with `python {command}"):
+        task._dataset_path()
+    script, *options = GENERATORS[name].split()
+    done = subprocess.run(
+        [sys.executable, REPO / script, "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert all(option in done.stdout for option in options if option.startswith("--"))

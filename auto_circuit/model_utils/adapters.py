@@ -7,9 +7,16 @@ from torch.nn import Module
 from auto_circuit.errors import ModelError
 from auto_circuit.model_utils.micro_model_utils import MICRO_MODEL_ADAPTER
 from auto_circuit.model_utils.model_adapter import ModelAdapter
+from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import (
+    AUTOENCODER_TRANSFORMER_ADAPTER,
+)
 from auto_circuit.model_utils.transformer_lens_utils import TRANSFORMER_BRIDGE_ADAPTER
 
-ADAPTERS: tuple[ModelAdapter, ...] = (MICRO_MODEL_ADAPTER, TRANSFORMER_BRIDGE_ADAPTER)
+ADAPTERS: tuple[ModelAdapter, ...] = (
+    MICRO_MODEL_ADAPTER,
+    TRANSFORMER_BRIDGE_ADAPTER,
+    AUTOENCODER_TRANSFORMER_ADAPTER,
+)
 
 
 def find_adapter(model: Module) -> ModelAdapter:

@@ -4,8 +4,8 @@
 prompt the three names are three others, all different, so that no name is the answer.
 Writes `ioi_prompts.json` (all templates, both orders: of different lengths) and
 `ioi_vanilla_template_prompts.json` (one template, with labels and word positions), and
-with `--single-templates` `ioi_<order>_template_<i>_prompts.json` for each template and
-order, which these 30 files have too.
+with `--single-templates` the same for each template and order,
+`ioi_<order>_template_<i>_prompts.json`: 30 files, committed with `--n-prompts 100`.
 
 The task is that of Wang et al. 2022, "Interpretability in the Wild"; the templates are
 others.

@@ -8,7 +8,7 @@ in the tuple to be measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,10 @@ from auto_circuit.metrics.prune_metrics.correct_answer_percent import (
     prompt_correct_percents,
 )
 from auto_circuit.metrics.prune_metrics.kl_div import measure_kl_div, prompt_kl_divs
+from auto_circuit.metrics.prune_metrics.mean_squared_error import (
+    measure_mean_squared_error,
+    prompt_squared_errors,
+)
 from auto_circuit.metrics.prune_metrics.prompt_stats import PromptFunc
 from auto_circuit.types import CircuitOutputs, Measurements, PruneMetricKey
 
@@ -94,6 +98,18 @@ CORRUPT_KL_DIV_METRIC = PruneMetric(
     y_min=1e-6,
     prompt_func=partial(prompt_kl_divs, compare_to_clean=False),
 )
+CLEAN_MSE_METRIC = PruneMetric(
+    key="Clean MSE",
+    name="Squared Difference to Clean",
+    metric_func=measure_mean_squared_error,
+    log_x=True,
+    log_y=True,
+    lower_better=True,
+    y_min=1e-6,
+    prompt_func=prompt_squared_errors,
+)
+"""For models whose output is a number; auto-circuit has no such metric."""
+
 ANSWER_LOGIT_METRIC = PruneMetric(
     key="Answer Logit",
     name="Answer Logit",
@@ -188,9 +204,35 @@ CORRECT_ANSWER_GREATER_THAN_INCORRECT_PERCENT_METRIC = PruneMetric(
     ),
 )
 
+PERCENT_METRICS: tuple[PruneMetric, ...] = (
+    LOGIT_DIFF_PERCENT_METRIC,
+    PROB_DIFF_PERCENT_METRIC,
+    LOGPROB_DIFF_PERCENT_METRIC,
+)
+"""Those that are the ratio of a circuit's mean to the model's."""
+
+
+def with_mean_of_ratios(metric: PruneMetric) -> PruneMetric:
+    """A percentage as the mean over prompts of each one's; other metrics as they are.
+
+    Source: Miller et al. 2024 (arXiv 2407.08734), figure 4: the two differ.
+    """
+    if metric not in PERCENT_METRICS:
+        return metric
+    metric_func: Any = metric.metric_func
+    prompt_func: Any = metric.prompt_func
+    return replace(
+        metric,
+        name=f"{metric.name}, Mean over Prompts",
+        metric_func=partial(metric_func, diff_of_means=False),
+        prompt_func=partial(prompt_func, diff_of_means=False),
+    )
+
+
 PRUNE_METRICS: tuple[PruneMetric, ...] = (
     CLEAN_KL_DIV_METRIC,
     CORRUPT_KL_DIV_METRIC,
+    CLEAN_MSE_METRIC,
     ANSWER_LOGIT_METRIC,
     WRONG_ANSWER_LOGIT_METRIC,
     ANSWER_PROB_METRIC,

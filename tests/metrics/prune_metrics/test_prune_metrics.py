@@ -22,6 +22,9 @@ from auto_circuit.metrics.prune_metrics.correct_answer_percent import (
 )
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.kl_div import measure_kl_div
+from auto_circuit.metrics.prune_metrics.mean_squared_error import (
+    measure_mean_squared_error,
+)
 from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_vals
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOBPROB_DIFF_PERCENT_METRIC,
@@ -126,6 +129,16 @@ def test_divergence_by_hand(
     circuit = concat(circuit_outs[5]).softmax(-1)
     expected = (probs * (probs / circuit).log()).sum(-1).mean().item()
     assert measure_kl_div(model, batches, circuit_outs)[1][1] == pytest.approx(expected)
+
+
+def test_squared_error_by_hand(
+    model: Any, batches: Batches, circuit_outs: CircuitOutputs
+) -> None:
+    errors = dict(measure_mean_squared_error(model, batches, circuit_outs))
+    assert errors[9] == 0.0
+    for n_edges in (0, 5):
+        differences = concat(circuit_outs[n_edges]) - concat(circuit_outs[9])
+        assert errors[n_edges] == pytest.approx(float((differences**2).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("prob_func", ["logits", "softmax", "log_softmax"])

@@ -1,0 +1,44 @@
+"""How far a circuit's outputs are from the full model's, for outputs that are numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from auto_circuit.data import PromptPairBatch
+from auto_circuit.metrics.protocols import SlicedModel
+from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
+from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_means
+from auto_circuit.types import CircuitOutputs, Measurements
+from auto_circuit.utils.tensor_ops import at_least_float32
+
+
+def measure_mean_squared_error(
+    model: SlicedModel,
+    dataloader: Iterable[PromptPairBatch],
+    circuit_outs: CircuitOutputs,
+    *,
+    full_model_outs: FullModelOuts | None = None,
+) -> Measurements:
+    """The mean squared difference between the circuit's outputs and the clean model's.
+
+    In squared units of the output, mean over prompts (of their positions and output
+    entries); 0 (the same outputs) or more. The metric for models whose output is a number
+    and no word, such as the compiled model "xproportion".
+
+    circuit_outs: `run_circuits` on the same loader. full_model_outs: to be shared.
+    Raises DataError for outputs of another loader.
+    """
+    return prompt_means(
+        model, dataloader, circuit_outs, prompt_squared_errors, full_model_outs
+    )
+
+
+def prompt_squared_errors(
+    out: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch, full: FullModelOuts
+) -> Float[Tensor, "batch"]:
+    """The mean squared difference of each prompt's outputs."""
+    differences = at_least_float32(out) - at_least_float32(full.vals(batch, "clean"))
+    return differences.square().flatten(1).mean(1)

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: a model's MLP outputs as sums of latents."""

@@ -1,0 +1,288 @@
+"""How much the verdict on a circuit depends on how it is tested.
+
+Miller et al. 2024, "Transformer Circuit Faithfulness Metrics Are Not Robust" (arXiv
+2407.08734), name six choices that tests of circuits make without saying so. `Choices` holds
+them; `robustness_rows` tests the same circuit again and again, with one of them changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from auto_circuit.errors import ConfigError
+from auto_circuit.metrics.prune_metrics.prune_metrics import (
+    LOGIT_DIFF_PERCENT_METRIC,
+    with_mean_of_ratios,
+)
+from auto_circuit.prune import Circuit, run_circuits
+from auto_circuit.tasks import Task
+from auto_circuit.types import (
+    AblationType,
+    AlgoKey,
+    AlgoPruneScores,
+    Edge,
+    PatchType,
+    PruneScores,
+    TaskKey,
+)
+from auto_circuit.utils.edge_counts import listed_edge_counts
+from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import circuit_mask
+
+# The documentation of the fields is what `experiments.py --help` prints.
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How a circuit is tested: the six choices of Miller et al. 2024."""
+
+    ablation: AblationType = AblationType.RESAMPLE
+    """Choice 1: what is patched in when circuits are tested."""
+    nodes: bool = False
+    """Choice 2: a graph of nodes, whose circuits have whole components; else of edges."""
+    token_positions: bool | None = None
+    """Choice 3: does each token position have edges of its own? None: as the task says."""
+    reverse_clean_corrupt: bool = False
+    """Choice 4: swap the roles of clean and corrupt prompts. Without it, TREE_PATCH patches
+    corrupt activations into clean prompts, and EDGE_PATCH clean ones into corrupt."""
+    patch_type: PatchType = PatchType.TREE_PATCH
+    """Choice 5: TREE_PATCH patches all edges but the circuit's, EDGE_PATCH the circuit's."""
+    mean_of_ratios: bool = False
+    """Choice 6: percentages of the model's logit difference are the mean over prompts of
+    each one's percentage; else the circuit's mean in % of the model's mean."""
+
+    @property
+    def clean_input(self) -> bool:
+        """Does the model run on the clean prompts (else on the corrupt ones)?"""
+        return (self.patch_type == PatchType.TREE_PATCH) != self.reverse_clean_corrupt
+
+
+def chosen_task(task: Task, choices: Choices) -> Task:
+    """The task with the graph that the choices ask for: nodes or edges, positions or not."""
+    return replace(
+        task,
+        factorized=task.factorized and not choices.nodes,
+        token_circuit=(
+            task.token_circuit
+            if choices.token_positions is None
+            else choices.token_positions
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One value of one choice, all others being those of the experiment.
+
+    is_base: is it the experiment's own value?
+    """
+
+    choice: str
+    value: str
+    choices: Choices
+    is_base: bool
+
+
+VALUE_NAMES: Mapping[str, Callable[[Choices], str]] = {
+    "Ablation": lambda c: str(c.ablation).replace("Tokenwise ", ""),
+    "Unit": lambda c: "nodes" if c.nodes else "edges",
+    "Positions": lambda c: "told apart" if c.token_positions else "all alike",
+    "Direction": lambda c: (
+        "corrupt into clean" if c.clean_input else "clean into corrupt"
+    ),
+    "Patched": lambda c: (
+        "the circuit" if c.patch_type == PatchType.EDGE_PATCH else "the complement"
+    ),
+    "Average": lambda c: "mean of ratios" if c.mean_of_ratios else "ratio of means",
+}
+"""Choice -> the name of its value."""
+
+
+def variations(base: Choices) -> list[Variation]:
+    """Every value of every choice, one changed at a time; the base's own are among them.
+
+    To patch the other set of edges in the same direction, `patch_type` and
+    `reverse_clean_corrupt` change together. Raises ConfigError for
+    `token_positions=None`, which means another thing in each task.
+    """
+    if base.token_positions is None:
+        raise ConfigError("`token_positions` is None; variations need True or False.")
+    changes: list[tuple[str, dict[str, Any]]] = [
+        *(("Ablation", {"ablation": ablation}) for ablation in AblationType),
+        *(("Unit", {"nodes": nodes}) for nodes in (False, True)),
+        *(("Positions", {"token_positions": told}) for told in (True, False)),
+        *(("Direction", {"reverse_clean_corrupt": is_r}) for is_r in (False, True)),
+        *(("Patched", _patched(base, patch_type)) for patch_type in PatchType),
+        *(("Average", {"mean_of_ratios": mean}) for mean in (False, True)),
+    ]
+    varied = [(choice, replace(base, **change)) for choice, change in changes]
+    return [
+        Variation(choice, VALUE_NAMES[choice](choices), choices, choices == base)
+        for choice, choices in varied
+    ]
+
+
+def _patched(base: Choices, patch_type: PatchType) -> dict[str, Any]:
+    is_other = patch_type != base.patch_type
+    return {
+        "patch_type": patch_type,
+        "reverse_clean_corrupt": base.reverse_clean_corrupt != is_other,
+    }
+
+
+@dataclass(frozen=True)
+class RobustnessRow:
+    """What one test says of one circuit.
+
+    choice, value, is_base: see `Variation`. share: the circuit's edges, as a share of the
+    graph in which it was found. n_edges: its edges in the graph in which it is tested.
+    percent: the logit difference measured, in % of the full model's.
+    verdict: how much of the task the circuit does, in %: `percent`, or with
+        reverse_clean_corrupt, where a good circuit leaves nothing, 100 - `percent`.
+    """
+
+    task: TaskKey
+    algo: AlgoKey
+    choice: str
+    value: str
+    is_base: bool
+    share: float
+    n_edges: int
+    percent: float
+    verdict: float
+
+
+def robustness_rows(
+    task: Task,
+    choices: Choices,
+    shares: Sequence[float],
+    find_scores: Callable[[Task], AlgoPruneScores],
+) -> list[RobustnessRow]:
+    """Test the circuits of one task with every value of every choice.
+
+    find_scores: task -> algorithm -> scores; called once, with the graph of `choices`.
+    The circuits have the `shares` of its edges with the largest |score|. In a graph of
+    another kind it is the *same* circuit: all edges of its nodes; or its edges, at every
+    position at which (if positions are not told apart: if at any) they are in it.
+
+    Raises ConfigError without shares, and what the task raises for a graph that its
+    prompts do not allow (DataError: positions in prompts of different lengths), before
+    any score is computed.
+    """
+    if not shares:
+        raise ConfigError(
+            "Robustness is measured for circuits of some shares of the graph: give "
+            "`circuit_shares`, for example 0.05."
+        )
+    told_apart = choices.token_positions
+    base = replace(
+        choices, token_positions=task.token_circuit if told_apart is None else told_apart
+    )
+    varied = variations(base)
+    base_task = chosen_task(task, base)
+    model = base_task.model
+    graphs = {
+        _graph_kind(variation.choices): replace(
+            chosen_task(task, variation.choices), _model_def=model.wrapped_model
+        )
+        for variation in varied
+        if _graph_kind(variation.choices) != _graph_kind(base)
+    }
+    for graph in graphs.values():
+        graph.model  # Loads now, so that errors come before the work.  # noqa: B018
+    graphs[_graph_kind(base)] = base_task
+    rows = []
+    for algo, prune_scores in find_scores(base_task).items():
+        sizes = listed_edge_counts(model.n_edges, list(shares))
+        circuits = [circuit_mask(prune_scores, size)[0] for size in sizes]
+        measured: dict[Choices, list[tuple[int, float]]] = {}
+        for variation in varied:
+            tested = variation.choices
+            if tested not in measured:
+                measured[tested] = _percents(
+                    model, circuits, graphs[_graph_kind(tested)], tested
+                )
+            rows += [
+                RobustnessRow(
+                    task=task.key,
+                    algo=algo,
+                    choice=variation.choice,
+                    value=variation.value,
+                    is_base=variation.is_base,
+                    share=share,
+                    n_edges=n_edges,
+                    percent=percent,
+                    verdict=100 - percent if tested.reverse_clean_corrupt else percent,
+                )
+                for share, (n_edges, percent) in zip(
+                    sorted(shares), measured[tested], strict=True
+                )
+            ]
+    return rows
+
+
+def _graph_kind(choices: Choices) -> tuple[bool, bool | None]:
+    return choices.nodes, choices.token_positions
+
+
+def _percents(
+    model: PatchableModel, circuits: Sequence[Circuit], task: Task, choices: Choices
+) -> list[tuple[int, float]]:
+    """(edges, % of the logit difference) of each circuit, the smallest first."""
+    projected = [same_circuit(circuit, model, task.model) for circuit in circuits]
+    # Each circuit is part of the next one, so that the sum of them all ranks edges.
+    ranks = {
+        name: sum((circuit[name] for circuit in projected), start=0 * scores)
+        for name, scores in task.model.new_prune_scores().items()
+    }
+    sizes = [sum(int(edges.sum()) for edges in c.values()) for c in projected]
+    outs = run_circuits(
+        task.model,
+        task.test_loader,
+        sizes,
+        ranks,
+        choices.patch_type,
+        choices.ablation,
+        choices.reverse_clean_corrupt,
+    )
+    metric = LOGIT_DIFF_PERCENT_METRIC
+    if choices.mean_of_ratios:
+        metric = with_mean_of_ratios(metric)
+    percents = dict(metric.metric_func(task.model, task.test_loader, outs))
+    return [(size, float(percents[size])) for size in sizes]
+
+
+def same_circuit(
+    circuit: Circuit, model: PatchableModel, other: PatchableModel
+) -> PruneScores:
+    """A circuit of one graph in another graph of the same model: 1 in it, 0 outside.
+
+    If one of them is a graph of nodes, an edge is in the circuit if its source is a
+    source of the circuit; the residual stream between components, which only such a graph
+    has as an edge, is always in it. If only one of them has positions, an edge is in the
+    circuit at every position, or if it is in it at any.
+    """
+    if other is model:
+        return {name: 1.0 * edges for name, edges in circuit.items()}
+    by_node = not (model.is_factorized and other.is_factorized)
+    by_position = model.seq_len is not None and other.seq_len is not None
+
+    def key(edge: Edge) -> tuple[str, int | None]:
+        name = edge.src.name if by_node else edge.name
+        return name, edge.seq_idx if by_position else None
+
+    inside = {
+        key(edge)
+        for edge in model.edges
+        if circuit[edge.dest.module_name][edge.patch_idx]
+    }
+    components = {src.name for src in model.srcs}
+    return other.circuit_prune_scores(
+        [
+            edge
+            for edge in other.edges
+            if key(edge) in inside or edge.src.name not in components
+        ]
+    )

@@ -1,0 +1,120 @@
+"""The figure of how the verdict on a circuit depends on its test."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
+
+from auto_circuit.robustness import RobustnessRow
+from auto_circuit.types import AlgoKey
+
+ROW_HEIGHT = 22
+"""The height of one value of a choice, in pixels."""
+LINE_COLOR = "rgb(200, 200, 200)"
+
+
+def robustness_fig(
+    rows: Sequence[RobustnessRow], algo_names: Mapping[AlgoKey, str] | None = None
+) -> go.Figure:
+    """The verdict on each circuit for every value of every choice.
+
+    A panel for each task (and row of panels for each algorithm), a line for each value of
+    a choice, a dot for each size of the circuit, darker for larger ones. Dotted lines are
+    the verdicts of the experiment's own choices, whose dots are diamonds.
+    """
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    algos = list(dict.fromkeys(row.algo for row in rows))
+    labels = list(dict.fromkeys(_label(row) for row in rows))
+    fig = make_subplots(
+        rows=max(1, len(algos)),
+        cols=max(1, len(tasks)),
+        subplot_titles=[
+            f"{task}, {(algo_names or {}).get(algo, algo)}"
+            for algo in algos
+            for task in tasks
+        ],
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        vertical_spacing=0.3 / max(1, len(algos)),
+    )
+    panels = itertools.product(enumerate(algos, start=1), enumerate(tasks, start=1))
+    for (row_idx, algo), (col_idx, task) in panels:
+        points = [row for row in rows if (row.task, row.algo) == (task, algo)]
+        place: dict[str, Any] = {"row": row_idx, "col": col_idx}
+        _draw_panel(fig, points, place, in_legend=row_idx == col_idx == 1)
+        for border in _borders(labels):
+            fig.add_hline(y=border, line={"color": LINE_COLOR}, **place)
+    fig.update_xaxes(title_text="Verdict: % of the task that the circuit does")
+    fig.update_yaxes(
+        categoryorder="array",
+        categoryarray=labels,
+        range=[len(labels) - 0.5, -0.5],
+        tickmode="array",
+        tickvals=labels,
+        gridcolor="rgb(240, 240, 240)",
+    )
+    fig.update_layout(
+        template="plotly_white",
+        title="How the same circuits fare in other tests",
+        hovermode="closest",
+        height=220 + len(algos) * (ROW_HEIGHT * len(labels) + 90),
+    )
+    return fig
+
+
+def _draw_panel(
+    fig: go.Figure,
+    rows: Sequence[RobustnessRow],
+    place: Mapping[str, Any],
+    in_legend: bool,
+) -> None:
+    shares = sorted({row.share for row in rows})
+    for idx, share in enumerate(shares):
+        color = sample_colorscale("Blues", [0.35 + 0.6 * idx / max(1, len(shares) - 1)])[
+            0
+        ]
+        points = [row for row in rows if row.share == share]
+        fig.add_trace(_dots(points, share, color, in_legend), **place)
+        base = next(row.verdict for row in points if row.is_base)
+        line = {"dash": "dot", "width": 1, "color": color}
+        fig.add_vline(x=base, line=line, **place)
+
+
+def _label(row: RobustnessRow) -> str:
+    return f"<b>{row.choice}</b>: {row.value}"
+
+
+def _borders(labels: Sequence[str]) -> list[float]:
+    """Where one choice's values end and the next one's begin."""
+    choices = [label.partition(":")[0] for label in labels]
+    return [i - 0.5 for i in range(1, len(choices)) if choices[i] != choices[i - 1]]
+
+
+def _dots(
+    rows: Sequence[RobustnessRow], share: float, color: Any, in_legend: bool
+) -> go.Scatter:
+    name = f"{100 * share:g} % of the edges"
+    return go.Scatter(
+        x=[row.verdict for row in rows],
+        y=[_label(row) for row in rows],
+        mode="markers",
+        name=name,
+        legendgroup=name,
+        showlegend=in_legend,
+        marker={
+            "color": color,
+            "size": 10,
+            "symbol": ["diamond" if row.is_base else "circle" for row in rows],
+            "line": {"color": "white", "width": 1},
+        },
+        customdata=[(row.n_edges, row.percent) for row in rows],
+        hovertemplate=(
+            "%{y}<br>%{customdata[0]} edges, %{customdata[1]:.4g} % of the logit "
+            "difference"
+        ),
+    )
