@@ -16,9 +16,10 @@ from typing import Any
 import torch as t
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import Parameter
 
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
-from auto_circuit.errors import TrainingError
+from auto_circuit.errors import ConfigError, TrainingError
 from auto_circuit.types import AblationType, PruneScores
 from auto_circuit.utils.ablation_activations import (
     PER_BATCH_ABLATIONS,
@@ -131,6 +132,15 @@ def _training_steps(
                 after_epoch(step + 1)
 
 
+def mask_optimizer(masks: Mapping[str, Parameter], learning_rate: float) -> t.optim.Adam:
+    """Adam with a short memory.
+
+    A gate's gradients are large while it is undecided and tiny once it is nearly shut:
+    with the usual memory of 1000 steps the large ones would hold it back for good.
+    """
+    return t.optim.Adam(masks.values(), lr=learning_rate, betas=(0.9, 0.95))
+
+
 def circuit_outputs(model: PatchableModel, batch: TrainingBatch) -> Tensor:
     """The outputs that count, with the masks as they are."""
     return model.sliced(batch.inputs, **batch.kwargs)
@@ -142,6 +152,20 @@ def training_step(
     """The record of a step, from its tensors."""
     values = (float(value.detach()) for value in (loss, faithfulness, penalty, n_edges))
     return TrainingStep(step, *values)
+
+
+def check_training(n_steps: int, learning_rate: float) -> None:
+    """Raise ConfigError for a training of no steps, or of steps that lead nowhere."""
+    if n_steps < 1:
+        raise ConfigError(f"`n_steps` is {n_steps}; expected at least 1.")
+    if learning_rate <= 0:
+        raise ConfigError(f"`learning_rate` is {learning_rate}; expected more than 0.")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise ConfigError unless a number is from 0 to 1."""
+    if not 0 <= value <= 1:
+        raise ConfigError(f"`{name}` is {value}; expected a share, from 0 to 1.")
 
 
 def check_finite(loss: Tensor, step: int, learning_rate: float) -> None:

@@ -24,6 +24,7 @@ from auto_circuit.prune_algos.mask_training import (
     MaskTraining,
     TrainingStep,
     check_finite,
+    check_training,
     circuit_outputs,
     training_batches,
     training_steps,
@@ -78,11 +79,9 @@ def train_matryoshka(
     NaN.
     """
     check_choice("sizes", sizes, SizeDistribution)
-    if n_steps < 1 or temperature <= 0:
-        raise ConfigError(
-            f"`n_steps` is {n_steps} and `temperature` {temperature}; expected at least 1 "
-            "step and a temperature above 0."
-        )
+    check_training(n_steps, learning_rate)
+    if temperature <= 0:
+        raise ConfigError(f"`temperature` is {temperature}; expected more than 0.")
     batches = training_batches(model, dataloader, ablation_type, "clean")
     generator = t.Generator().manual_seed(seed)
     steps = []

@@ -26,7 +26,9 @@ from auto_circuit.prune_algos.mask_training import (
     TrainingBatch,
     TrainingStep,
     check_finite,
+    check_share,
     circuit_outputs,
+    mask_optimizer,
     scores_from_logits,
     training_batches,
     training_step,
@@ -76,6 +78,7 @@ def subnetwork_probing_prune_scores(
     ablation_type: AblationType = AblationType.RESAMPLE,
     patience: int | None = None,
     seed: int = 0,
+    size_warmup: float = 0.0,
 ) -> PruneScores:
     """Each edge's trained logit, shifted so that the lowest is 0. See `train_subnetwork`.
 
@@ -107,6 +110,7 @@ def subnetwork_probing_prune_scores(
         ablation_type,
         patience,
         seed,
+        size_warmup,
     ).prune_scores
 
 
@@ -128,6 +132,7 @@ def train_subnetwork(
     ablation_type: AblationType = AblationType.RESAMPLE,
     patience: int | None = None,
     seed: int = 0,
+    size_warmup: float = 0.0,
 ) -> MaskTraining:
     """Train a gate for each edge; the scores and the record of the training.
 
@@ -142,6 +147,9 @@ def train_subnetwork(
     validation_dataloader: prompts on which that loss is measured now and then.
     patience: stop after so many epochs without a lower mean loss; None: never.
     seed: of the gates' noise.
+    size_warmup: the share of the steps in which the allowed size falls from all edges to
+        `circuit_size`, by the same factor each step. 0: it is `circuit_size` at once,
+        and a strong penalty then shuts all gates before they know which matter.
 
     Raises ConfigError for arguments that make no sense, GraphError for edges to avoid that
     do not exist, TrainingError if the loss becomes NaN.
@@ -153,6 +161,7 @@ def train_subnetwork(
     check_choice("faithfulness_target", faithfulness_target, FaithfulnessTarget)
     check_choice("mask_fn", mask_fn, Literal["hard_concrete", "sigmoid"])
     _check(model, epochs, circuit_size, learning_rate, tree_optimisation, ablation_type)
+    check_share("size_warmup", size_warmup)
     avoided = model.circuit_prune_scores(edges=avoid_edges or (), bool=True)
     # In tree direction a mask of 1 takes the edge out: gates are masks of other sign.
     sign = -1 if tree_optimisation else 1
@@ -182,7 +191,7 @@ def train_subnetwork(
         ) as all_steps,
     ):
         set_all_masks(model, float(-sign * init_val))
-        optimizer = t.optim.Adam(masks.values(), lr=learning_rate)
+        optimizer = mask_optimizer(masks, learning_rate)
         for step, batch in all_steps:
             outputs = circuit_outputs(model, batch)
             faithfulness = faithfulness_loss(
@@ -190,9 +199,9 @@ def train_subnetwork(
             )
             gates = [sign * mask for mask in masks.values()]
             n_edges = _expected_edges(gates, mask_fn)
-            penalty = regularize_lambda * _size_penalty(
-                n_edges, circuit_size, model.n_edges
-            )
+            progress = (step + 1) / (epochs * len(batches))
+            allowed = _allowed_edges(model, circuit_size, progress, size_warmup)
+            penalty = regularize_lambda * _size_penalty(n_edges, allowed, model.n_edges)
             if avoid_edges:
                 penalty = penalty + avoid_lambda * _openness(
                     gates, list(avoided.values())
@@ -247,10 +256,19 @@ def _expected_edges(gates: Sequence[Tensor], mask_fn: MaskFn) -> Tensor:
     return t.stack([share(gate).sum() for gate in gates]).sum()
 
 
-def _size_penalty(n_edges: Tensor, circuit_size: int | None, n_all: int) -> Tensor:
-    if circuit_size is None:
+def _allowed_edges(
+    model: PatchableModel, circuit_size: int | None, progress: float, size_warmup: float
+) -> int | float | None:
+    """The number of edges that costs nothing, at this share of the training."""
+    if circuit_size is None or progress >= size_warmup:
+        return circuit_size
+    return model.n_edges * (circuit_size / model.n_edges) ** (progress / size_warmup)
+
+
+def _size_penalty(n_edges: Tensor, allowed: int | float | None, n_all: int) -> Tensor:
+    if allowed is None:
         return n_edges / n_all
-    return t.relu(n_edges - circuit_size) / circuit_size
+    return t.relu(n_edges - allowed) / allowed
 
 
 def _openness(gates: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
