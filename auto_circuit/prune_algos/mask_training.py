@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.errors import ConfigError, TrainingError
+from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, PruneScores
 from auto_circuit.utils.ablation_activations import (
     PER_BATCH_ABLATIONS,
@@ -29,6 +30,7 @@ from auto_circuit.utils.ablation_activations import (
 )
 from auto_circuit.utils.graph_utils import patch_mode
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import desc_prune_scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +132,35 @@ def _training_steps(
                 stack.close()
                 open_batch = None
                 after_epoch(step + 1)
+
+
+def warm_start_logits(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    warm_start: PruneAlgo | PruneScores,
+    highest: float,
+) -> dict[str, Tensor]:
+    """Gate logits that begin where another algorithm ended, from its ranking alone.
+
+    They fall with the logarithm of the rank, from `highest` for the edge with the largest
+    |score| to minus that for the last one. Edges with the same |score| have the same logit.
+
+    warm_start: scores, or the algorithm that finds them, on the same prompts.
+
+    Source: Edge Pruning that EAP-IG warm-starts, arXiv 2510.06811. Differs from it: the
+    ranks of the scores count, not their sizes.
+    """
+    if isinstance(warm_start, PruneAlgo):
+        warm_start = warm_start.func(model, dataloader, None)
+    ascending = desc_prune_scores(warm_start).flip(0)
+    n_edges = len(ascending)
+    logits = {}
+    for name, scores in warm_start.items():
+        n_not_better = t.searchsorted(ascending, scores.abs().contiguous(), right=True)
+        # The rank is 1 for the best edge.
+        log_rank = t.log(1.0 + n_edges - n_not_better) / math.log(max(n_edges, 2))
+        logits[name] = (highest * (1 - 2 * log_rank)).to(scores)
+    return logits
 
 
 def mask_optimizer(masks: Mapping[str, Parameter], learning_rate: float) -> t.optim.Adam:

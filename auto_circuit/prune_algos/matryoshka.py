@@ -4,7 +4,8 @@ Each step draws a circuit size k and keeps a soft top-k of the scores: edge i wi
 sigmoid((s_i - tau) / T), where tau is such that the shares sum to k. The scores learn which
 edges are worth keeping at all sizes together.
 
-Cost: a step is one forward and one backward pass; each batch costs two forward passes once.
+Cost: a step is one forward and one backward pass (F + Bk); each batch costs two forward
+passes (2 F) once.
 """
 
 from __future__ import annotations
@@ -159,3 +160,10 @@ MATRYOSHKA_PRUNE_ALGO = PruneAlgo(
     _short_name="MAttr",
     func=partial(matryoshka_prune_scores, n_steps=5000),
 )
+QUICK_MATRYOSHKA_PRUNE_ALGO = PruneAlgo(
+    key="Matryoshka Attribution (quick)",
+    name="Matryoshka Attribution (quick)",
+    _short_name="MAttr quick",
+    func=partial(matryoshka_prune_scores, n_steps=192, learning_rate=0.1),
+)
+"""Enough for a small model: few steps, twice the published learning rate."""

@@ -15,7 +15,10 @@ from auto_circuit.prune_algos.circuit_probing import (
     MSE_CIRCUIT_TREE_PROBING_PRUNE_ALGO,
     OPPOSITE_TREE_PROBING_PRUNE_ALGO,
 )
-from auto_circuit.prune_algos.edge_pruning import EDGE_PRUNING_PRUNE_ALGO
+from auto_circuit.prune_algos.edge_pruning import (
+    EDGE_PRUNING_PRUNE_ALGO,
+    QUICK_EDGE_PRUNING_PRUNE_ALGO,
+)
 from auto_circuit.prune_algos.exact_edge_patching import EXACT_EDGE_PATCHING_PRUNE_ALGO
 from auto_circuit.prune_algos.ground_truth import GROUND_TRUTH_PRUNE_ALGO
 from auto_circuit.prune_algos.head_importance import HEAD_IMPORTANCE_PRUNE_ALGO
@@ -31,7 +34,10 @@ from auto_circuit.prune_algos.mask_gradient import (
     LOGPROB_DIFF_GRAD_PRUNE_ALGO,
     LOGPROB_GRAD_PRUNE_ALGO,
 )
-from auto_circuit.prune_algos.matryoshka import MATRYOSHKA_PRUNE_ALGO
+from auto_circuit.prune_algos.matryoshka import (
+    MATRYOSHKA_PRUNE_ALGO,
+    QUICK_MATRYOSHKA_PRUNE_ALGO,
+)
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.prune_algos.random_edges import RANDOM_PRUNE_ALGO
 from auto_circuit.prune_algos.subnetwork_probing import (
@@ -79,7 +85,9 @@ PRUNE_ALGOS: tuple[PruneAlgo, ...] = (
     MSE_CIRCUIT_TREE_PROBING_PRUNE_ALGO,
     OPPOSITE_TREE_PROBING_PRUNE_ALGO,
     EDGE_PRUNING_PRUNE_ALGO,
+    QUICK_EDGE_PRUNING_PRUNE_ALGO,
     MATRYOSHKA_PRUNE_ALGO,
+    QUICK_MATRYOSHKA_PRUNE_ALGO,
 )
 PRUNE_ALGO_DICT: dict[AlgoKey, PruneAlgo] = {algo.key: algo for algo in PRUNE_ALGOS}
 

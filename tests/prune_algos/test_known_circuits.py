@@ -75,7 +75,9 @@ def test_the_circuit_is_the_edges_that_have_an_effect() -> None:
     exact = score(find_prune_algo("Exact"), model, micro_loader([4.0, 8.0], 2))
     effects = {edge.name: float(edge.prune_score(exact)) for edge in model.edges}
     assert len(effects) == 25
-    assert {name for name, effect in effects.items() if abs(effect) > 1e-5} == set(CIRCUIT)
+    assert {name for name, effect in effects.items() if abs(effect) > 1e-5} == set(
+        CIRCUIT
+    )
 
 
 @pytest.mark.parametrize(
