@@ -20,12 +20,16 @@ from torch import Tensor
 
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.integrated_gradients import (
+    INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
+)
 from auto_circuit.prune_algos.mask_training import (
     MaskTraining,
     check_finite,
     check_training,
     circuit_outputs,
     mask_optimizer,
+    rate_decay,
     scores_from_logits,
     training_batches,
     training_step,
@@ -140,7 +144,7 @@ def train_edge_pruning(
             masks[name].data = -logits
         optimizer = mask_optimizer(masks, learning_rate)
         ascent = t.optim.Adam([multipliers], lr=multiplier_learning_rate, maximize=True)
-        decay = t.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, n_steps)
+        decay = rate_decay(optimizer, 0.1, n_steps)
         for step, batch in all_steps:
             outputs = circuit_outputs(model, batch)
             faithfulness = faithfulness_loss(
@@ -209,12 +213,14 @@ QUICK_EDGE_PRUNING_PRUNE_ALGO = PruneAlgo(
     _short_name="EP quick",
     func=partial(
         edge_pruning_prune_scores,
-        n_steps=192,
-        learning_rate=0.3,
+        n_steps=144,
+        learning_rate=0.2,
         multiplier_learning_rate=10,
-        warmup_share=0.6,
+        warmup_share=0.5,
         warmup="geometric",
         faithfulness_target="logit_diff",
+        warm_start=INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
     ),
 )
-"""Enough for a small model: few steps, trained for what logit difference metrics measure."""
+"""For small models and first looks: few steps, from EAP-IG's ranking on, and trained for
+what the metrics of logit differences measure."""

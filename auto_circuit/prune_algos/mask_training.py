@@ -172,6 +172,13 @@ def mask_optimizer(masks: Mapping[str, Parameter], learning_rate: float) -> t.op
     return t.optim.Adam(masks.values(), lr=learning_rate, betas=(0.9, 0.95))
 
 
+def rate_decay(
+    optimizer: t.optim.Optimizer, last_share: float, n_steps: int
+) -> t.optim.lr_scheduler.LinearLR:
+    """A learning rate that falls linearly to a share of itself in the last step."""
+    return t.optim.lr_scheduler.LinearLR(optimizer, 1.0, last_share, n_steps)
+
+
 def circuit_outputs(model: PatchableModel, batch: TrainingBatch) -> Tensor:
     """The outputs that count, with the masks as they are."""
     return model.sliced(batch.inputs, **batch.kwargs)

@@ -22,6 +22,9 @@ from torch import Tensor
 
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.integrated_gradients import (
+    INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
+)
 from auto_circuit.prune_algos.mask_training import (
     MaskTraining,
     TrainingBatch,
@@ -30,6 +33,7 @@ from auto_circuit.prune_algos.mask_training import (
     check_share,
     circuit_outputs,
     mask_optimizer,
+    rate_decay,
     scores_from_logits,
     training_batches,
     training_step,
@@ -82,6 +86,7 @@ def subnetwork_probing_prune_scores(
     seed: int = 0,
     size_warmup: float = 0.0,
     warm_start: PruneAlgo | PruneScores | None = None,
+    last_rate_share: float = 1.0,
 ) -> PruneScores:
     """Each edge's trained logit, shifted so that the lowest is 0. See `train_subnetwork`.
 
@@ -115,6 +120,7 @@ def subnetwork_probing_prune_scores(
         seed,
         size_warmup,
         warm_start,
+        last_rate_share,
     ).prune_scores
 
 
@@ -138,6 +144,7 @@ def train_subnetwork(
     seed: int = 0,
     size_warmup: float = 0.0,
     warm_start: PruneAlgo | PruneScores | None = None,
+    last_rate_share: float = 1.0,
 ) -> MaskTraining:
     """Train a gate for each edge; the scores and the record of the training.
 
@@ -157,6 +164,8 @@ def train_subnetwork(
         and a strong penalty then shuts all gates before they know which matter.
     warm_start: an algorithm (or its scores) whose ranking the gates begin with, between
         plus and minus `init_val`: see `warm_start_logits`.
+    last_rate_share: the learning rate falls linearly to this share of it, so that the
+        ranking of edges that are equally good settles. 1: it stays as it is.
 
     Raises ConfigError for arguments that make no sense, GraphError for edges to avoid that
     do not exist, TrainingError if the loss becomes NaN.
@@ -170,6 +179,7 @@ def train_subnetwork(
     check_choice("mask_fn", mask_fn, Literal["hard_concrete", "sigmoid"])
     _check(model, epochs, circuit_size, learning_rate, tree_optimisation, ablation_type)
     check_share("size_warmup", size_warmup)
+    check_share("last_rate_share", last_rate_share)
     avoided = model.circuit_prune_scores(edges=avoid_edges or (), bool=True)
     # In tree direction a mask of 1 takes the edge out: gates are masks of other sign.
     sign = -1 if tree_optimisation else 1
@@ -207,6 +217,7 @@ def train_subnetwork(
         for name, logits in first_logits.items():
             masks[name].data = sign * logits
         optimizer = mask_optimizer(masks, learning_rate)
+        decay = rate_decay(optimizer, last_rate_share, epochs * len(batches))
         for step, batch in all_steps:
             outputs = circuit_outputs(model, batch)
             faithfulness = faithfulness_loss(
@@ -226,6 +237,7 @@ def train_subnetwork(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            decay.step()
             steps.append(training_step(step, loss, faithfulness, penalty, n_edges))
             if (step + 1) % len(batches) == 0 and _is_over(steps, len(batches), patience):
                 break
@@ -351,3 +363,22 @@ MSE_SUBNETWORK_TREE_PROBING_PRUNE_ALGO = PruneAlgo(
         faithfulness_target="mse",
     ),
 )
+QUICK_SUBNETWORK_TREE_PROBING_PRUNE_ALGO = PruneAlgo(
+    key="Subnetwork Tree Probing (quick)",
+    name="Subnetwork Tree Probing (quick)",
+    _short_name="STP quick",
+    func=partial(
+        subnetwork_probing_prune_scores,
+        learning_rate=0.2,
+        epochs=36,
+        regularize_lambda=10,
+        init_val=2.0,
+        circuit_size=30,
+        size_warmup=0.5,
+        tree_optimisation=True,
+        faithfulness_target="logit_diff",
+        warm_start=INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
+    ),
+)
+"""For small models and first looks: few steps, from EAP-IG's ranking on, and trained for
+what the metrics of logit differences measure, with a circuit of 30 edges."""
