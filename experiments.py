@@ -104,7 +104,10 @@ class ExperimentConfig(Choices):
     """The first part of the result folder's name."""
     tasks: tuple[str, ...] = tuple(task.key for task in POCKET_TASKS)
     """Keys of tasks (see auto_circuit/tasks.py)."""
-    algos: tuple[str, ...] = ("GT", "Random", "Act Mag", "EAP", "IEG")
+    algos: tuple[str, ...] = (
+        *("GT", "Random", "Act Mag", "EAP", "IEG"),
+        *("ACDC after EAP", "STP quick", "EP quick", "MAttr quick"),
+    )
     """Names of prune algorithms (see auto_circuit/prune_algos/prune_algos.py). Those that
     need a known circuit are left out on tasks without one."""
     metrics: tuple[str, ...] = ("Clean KL Div", "Logit Diff", "Logit Diff Percent")

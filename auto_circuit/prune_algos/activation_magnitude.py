@@ -1,6 +1,6 @@
 """How large a source's output is, as the score of all of its edges.
 
-Cost: one forward pass per batch.
+Cost: one forward pass (1 F) per batch.
 """
 
 from __future__ import annotations

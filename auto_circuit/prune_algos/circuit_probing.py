@@ -47,6 +47,9 @@ def circuit_probing_prune_scores(
     patience: int | None = None,
     seed: int = 0,
     skip_larger: bool = False,
+    size_warmup: float = 0.0,
+    warm_start: PruneAlgo | PruneScores | None = None,
+    last_rate_share: float = 1.0,
 ) -> PruneScores:
     """The number of sizes, minus the place of the smallest circuit that has the edge.
 
@@ -82,6 +85,9 @@ def circuit_probing_prune_scores(
             ablation_type,
             patience,
             seed,
+            size_warmup,
+            warm_start,
+            last_rate_share,
         )
         circuit, _ = circuit_mask(trained, size)
         for name, in_circuit in circuit.items():

@@ -3,7 +3,7 @@
 The first-order estimate of what patching each edge does: gradient at the destination times
 the difference of the source's activations, which is the mask gradient at mask 0.
 
-Cost per batch: two forward passes (one to record) and one backward pass.
+Cost per batch: two forward passes, one of them to record, and one backward pass (2 F + 1 Bk).
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ sum of the scores of its outgoing edges, or its importance for a task (HISP: hea
 importance score for pruning; Michel et al. 2019, arXiv 1905.10650, in the form that
 Conmy et al. 2023, arXiv 2304.14997, compare circuit discovery with).
 
-Cost of HISP per batch: one forward pass to record, one forward and one backward pass.
+Cost of HISP per batch: one forward pass to record, one forward and one backward pass (2 F +
+1 Bk).
 """
 
 from __future__ import annotations

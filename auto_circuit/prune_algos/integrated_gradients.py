@@ -13,8 +13,9 @@ activations to the clean ones instead:
 - *clean-corrupt*: the path of the inputs, at its two ends only.
 
 Cost per batch, with m points: inputs two forward passes to record and m forward and
-backward passes; activations one forward pass to record and m forward and backward passes
-for each sublayer.
+backward passes (2 F + m (F + Bk)); activations one forward pass to record and m forward
+and backward passes for each sublayer (F + m * sublayers * (F + Bk)); clean-corrupt as
+inputs with 2 points (4 F + 2 Bk).
 """
 
 from __future__ import annotations

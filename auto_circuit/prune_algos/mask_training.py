@@ -16,9 +16,11 @@ from typing import Any
 import torch as t
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import Parameter
 
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
-from auto_circuit.errors import TrainingError
+from auto_circuit.errors import ConfigError, TrainingError
+from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, PruneScores
 from auto_circuit.utils.ablation_activations import (
     PER_BATCH_ABLATIONS,
@@ -28,6 +30,7 @@ from auto_circuit.utils.ablation_activations import (
 )
 from auto_circuit.utils.graph_utils import patch_mode
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import desc_prune_scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +134,51 @@ def _training_steps(
                 after_epoch(step + 1)
 
 
+def warm_start_logits(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    warm_start: PruneAlgo | PruneScores,
+    highest: float,
+) -> dict[str, Tensor]:
+    """Gate logits that begin where another algorithm ended, from its ranking alone.
+
+    They fall with the logarithm of the rank, from `highest` for the edge with the largest
+    |score| to minus that for the last one. Edges with the same |score| have the same logit.
+
+    warm_start: scores, or the algorithm that finds them, on the same prompts.
+
+    Source: Edge Pruning that EAP-IG warm-starts, arXiv 2510.06811. Differs from it: the
+    ranks of the scores count, not their sizes.
+    """
+    if isinstance(warm_start, PruneAlgo):
+        warm_start = warm_start.func(model, dataloader, None)
+    ascending = desc_prune_scores(warm_start).flip(0)
+    n_edges = len(ascending)
+    logits = {}
+    for name, scores in warm_start.items():
+        n_not_better = t.searchsorted(ascending, scores.abs().contiguous(), right=True)
+        # The rank is 1 for the best edge.
+        log_rank = t.log(1.0 + n_edges - n_not_better) / math.log(max(n_edges, 2))
+        logits[name] = (highest * (1 - 2 * log_rank)).to(scores)
+    return logits
+
+
+def mask_optimizer(masks: Mapping[str, Parameter], learning_rate: float) -> t.optim.Adam:
+    """Adam with a short memory.
+
+    A gate's gradients are large while it is undecided and tiny once it is nearly shut:
+    with the usual memory of 1000 steps the large ones would hold it back for good.
+    """
+    return t.optim.Adam(masks.values(), lr=learning_rate, betas=(0.9, 0.95))
+
+
+def rate_decay(
+    optimizer: t.optim.Optimizer, last_share: float, n_steps: int
+) -> t.optim.lr_scheduler.LinearLR:
+    """A learning rate that falls linearly to a share of itself in the last step."""
+    return t.optim.lr_scheduler.LinearLR(optimizer, 1.0, last_share, n_steps)
+
+
 def circuit_outputs(model: PatchableModel, batch: TrainingBatch) -> Tensor:
     """The outputs that count, with the masks as they are."""
     return model.sliced(batch.inputs, **batch.kwargs)
@@ -142,6 +190,20 @@ def training_step(
     """The record of a step, from its tensors."""
     values = (float(value.detach()) for value in (loss, faithfulness, penalty, n_edges))
     return TrainingStep(step, *values)
+
+
+def check_training(n_steps: int, learning_rate: float) -> None:
+    """Raise ConfigError for a training of no steps, or of steps that lead nowhere."""
+    if n_steps < 1:
+        raise ConfigError(f"`n_steps` is {n_steps}; expected at least 1.")
+    if learning_rate <= 0:
+        raise ConfigError(f"`learning_rate` is {learning_rate}; expected more than 0.")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise ConfigError unless a number is from 0 to 1."""
+    if not 0 <= value <= 1:
+        raise ConfigError(f"`{name}` is {value}; expected a share, from 0 to 1.")
 
 
 def check_finite(loss: Tensor, step: int, learning_rate: float) -> None:

@@ -4,7 +4,8 @@ Each step draws a circuit size k and keeps a soft top-k of the scores: edge i wi
 sigmoid((s_i - tau) / T), where tau is such that the shares sum to k. The scores learn which
 edges are worth keeping at all sizes together.
 
-Cost: a step is one forward and one backward pass; each batch costs two forward passes once.
+Cost: a step is one forward and one backward pass (F + Bk); each batch costs two forward
+passes (2 F) once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from auto_circuit.prune_algos.mask_training import (
     MaskTraining,
     TrainingStep,
     check_finite,
+    check_training,
     circuit_outputs,
     training_batches,
     training_steps,
@@ -78,11 +80,9 @@ def train_matryoshka(
     NaN.
     """
     check_choice("sizes", sizes, SizeDistribution)
-    if n_steps < 1 or temperature <= 0:
-        raise ConfigError(
-            f"`n_steps` is {n_steps} and `temperature` {temperature}; expected at least 1 "
-            "step and a temperature above 0."
-        )
+    check_training(n_steps, learning_rate)
+    if temperature <= 0:
+        raise ConfigError(f"`temperature` is {temperature}; expected more than 0.")
     batches = training_batches(model, dataloader, ablation_type, "clean")
     generator = t.Generator().manual_seed(seed)
     steps = []
@@ -160,3 +160,10 @@ MATRYOSHKA_PRUNE_ALGO = PruneAlgo(
     _short_name="MAttr",
     func=partial(matryoshka_prune_scores, n_steps=5000),
 )
+QUICK_MATRYOSHKA_PRUNE_ALGO = PruneAlgo(
+    key="Matryoshka Attribution (quick)",
+    name="Matryoshka Attribution (quick)",
+    _short_name="MAttr quick",
+    func=partial(matryoshka_prune_scores, n_steps=192, learning_rate=0.1),
+)
+"""Enough for a small model: few steps, twice the published learning rate."""

@@ -21,7 +21,13 @@ from auto_circuit.utils.tensor_ops import (
 GradFunction = Literal["logit", "prob", "logprob", "logit_exp"]
 AnswerFunction = Literal["avg_diff", "avg_val", "max_diff", "mse"]
 FaithfulnessTarget = Literal[
-    "kl_div", "mse", "answer", "wrong_answer", "correct_percent", "logit_diff_percent"
+    "kl_div",
+    "mse",
+    "answer",
+    "wrong_answer",
+    "correct_percent",
+    "logit_diff_percent",
+    "logit_diff",
 ]
 
 
@@ -114,8 +120,10 @@ def faithfulness_loss(
     minus that logit. correct_percent: minus the share of prompts whose answer is the
     likeliest word, smoothed to sigmoid(answer - best other), so that it has a gradient.
     logit_diff_percent: |100 - the circuit's answer difference in % of the model's|.
+    logit_diff: minus the answer difference, logits: more than the model's is welcome.
 
-    Differs from auto-circuit, whose correct_percent had no gradient and the wrong sign.
+    Differs from auto-circuit, whose correct_percent had no gradient and the wrong sign,
+    and which had no logit_diff.
     """
     if target == "kl_div":
         return multibatch_kl_div(outputs.log_softmax(-1), clean_outputs.log_softmax(-1))
@@ -125,6 +133,8 @@ def faithfulness_loss(
         return -batch_avg_answer_val(outputs, batch)
     if target == "wrong_answer":
         return -batch_avg_answer_val(outputs, batch, wrong_answer=True)
+    if target == "logit_diff":
+        return -batch_avg_answer_diff(outputs, batch)
     if target == "correct_percent":
         return -_smooth_accuracy(outputs, batch)
     percents = (

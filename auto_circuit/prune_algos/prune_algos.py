@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from auto_circuit.errors import ConfigError, near_matches
 from auto_circuit.metrics.protocols import PrunableTask
 from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO, MSE_ACDC_PRUNE_ALGO
+from auto_circuit.prune_algos.acdc_after_eap import ACDC_AFTER_EAP_PRUNE_ALGO
 from auto_circuit.prune_algos.activation_magnitude import ACT_MAG_PRUNE_ALGO
 from auto_circuit.prune_algos.circuit_probing import (
     CIRCUIT_PROBING_PRUNE_ALGO,
@@ -14,7 +15,10 @@ from auto_circuit.prune_algos.circuit_probing import (
     MSE_CIRCUIT_TREE_PROBING_PRUNE_ALGO,
     OPPOSITE_TREE_PROBING_PRUNE_ALGO,
 )
-from auto_circuit.prune_algos.edge_pruning import EDGE_PRUNING_PRUNE_ALGO
+from auto_circuit.prune_algos.edge_pruning import (
+    EDGE_PRUNING_PRUNE_ALGO,
+    QUICK_EDGE_PRUNING_PRUNE_ALGO,
+)
 from auto_circuit.prune_algos.exact_edge_patching import EXACT_EDGE_PATCHING_PRUNE_ALGO
 from auto_circuit.prune_algos.ground_truth import GROUND_TRUTH_PRUNE_ALGO
 from auto_circuit.prune_algos.head_importance import HEAD_IMPORTANCE_PRUNE_ALGO
@@ -30,11 +34,15 @@ from auto_circuit.prune_algos.mask_gradient import (
     LOGPROB_DIFF_GRAD_PRUNE_ALGO,
     LOGPROB_GRAD_PRUNE_ALGO,
 )
-from auto_circuit.prune_algos.matryoshka import MATRYOSHKA_PRUNE_ALGO
+from auto_circuit.prune_algos.matryoshka import (
+    MATRYOSHKA_PRUNE_ALGO,
+    QUICK_MATRYOSHKA_PRUNE_ALGO,
+)
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.prune_algos.random_edges import RANDOM_PRUNE_ALGO
 from auto_circuit.prune_algos.subnetwork_probing import (
     MSE_SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
+    QUICK_SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
     SUBNETWORK_EDGE_PROBING_PRUNE_ALGO,
     SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
 )
@@ -59,6 +67,7 @@ PRUNE_ALGOS: tuple[PruneAlgo, ...] = (
     RANDOM_PRUNE_ALGO,
     ACDC_PRUNE_ALGO,
     MSE_ACDC_PRUNE_ALGO,
+    ACDC_AFTER_EAP_PRUNE_ALGO,
     EXACT_EDGE_PATCHING_PRUNE_ALGO,
     INTEGRATED_EDGE_GRADS_LOGIT_DIFF_PRUNE_ALGO,
     LOGPROB_GRAD_PRUNE_ALGO,
@@ -76,8 +85,11 @@ PRUNE_ALGOS: tuple[PruneAlgo, ...] = (
     MSE_SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
     MSE_CIRCUIT_TREE_PROBING_PRUNE_ALGO,
     OPPOSITE_TREE_PROBING_PRUNE_ALGO,
+    QUICK_SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
     EDGE_PRUNING_PRUNE_ALGO,
+    QUICK_EDGE_PRUNING_PRUNE_ALGO,
     MATRYOSHKA_PRUNE_ALGO,
+    QUICK_MATRYOSHKA_PRUNE_ALGO,
 )
 PRUNE_ALGO_DICT: dict[AlgoKey, PruneAlgo] = {algo.key: algo for algo in PRUNE_ALGOS}
 

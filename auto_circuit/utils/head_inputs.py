@@ -107,33 +107,43 @@ def _with_changed_rows(
     changed: list[int],
 ) -> list[Tensor]:
     """The heads' outputs, where these have inputs of their own (the first of `inputs`)."""
+
+    def base_out(i: int) -> Tensor:
+        if base_outs is not None:
+            return base_outs[i]
+        return linear_forward(heads.linears[i][0], normed)
+
     inputs = _norm(heads, inputs)
     outs = []
     for i, ((linear, n_heads), rows) in enumerate(
         zip(heads.linears, heads.rows(), strict=True)
     ):
         here = [j for j, row in enumerate(changed) if rows.start <= row < rows.stop]
+        if not here:
+            outs.append(base_out(i))
+            continue
         idxs = [changed[j] - rows.start for j in here]
-        if len(here) < n_heads:
-            base = linear_forward(linear, normed) if base_outs is None else base_outs[i]
-            if not here:
-                outs.append(base)
-                continue
-        weights = _by_head(linear, n_heads).mT
-        bias = None if linear.bias is None else linear.bias.unflatten(0, (n_heads, -1))
-        if len(here) < n_heads:
-            weights = _pick(weights, idxs)
-            bias = None if bias is None else bias[idxs]
-        of_linear = inputs[:, here[0] : here[-1] + 1].transpose(0, 1)
-        parts = t.bmm(of_linear, weights).transpose(0, 1)  # [token head d_head]
-        parts = parts if bias is None else parts + bias
-        if len(here) == n_heads:
+        parts = _parts(linear, n_heads, idxs, inputs[:, here[0] : here[-1] + 1])
+        if len(idxs) == n_heads:
             out = parts.flatten(1)
         else:
-            out = base.flatten(0, 1).clone()
+            out = base_out(i).flatten(0, 1).clone()
             out.unflatten(1, (n_heads, -1))[:, idxs] = parts
         outs.append(out.unflatten(0, shape[:2]))
     return outs
+
+
+def _parts(
+    linear: Any, n_heads: int, idxs: list[int], inputs: HeadTokens
+) -> Float[Tensor, "token row d_head"]:
+    """What some of the heads give, each for its own input."""
+    weights = _by_head(linear, n_heads).mT
+    if len(idxs) < n_heads:
+        weights = _pick(weights, idxs)
+    parts = t.bmm(inputs.transpose(0, 1), weights).transpose(0, 1)
+    if linear.bias is None:
+        return parts
+    return parts + linear.bias.unflatten(0, (n_heads, -1))[idxs]
 
 
 def _pick(
@@ -295,7 +305,8 @@ def _head_grads(
     parts = []
     for grad, (linear, n_heads) in zip(grads, heads.linears, strict=True):
         if grad is None:
-            grad = x.new_zeros((*x.shape[:2], linear.out_features))
+            width = linear.out_features
+            grad = x.new_zeros((*x.shape[:2], int(width)))  # type: ignore[arg-type]
         parts.append((grad.flatten(0, 1) * factor).unflatten(1, (n_heads, -1)))
     return parts
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +28,7 @@ from auto_circuit.tasks import POCKET_IOI_TASK, Task
 from auto_circuit.types import PruneScores
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
+from tests.micro import micro_loader, micro_model
 from tests.models import gpt2, llama, state_snapshot
 from tests.test_prune import token_loader
 
@@ -31,6 +37,7 @@ GRAPHS = {
     "llama": lambda: patchable_model(llama(), True, "last_seq", separate_qkv=False),
     "positions": lambda: patchable_model(gpt2(), True, "last_seq", 5, separate_qkv=True),
     "nodes": lambda: patchable_model(gpt2(), False, "last_seq", separate_qkv=True),
+    "micro positions": lambda: micro_model(seq_len=3),
 }
 # Trainings, cut short: what they must do here does not depend on how long they last.
 SHORT = {
@@ -38,9 +45,11 @@ SHORT = {
     "n_steps": 3,
     "integrated_grad_samples": 3,
     "circuit_sizes": (5, 20),
+    "n_candidates": 50,
 }
-# A forward pass for each edge: one graph is enough.
+# A forward pass for each edge: two graphs are enough.
 ONE_BY_ONE = ("ACDC", "MSE ACDC", "Exact Edge Patching")
+ONE_BY_ONE_GRAPHS = ("gpt2", "micro positions")
 QUICK = (
     "Official Circuit",
     "Random",
@@ -61,7 +70,12 @@ def score(algo: PruneAlgo, model: PatchableModel) -> PruneScores:
         if func.keywords.get("integrated_grad_samples") is None:
             short.pop("integrated_grad_samples", None)
         func = partial(func, **short)
-    return func(model, token_loader(3, 2), list(model.edges)[::7])
+    loader = token_loader(3, 2) if is_transformer(model) else micro_loader([1, 2, 5], 2)
+    return func(model, loader, list(model.edges)[::7])
+
+
+def is_transformer(model: PatchableModel) -> bool:
+    return model.adapter.is_transformer
 
 
 def algos_and_graphs() -> list[Any]:
@@ -75,7 +89,7 @@ def algos_and_graphs() -> list[Any]:
         )
         for algo in PRUNE_ALGOS
         for graph in GRAPHS
-        if graph == "gpt2" or algo.key not in ONE_BY_ONE
+        if graph in ONE_BY_ONE_GRAPHS or algo.key not in ONE_BY_ONE
     ]
 
 
@@ -97,6 +111,36 @@ def test_scores_fit_the_graph_and_the_model_is_left_alone(
     assert any((values != 0).any() for values in scores.values())
     again = score(algo, model)
     assert all(t.equal(scores[name], again[name]) for name in scores)
+
+
+def print_digests() -> None:
+    """A line for each algorithm: its key, and the hash of its scores."""
+    for algo in PRUNE_ALGOS:
+        scores = score(algo, GRAPHS["gpt2"]())
+        digest = hashlib.sha256()
+        for name, values in scores.items():
+            digest.update(name.encode() + values.numpy().tobytes())
+        print("digest", algo.key, digest.hexdigest())
+
+
+@pytest.mark.slow
+def test_the_same_scores_in_every_process() -> None:
+    """In auto-circuit the order of edges, and so random scores, came from sets."""
+    code = f"from {__name__} import print_digests; print_digests()"
+    found = []
+    for hash_seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        lines = done.stdout.splitlines()
+        found.append([line for line in lines if line.startswith("digest")])
+    assert len(found[0]) == len(PRUNE_ALGOS)
+    assert found[0] == found[1]
 
 
 @on_all_algos

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch as t
@@ -17,19 +17,28 @@ from auto_circuit.prune_algos.mask_training import (
     training_steps,
 )
 from auto_circuit.prune_algos.matryoshka import (
+    SizeDistribution,
     soft_top_k,
     soft_top_k_gradient,
     train_matryoshka,
 )
-from auto_circuit.prune_algos.objectives import answer_loss, faithfulness_loss
+from auto_circuit.prune_algos.objectives import (
+    AnswerFunction,
+    FaithfulnessTarget,
+    answer_loss,
+    check_choice,
+    faithfulness_loss,
+)
 from auto_circuit.prune_algos.subnetwork_probing import (
+    INIT_LOGIT,
     subnetwork_probing_prune_scores,
     train_subnetwork,
 )
 from auto_circuit.types import AblationType
 from auto_circuit.utils.graph_utils import patchable_model, set_all_masks
 from auto_circuit.utils.patchable_model import PatchableModel
-from tests.models import gpt2
+from tests.micro import micro_model
+from tests.models import gpt2, state_snapshot
 from tests.test_prune import token_loader
 
 EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
@@ -127,6 +136,26 @@ def test_validation_patience_and_seeds() -> None:
     assert not all(t.equal(one[name], other[name]) for name in one)
 
 
+def test_the_allowed_size_falls() -> None:
+    """Without a warm-up a strong penalty shuts nearly all gates, wanted or not."""
+    graph = model()
+    sizes = {}
+    for warmup in (0.0, 0.8):
+        steps = train_subnetwork(
+            graph,
+            token_loader(),
+            epochs=30,
+            circuit_size=20,
+            init_val=-INIT_LOGIT,
+            tree_optimisation=True,
+            learning_rate=0.3,
+            size_warmup=warmup,
+        ).steps
+        sizes[warmup] = [step.n_edges for step in steps]
+    assert sizes[0.8][30] > 1.5 * sizes[0.0][30]
+    assert sizes[0.8][-1] < 25
+
+
 def test_circuit_probing_ranks_by_the_smallest_circuit() -> None:
     graph = model()
     scores = circuit_probing_prune_scores(
@@ -211,7 +240,8 @@ def test_faithfulness_losses() -> None:
         ({"epochs": 0}, ConfigError, "`epochs` is 0"),
         ({"learning_rate": 0}, ConfigError, "`learning_rate` is 0"),
         ({"ablation_type": AblationType.ZERO}, ConfigError, "no clean activations"),
-        ({"avoid_edges": ["A0.9->MLP 1"]}, GraphError, "no edge 'A0.9->MLP 1'"),
+        ({"size_warmup": 1.5}, ConfigError, "`size_warmup` is 1.5; expected a share"),
+        ({"avoid_edges": list(micro_model().edges)[:1]}, GraphError, "no edge"),
         ({"regularize_lambda": math.inf}, TrainingError, "at step 0.*Lower the"),
     ],
 )
@@ -219,12 +249,10 @@ def test_bad_options(
     options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     graph = model()
-    if "avoid_edges" in options:
-        with pytest.raises(error, match=message):
-            graph.circuit_prune_scores(edges=options["avoid_edges"], bool=True)
-        return
+    before = state_snapshot(graph)
     with pytest.raises(error, match=message):
         train_subnetwork(graph, token_loader(), **options)
+    assert state_snapshot(graph) == before
 
 
 def test_bad_options_of_the_others() -> None:
@@ -239,3 +267,55 @@ def test_bad_options_of_the_others() -> None:
         train_edge_pruning(graph, loader, target_sparsity=1.5)
     with pytest.raises(ConfigError, match="`n_steps` is 0"):
         train_matryoshka(graph, loader, n_steps=0)
+    with pytest.raises(ConfigError, match="`circuit_size` is 0; expected 1 to"):
+        circuit_probing_prune_scores(graph, loader, None, circuit_sizes=(0, 5))
+    for train in (train_edge_pruning, train_matryoshka):
+        with pytest.raises(ConfigError, match="`learning_rate` is -1"):
+            train(graph, loader, learning_rate=-1.0)
+
+
+@pytest.mark.parametrize("train", [train_edge_pruning, train_matryoshka])
+def test_a_training_that_diverges_stops(train: Any) -> None:
+    graph = model()
+    before = state_snapshot(graph)
+    with pytest.raises(TrainingError, match=r"at step [1-9]: .*Lower the learning rate"):
+        train(graph, token_loader(), n_steps=10, learning_rate=1e38)
+    assert state_snapshot(graph) == before
+
+
+@pytest.mark.parametrize(
+    "name,choices",
+    [
+        ("faithfulness_target", FaithfulnessTarget),
+        ("answer_function", AnswerFunction),
+        ("sizes", SizeDistribution),
+    ],
+)
+def test_unknown_choices(name: str, choices: Any) -> None:
+    # Under pytest, beartype is faster than we are with the algorithms' own signatures.
+    with pytest.raises(ConfigError, match=f"`{name}` is 'nothing'; expected one of '"):
+        check_choice(name, "nothing", choices)
+
+
+@pytest.mark.parametrize("tree", [True, False])
+def test_every_target_trains_and_is_what_is_validated(tree: bool) -> None:
+    """auto-circuit validated all of them by the logit difference of log-probabilities."""
+    graph, loader = model(), token_loader(4, 4)
+    targets = get_args(FaithfulnessTarget)
+    found = {}
+    for target in targets:
+        (step,) = train_subnetwork(
+            graph,
+            loader,
+            epochs=1,
+            # The same outputs for each target: no noise, and no step before.
+            mask_fn="sigmoid",
+            learning_rate=1e-9,
+            init_val=0.5,
+            tree_optimisation=tree,
+            faithfulness_target=target,
+            validation_dataloader=loader,
+        ).steps
+        assert step.validation == pytest.approx(step.faithfulness, rel=1e-4)
+        found[target] = step.validation
+    assert len(set(found.values())) == len(targets)

@@ -9,16 +9,22 @@ import torch as t
 
 from auto_circuit.errors import ConfigError, GraphError
 from auto_circuit.prune_algos.ACDC import acdc_prune_scores, removed_edges
+from auto_circuit.prune_algos.acdc_after_eap import (
+    acdc_after_eap_prune_scores,
+    removed_candidates,
+)
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
 from auto_circuit.prune_algos.exact_edge_patching import (
     exact_edge_patching_prune_scores,
 )
-from auto_circuit.types import Edge
+from auto_circuit.prune_algos.mask_training import training_batches
+from auto_circuit.types import AblationType, Edge
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model, starting_at
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import circuit_mask
 from tests.micro import micro_loader, micro_model
 from tests.models import attn_only, gpt2, llama, pythia, tokens
 from tests.test_prune import token_loader
@@ -155,6 +161,30 @@ def test_layers_before_the_first_changed_edge_do_not_run() -> None:
             pass
     for handle in handles:
         handle.remove()
+
+
+def test_with_all_edges_as_candidates_it_is_acdc() -> None:
+    model, loader = micro_model(), micro_loader([0.1, 0.2], 2)
+    batch, *_ = training_batches(model, loader, AblationType.RESAMPLE, "clean")
+    for threshold in (1e-4, 1e-2):
+        expected = removed_edges(model, loader, threshold)
+        assert 0 < len(expected) < model.n_edges
+        found = removed_candidates(model, batch, list(model.edges), threshold)
+        assert found == expected
+
+
+def test_candidates_are_the_best_edges() -> None:
+    model, loader = micro_model(), micro_loader([0.1, 0.2], 2)
+    eap = edge_attribution_patching_prune_scores(model, loader, None)
+    scores = acdc_after_eap_prune_scores(model, loader, None, 4, (1e-6,))
+    in_circuit, size = circuit_mask(eap, 4)
+    assert size == 4
+    for name, values in scores.items():
+        assert ((values > 0) == in_circuit[name]).all()
+    with pytest.raises(ConfigError, match="`n_candidates` is 0"):
+        acdc_after_eap_prune_scores(model, loader, None, 0)
+    with pytest.raises(ConfigError, match="The thresholds are .*all above 0"):
+        acdc_after_eap_prune_scores(model, loader, None, thresholds=(0.0,))
 
 
 def test_acdc_options() -> None:

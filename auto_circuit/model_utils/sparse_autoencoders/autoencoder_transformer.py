@@ -8,7 +8,7 @@ kept, the model's outputs are the bare model's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,17 +20,20 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError, ModelError
-from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter, Port
+from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter, Port, SrcSite
 from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import (
     SparseAutoencoder,
     load_autoencoder,
+)
+from auto_circuit.model_utils.transformer_lens_sites import (
+    has_mlps,
+    has_post_norm,
+    hook_point,
 )
 from auto_circuit.model_utils.transformer_lens_utils import (
     TRANSFORMER_BRIDGE_ADAPTER,
     factorized_dest_nodes,
     factorized_src_nodes,
-    has_mlps,
-    has_post_norm,
 )
 from auto_circuit.types import AutoencoderInput, SrcNode
 
@@ -168,7 +171,7 @@ def _hook_name(sae_input: AutoencoderInput) -> str:
 
 
 def _find_hook(model: TransformerBridge, block: int, hook: str) -> Module:
-    return TRANSFORMER_BRIDGE_ADAPTER.find_module(model, f"blocks.{block}.{hook}")
+    return hook_point(model, f"blocks.{block}.{hook}")
 
 
 def _n_inputs(model: TransformerBridge, block: int, sae_input: AutoencoderInput) -> int:
@@ -254,21 +257,21 @@ def _parts(model: AutoencoderTransformer, node: SrcNode) -> list[SrcNode]:
     return [*latents, error]
 
 
-def _find_module(model: Module, module_name: str) -> Module:
+def _src_site(model: Module, module_name: str) -> SrcSite:
     assert isinstance(model, AutoencoderTransformer)
     for suffix in (LATENTS, ERROR):
         if module_name.endswith(suffix):
             sae = model.saes[int(module_name.split(".")[1])]
-            return sae.latent_outs if suffix == LATENTS else sae.error_outs
-    return TRANSFORMER_BRIDGE_ADAPTER.find_module(model.wrapped_model, module_name)
+            return SrcSite(sae.latent_outs if suffix == LATENTS else sae.error_outs)
+    return TRANSFORMER_BRIDGE_ADAPTER.src_site(model.wrapped_model, module_name)
 
 
 def _ports(
-    model: Module, module_name: str, separate_qkv: bool | None
+    model: Module, module_names: Sequence[str], separate_qkv: bool | None
 ) -> tuple[Port, ...]:
     assert isinstance(model, AutoencoderTransformer)
     return TRANSFORMER_BRIDGE_ADAPTER.ports(
-        model.wrapped_model, module_name, separate_qkv
+        model.wrapped_model, module_names, separate_qkv
     )
 
 
@@ -318,12 +321,15 @@ AUTOENCODER_TRANSFORMER_ADAPTER = ModelAdapter(
     name="AutoencoderTransformer",
     handles=lambda model: isinstance(model, AutoencoderTransformer),
     graph_nodes=_graph_nodes,
+    src_site=_src_site,
     ports=_ports,
-    find_module=_find_module,
     open_sites=_open_sites,
     probe_input=lambda model: TRANSFORMER_BRIDGE_ADAPTER.probe_input(
         model.wrapped_model  # type: ignore[arg-type]
     ),
     find_unembed=lambda model: getattr(model, "unembed", None),
+    blocks=lambda model: TRANSFORMER_BRIDGE_ADAPTER.blocks(
+        model.wrapped_model  # type: ignore[arg-type]
+    ),
     is_transformer=True,
 )

@@ -1,0 +1,112 @@
+"""ACDC on the edges that edge attribution patching does not rule out.
+
+ACDC (Conmy et al. 2023, arXiv 2304.14997) runs the model once for each edge, and a graph with
+positions has tens of thousands. Here edge attribution patching (Syed et al. 2023, arXiv
+2310.10348) picks the candidates; all other edges are patched from the start, and ACDC tries
+to take out the candidates one by one.
+
+Cost: edge attribution patching (2 F + 1 Bk per batch), then one forward pass (F) for each
+candidate and threshold, on the first batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import partial
+
+import torch as t
+
+from auto_circuit.data import PromptDataLoader
+from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.edge_attribution_patching import (
+    edge_attribution_patching_prune_scores,
+)
+from auto_circuit.prune_algos.mask_training import (
+    TrainingBatch,
+    circuit_outputs,
+    training_batches,
+)
+from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.types import AblationType, Edge, PruneScores
+from auto_circuit.utils.graph_utils import patch_mode, preserved_masks, set_all_masks
+from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import circuit_mask, multibatch_kl_div
+
+
+def acdc_after_eap_prune_scores(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    official_edges: Collection[Edge] | None,
+    n_candidates: int = 300,
+    thresholds: Sequence[float] = (1e-3, 1e-2, 1e-1),
+) -> PruneScores:
+    """The lowest threshold at which each candidate is taken out; 0 for all other edges.
+
+    The higher, the more the edge matters; a candidate that no threshold takes out has twice
+    the highest. A threshold is the rise of KL(model || circuit), in nats, below which an
+    edge goes. Clean prompts, corrupt activations patched in, the loader's first batch.
+
+    n_candidates: the edges with the largest |score| of edge attribution patching, and all
+        that tie with the last of them; all edges, if there are no more.
+
+    Raises ConfigError for fewer than 1 candidate, and without thresholds above 0. Not in
+    auto-circuit.
+    """
+    if n_candidates < 1:
+        raise ConfigError(f"`n_candidates` is {n_candidates}; expected at least 1.")
+    if not thresholds or min(thresholds) <= 0:
+        raise ConfigError(f"The thresholds are {thresholds}; expected some, all above 0.")
+    eap = edge_attribution_patching_prune_scores(model, dataloader, official_edges)
+    chosen, _ = circuit_mask(eap, min(n_candidates, model.n_edges))
+    candidates = [e for e in model.edges if chosen[e.dest.module_name][e.patch_idx]]
+    (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
+    scores = model.new_prune_scores()
+    for edge in candidates:
+        scores[edge.dest.module_name][edge.patch_idx] = 2 * max(thresholds)
+    for threshold in sorted(thresholds, reverse=True):
+        for edge in removed_candidates(model, batch, candidates, threshold):
+            scores[edge.dest.module_name][edge.patch_idx] = threshold
+    return scores
+
+
+def removed_candidates(
+    model: PatchableModel,
+    batch: TrainingBatch,
+    candidates: Sequence[Edge],
+    threshold: float,
+) -> list[Edge]:
+    """The candidates that ACDC takes out of their circuit, in the order in which they go.
+
+    The last layer's destinations come first; within a layer, the order is the graph's.
+    """
+    removed = []
+    with t.no_grad(), preserved_masks(model), patch_mode(model, batch.patch_src_outs):
+        set_all_masks(model, 1.0)
+        for edge in candidates:
+            edge.patch_mask(model).data[edge.patch_idx] = 0.0
+        distance = _distance(model, batch)
+        for edge in sorted(candidates, key=lambda edge: -edge.dest.layer):
+            entry = edge.patch_mask(model).data[edge.patch_idx]
+            entry.fill_(1.0)
+            patched = _distance(model, batch)
+            if patched - distance < threshold:
+                distance = patched
+                removed.append(edge)
+            else:
+                entry.fill_(0.0)
+    return removed
+
+
+def _distance(model: PatchableModel, batch: TrainingBatch) -> float:
+    outputs = circuit_outputs(model, batch)
+    return float(
+        multibatch_kl_div(outputs.log_softmax(-1), batch.clean_outputs.log_softmax(-1))
+    )
+
+
+ACDC_AFTER_EAP_PRUNE_ALGO = PruneAlgo(
+    key="ACDC after Edge Attribution Patching",
+    name="ACDC after Edge Attribution Patching",
+    _short_name="ACDC after EAP",
+    func=partial(acdc_after_eap_prune_scores, n_candidates=300),
+)
