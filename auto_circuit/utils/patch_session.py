@@ -173,7 +173,8 @@ class PatchSession:
             for block in self.plan.blocks
             if block.ports[0].layer >= self._first_layer
         ]
-        weights = self._block_weights(*run.diff.shape[:2], blocks)
+        batch, seq = run.diff.shape[:2]
+        weights = self._block_weights(batch, seq, blocks)
         works, _, recorded, patched_base = self._sparse_works(weights)
         return ForwardPass(run.diff, run.slots, recorded, works, patched_base)
 

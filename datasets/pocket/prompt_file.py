@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Last: that folder has generators of the same names as this one.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from prompt_writer import Prompt, PromptFile, different_prompts  # noqa: E402
 

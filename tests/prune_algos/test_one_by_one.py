@@ -134,7 +134,7 @@ def test_layers_before_the_first_changed_edge_do_not_run() -> None:
     patch = src_ablations(model, CLEAN.flip(0))
     handles = [
         block.mlp.register_forward_hook(count(layer))
-        for layer, block in enumerate(model.wrapped_model.blocks)
+        for layer, block in enumerate(model.plan.layers)
     ]
     last, first = (model.find_edges(name)[0] for name in ("MLP 0->A1.2.K", EARLY_NAME))
     with t.no_grad(), patch_mode(model, patch, keeps_layers=True):
