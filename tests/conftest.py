@@ -1,4 +1,4 @@
-"""What every test shares: the --runslow option, no network, two threads.
+"""What every test shares: the --runslow option, no network, few threads.
 
 `auto_circuit` must not be imported here: jaxtyping's pytest hook checks shapes only in
 modules that are imported after it.
@@ -15,7 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(2)
+# Two processes of `pytest -n 2` take a core each.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
