@@ -144,10 +144,11 @@ class PatchSession:
         if layer == 0:
             yield
             return
-        if len(self._layer_outs) < len(self.plan.layers) or self.run is None:
+        is_ready = self.run is not None and len(self._layer_outs) == len(self.plan.layers)
+        if t.is_grad_enabled() or not is_ready:
             raise GraphError(
                 "A pass from the middle needs `patch_mode(..., keeps_layers=True)` and, "
-                "in it, a whole pass before."
+                "in it, a whole pass before; both without gradients (`torch.no_grad()`)."
             )
         if layer > self._overwritten_from:
             raise GraphError(
