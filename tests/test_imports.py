@@ -13,6 +13,7 @@ from auto_circuit.utils.graph_utils import patchable_model
 REPO = Path(__file__).parents[1]
 PROGRAM = """
 import importlib, pkgutil, random, numpy, torch, plotly.io, transformer_lens
+import rich.console  # draws ids for its styles
 before = (
     random.getstate(),
     numpy.random.get_state()[1].tolist(),
