@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch as t
+from rich.console import Console
 from safetensors.torch import load_file
 
 import experiments
@@ -23,6 +25,11 @@ from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
+from auto_circuit.prune_algos.mask_gradient import (
+    LOGPROB_DIFF_GRAD_PRUNE_ALGO,
+    LOGPROB_GRAD_PRUNE_ALGO,
+)
+from auto_circuit.prune_algos.prune_algos import find_prune_algo
 from auto_circuit.prune_algos.random_edges import random_prune_scores
 from auto_circuit.tasks import POCKET_IOI_TASK
 from auto_circuit.types import PatchType
@@ -109,6 +116,52 @@ def test_a_browser_shows_every_figure_of_the_default_sweep(
     assert len(figures) == 2 * len(ExperimentConfig().metrics)
     for path in figures:
         check_shown(path)
+
+
+QUICK_GRADIENT_ALGOS = ("EAP", "EAP (MSE)", "Clean-Corrupt", "HISP")
+LONG_GRADIENT_ALGOS = (
+    *("IEG", "EAP-IG inputs", "EAP-IG activations"),
+    LOGPROB_GRAD_PRUNE_ALGO.key,
+    LOGPROB_DIFF_GRAD_PRUNE_ALGO.key,
+)
+
+
+@pytest.mark.parametrize(
+    "algos",
+    [QUICK_GRADIENT_ALGOS, pytest.param(LONG_GRADIENT_ALGOS, marks=pytest.mark.slow)],
+    ids=["quick", "long"],
+)
+def test_the_report_says_how_well_gradients_find_a_known_circuit(
+    algos: tuple[str, ...], tmp_path: Path
+) -> None:
+    config = replace(
+        experiments.TRACR_REVERSE,
+        algos=("GT", "Random", *algos),
+        circuit_sizes=(0, 8, 462),
+        out=tmp_path,
+    )
+    results = run_experiment(config)
+    aurocs = dict(
+        zip(results.summary["algorithm"], results.summary["auroc"], strict=True)
+    )
+    assert aurocs["GT"] == 1.0
+    assert 0.2 < aurocs["Random"] < 0.8
+    found = [aurocs[find_prune_algo(name).short_name] for name in algos]
+    assert min(found) > 0.97
+    assert pd.read_csv(config.folder / "summary.csv")["auroc"].notna().all()
+    assert (config.folder / "roc.html").exists()
+    console = Console(record=True, width=120)
+    experiments.print_summary(results, console)
+    assert "AUROC" in (text := console.export_text()) and "1.000" in text
+
+
+def test_named_experiments_name_what_exists() -> None:
+    for config in experiments.EXPERIMENTS.values():
+        tasks, algos, metrics = experiments._named(config)
+        assert tasks and algos and metrics
+    reverse = experiments.TRACR_REVERSE.algos
+    assert {"SEP", "STP", "CP", "TP", "EP", "MAttr"} <= set(reverse)
+    assert {*QUICK_GRADIENT_ALGOS, *LONG_GRADIENT_ALGOS} <= set(reverse)
 
 
 def test_eap_finds_the_ioi_circuit_and_chance_does_not() -> None:

@@ -89,13 +89,19 @@ def same_under_knockout(
     On the task's test prompts: the input is clean, and the corrupt prompts' activations
     are patched in along the edges that are missing. Returns a list of one score.
 
-    Raises ConfigError if no edge of the circuit is knocked out, GraphError for scores of
-    another graph or NaN, and for a size that the graph does not have.
+    Raises ConfigError if no edge of the circuit is knocked out, or if all are; GraphError
+    for scores of another graph or NaN, and for a size that the graph does not have.
     Differs from auto-circuit, where a score equal to the threshold was knocked out, so
     that scores of 0 removed the whole circuit.
     """
     circuit, _ = circuit_mask(circuit_ps, circuit_size)
     knockouts = knocked_out_edges(task, circuit, knockout_ps, knockout_threshold)
+    if not n_circuit_edges(without(circuit, knockouts)):
+        raise ConfigError(
+            f"All {n_circuit_edges(circuit)} edges of the circuit have a knockout score "
+            f"above {knockout_threshold:g}: without them it is empty, and there is nothing "
+            "to compare. Raise `knockout_threshold`, or give other scores."
+        )
     outs = _circuit_outs(
         task, [circuit, complement(knockouts), without(circuit, knockouts)]
     )

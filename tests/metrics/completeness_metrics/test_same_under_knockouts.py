@@ -91,9 +91,12 @@ def test_threshold_is_not_reached_by_equal_scores() -> None:
     task = SmallTask()
     circuit_ps = scores(task, **{PATH[0]: 2.0, PATH[1]: 3.0})
     knockout_ps = scores(task, **{PATH[0]: 0.5, PATH[1]: 1.0})
-    for threshold, n_knockouts in ((0.0, 2), (0.4, 2), (0.5, 1)):
+    for threshold, n_knockouts in ((0.5, 1), (0.9, 1)):
         (score,) = same_under_knockout(task, circuit_ps, knockout_ps, 2, threshold)
         assert score.n_knockouts == n_knockouts
+    for threshold in (0.0, 0.4):
+        with pytest.raises(ConfigError, match="All 2 edges .*without them it is empty"):
+            same_under_knockout(task, circuit_ps, knockout_ps, 2, threshold)
     with pytest.raises(ConfigError, match="None of the circuit's 2 edges .* above 1,"):
         same_under_knockout(task, circuit_ps, knockout_ps, 2, 1.0)
 
@@ -120,11 +123,9 @@ def test_kl_div_is_that_of_the_metric() -> None:
         task.model, task.test_loader, [CIRCUIT_SIZE], algo_ps, PatchType.TREE_PATCH
     )
     ((_, expected),) = CLEAN_KL_DIV_METRIC.metric_func(task.model, task.test_loader, outs)
-    (score,) = same_under_knockout(
-        task, algo_ps, task.model.new_prune_scores(1.0), CIRCUIT_SIZE
-    )
+    (score,) = same_under_knockout(task, algo_ps, algo_ps, CIRCUIT_SIZE)
     assert score.kl_div == pytest.approx(expected, rel=1e-3) and expected > 1e-4
-    assert score.n_knockouts == score.n_edges == CIRCUIT_SIZE
+    assert 0 < score.n_knockouts < score.n_edges == CIRCUIT_SIZE
 
 
 def test_the_full_model_is_complete() -> None:

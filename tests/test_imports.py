@@ -1,0 +1,65 @@
+"""Importing does no work: auto-circuit trained models, seeded and restyled plotly there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from auto_circuit.experiment_utils import load_tl_model
+from auto_circuit.tasks import POCKET_MODEL
+from auto_circuit.utils.graph_utils import patchable_model
+
+REPO = Path(__file__).parents[1]
+PROGRAM = """
+import importlib, pkgutil, random, numpy, torch, plotly.io, transformer_lens
+import rich.console  # draws ids for its styles
+before = (
+    random.getstate(),
+    numpy.random.get_state()[1].tolist(),
+    torch.get_rng_state().tolist(),
+    torch.get_num_threads(),
+    torch.is_grad_enabled(),
+    plotly.io.templates.default,
+    plotly.io.templates[plotly.io.templates.default].to_plotly_json(),
+)
+import auto_circuit
+for module in pkgutil.walk_packages(auto_circuit.__path__, "auto_circuit."):
+    importlib.import_module(module.name)
+import experiments
+after = (
+    random.getstate(),
+    numpy.random.get_state()[1].tolist(),
+    torch.get_rng_state().tolist(),
+    torch.get_num_threads(),
+    torch.is_grad_enabled(),
+    plotly.io.templates.default,
+    plotly.io.templates[plotly.io.templates.default].to_plotly_json(),
+)
+assert before == after
+assert not [task for task in auto_circuit.tasks.TASKS if "model" in task.__dict__]
+"""
+
+
+def test_importing_everything_changes_and_prints_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPO)!r}){PROGRAM}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_patchable_model_hands_texts_and_tokens_to_its_model() -> None:
+    """auto-circuit's took no arguments."""
+    bridge = load_tl_model(POCKET_MODEL)
+    model = patchable_model(bridge, True, separate_qkv=True)
+    text = "Then Mary and John met"
+    tokens = model.to_tokens(text, prepend_bos=False)
+    assert tokens.tolist() == bridge.to_tokens(text, prepend_bos=False).tolist()
+    assert model.to_str_tokens(text) == bridge.to_str_tokens(text)
+    assert model.to_string(tokens[0]).strip() == text
+    assert model.cfg is bridge.cfg and model.tokenizer is bridge.tokenizer
