@@ -105,7 +105,7 @@ class ExperimentConfig(Choices):
     tasks: tuple[str, ...] = tuple(task.key for task in POCKET_TASKS)
     """Keys of tasks (see auto_circuit/tasks.py)."""
     algos: tuple[str, ...] = (
-        *("GT", "Random", "Act Mag", "EAP", "IEG"),
+        *("GT", "Random", "Act Mag", "EAP", "EAP-IG inputs"),
         *("ACDC after EAP", "STP quick", "EP quick", "MAttr quick"),
     )
     """Names of prune algorithms (see auto_circuit/prune_algos/prune_algos.py). Those that

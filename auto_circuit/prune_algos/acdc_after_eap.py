@@ -37,8 +37,8 @@ def acdc_after_eap_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
     official_edges: Collection[Edge] | None,
-    n_candidates: int = 300,
-    thresholds: Sequence[float] = (1e-3, 1e-2, 1e-1),
+    n_candidates: int = 200,
+    thresholds: Sequence[float] = (1e-3, 1e-2),
 ) -> PruneScores:
     """The lowest threshold at which each candidate is taken out; 0 for all other edges.
 
@@ -108,5 +108,5 @@ ACDC_AFTER_EAP_PRUNE_ALGO = PruneAlgo(
     key="ACDC after Edge Attribution Patching",
     name="ACDC after Edge Attribution Patching",
     _short_name="ACDC after EAP",
-    func=partial(acdc_after_eap_prune_scores, n_candidates=300),
+    func=partial(acdc_after_eap_prune_scores, n_candidates=200),
 )

@@ -2,7 +2,7 @@
 
 Every edge has a hard concrete gate. The gates are trained to keep the model's outputs, under
 the constraint that a given share of the edges is gone: a Lagrangian whose multipliers climb
-while the gates descend, and whose target share rises from 0 during a warm-up.
+while the gates descend, and whose target share rises during a warm-up.
 
 Cost: a step is one forward and one backward pass (F + Bk); each batch costs two forward
 passes (2 F) once.
@@ -25,6 +25,7 @@ from auto_circuit.prune_algos.integrated_gradients import (
 )
 from auto_circuit.prune_algos.mask_training import (
     MaskTraining,
+    TrainingStep,
     check_finite,
     check_training,
     circuit_outputs,
@@ -108,7 +109,8 @@ def train_edge_pruning(
     n_steps: batches that are trained on; the loader starts anew when it ends.
     learning_rate, multiplier_learning_rate: of the gates and of the multipliers (Adam).
         The gates' rate falls linearly to a tenth.
-    warmup_share: the share of the steps during which the target rises.
+    warmup_share: the share of the steps during which the target rises, from what the
+        gates begin with: were it from 0, they would first open and then lag behind.
     warmup: how it rises. "linear", as published; "geometric": the number of edges falls
         by the same factor in each step, so that small circuits get their share of steps.
     warm_start: an algorithm (or its scores) whose ranking the gates begin with, instead
@@ -133,7 +135,8 @@ def train_edge_pruning(
     device = next(model.wrapped_model.parameters()).device
     generator = t.Generator(device).manual_seed(seed)
     multipliers = t.zeros(2, device=device, requires_grad=True)
-    steps = []
+    steps: list[TrainingStep] = []
+    first_sparsity = 0.0
     with (
         train_mask_mode(model) as masks,
         mask_fn_mode(model, "hard_concrete", 0.0, generator),
@@ -150,12 +153,15 @@ def train_edge_pruning(
             faithfulness = faithfulness_loss(
                 faithfulness_target, outputs, batch.batch, batch.clean_outputs
             )
-            progress = min(1.0, (step + 1) / (warmup_share * n_steps))
-            target = _target(target_sparsity, progress, warmup)
             n_edges = t.stack(
                 [expected_gate(-mask).sum() for mask in masks.values()]
             ).sum()
-            excess = (1 - n_edges / model.n_edges) - target
+            sparsity = 1 - n_edges / model.n_edges
+            progress = min(1.0, (step + 1) / (warmup_share * n_steps))
+            if step == 0:
+                first_sparsity = sparsity.item()
+            target = _target(first_sparsity, target_sparsity, progress, warmup)
+            excess = sparsity - target
             penalty = multipliers[0] * excess + multipliers[1] * excess.square()
             loss = faithfulness + penalty
             check_finite(loss, step, learning_rate)
@@ -170,11 +176,11 @@ def train_edge_pruning(
     return MaskTraining(scores, tuple(steps))
 
 
-def _target(target_sparsity: float, progress: float, warmup: Warmup) -> float:
+def _target(first: float, last: float, progress: float, warmup: Warmup) -> float:
     """The share of the edges that must be gone, at this share of the warm-up."""
     if warmup == "linear":
-        return target_sparsity * progress
-    return 1 - (1 - target_sparsity) ** progress
+        return first + (last - first) * progress
+    return 1 - (1 - first) * ((1 - last) / (1 - first)) ** progress
 
 
 def expected_gate(logits: Float[Tensor, "*mask"]) -> Float[Tensor, "*mask"]:
@@ -213,7 +219,7 @@ QUICK_EDGE_PRUNING_PRUNE_ALGO = PruneAlgo(
     _short_name="EP quick",
     func=partial(
         edge_pruning_prune_scores,
-        n_steps=144,
+        n_steps=96,
         learning_rate=0.2,
         multiplier_learning_rate=10,
         warmup_share=0.5,

@@ -28,13 +28,19 @@ def test_an_edge_has_its_own_source_s_magnitude(
     scores = activation_magnitude_prune_scores(model, token_loader(5, 2), None)
     stored: dict[str, t.Tensor] = {}
 
-    def store(value: t.Tensor, hook: Any) -> None:
-        stored[hook.name] = value
+    def store(name: str) -> Any:
+        # By closure: some hook points have several names.
+        def hook(value: t.Tensor, hook: Any) -> None:
+            stored[name] = value
+
+        return hook
 
     names = {src.module_name for src in model.srcs}
     (batch,) = token_loader(5, 5)
     with switches(bridge), t.no_grad():
-        bridge.run_with_hooks(batch.clean, fwd_hooks=[(name, store) for name in names])
+        bridge.run_with_hooks(
+            batch.clean, fwd_hooks=[(name, store(name)) for name in names]
+        )
     for edge in model.edges:
         written = stored[edge.src.module_name]
         if edge.src.head_idx is not None:
