@@ -74,7 +74,7 @@ def acdc_prune_scores(
     (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
     scores = model.new_prune_scores(2 * thresholds[-1])
     for threshold in tqdm(reversed(thresholds), total=len(thresholds), leave=False):
-        for edge in _removed_edges(
+        for edge in take_edges_out(
             model, batch, threshold, faithfulness_target, edges_at_once
         ):
             scores[edge.dest.module_name][edge.patch_idx] = threshold
@@ -94,22 +94,31 @@ def removed_edges(
     edges: only these are tried; all if None. For the rest see `acdc_prune_scores`.
     """
     (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
-    return _removed_edges(
+    edges = model.edges if edges is None else edges
+    return take_edges_out(
         model, batch, threshold, faithfulness_target, edges_at_once, edges
     )
 
 
-def _removed_edges(
+def take_edges_out(
     model: PatchableModel,
     batch: TrainingBatch,
     threshold: float,
-    target: AcdcTarget,
-    edges_at_once: int,
+    target: AcdcTarget = "kl_div",
+    edges_at_once: int = 1,
     edges: Collection[Edge] | None = None,
+    only_edges: bool = False,
 ) -> list[Edge]:
+    """ACDC's loop: the edges that go, in the order in which they go.
+
+    edges: those that are tried; all if None. only_edges: all others are patched, from the
+    beginning. The prompts and what is patched in are the batch's.
+    """
+    edges = model.edges if edges is None else edges
     removed: list[Edge] = []
-    waiting, distance = edges_from_the_end(model.edges if edges is None else edges), 0.0
-    with trial(model, batch, edges_at_once) as circuits:
+    waiting = edges_from_the_end(edges)
+    with trial(model, batch, edges_at_once, edges if only_edges else None) as circuits:
+        distance = _distance(circuits.before, batch.clean_outputs, target)
         progress = tqdm(total=len(waiting), desc=f"ACDC {threshold:.0e}", leave=False)
         while waiting:
             # Circuit i is without the next i + 1 edges, as if all had to go.

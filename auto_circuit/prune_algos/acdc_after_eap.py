@@ -5,7 +5,7 @@ positions has tens of thousands. Here edge attribution patching (Syed et al. 202
 2310.10348) picks the candidates; all other edges are patched from the start, and ACDC tries
 to take out the candidates one by one.
 
-Cost: edge attribution patching (2 F + 1 Bk per batch), then one forward pass (F) for each
+Cost: edge attribution patching (2 F + 1 Bk per batch), then about half a forward pass (F) for each
 candidate and threshold, on the first batch.
 """
 
@@ -14,23 +14,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from functools import partial
 
-import torch as t
-
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.ACDC import take_edges_out
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
-from auto_circuit.prune_algos.mask_training import (
-    TrainingBatch,
-    circuit_outputs,
-    training_batches,
-)
+from auto_circuit.prune_algos.mask_training import training_batches
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
-from auto_circuit.utils.graph_utils import patch_mode, preserved_masks, set_all_masks
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask, multibatch_kl_div
+from auto_circuit.utils.tensor_ops import circuit_mask
 
 
 def acdc_after_eap_prune_scores(
@@ -64,44 +58,11 @@ def acdc_after_eap_prune_scores(
     for edge in candidates:
         scores[edge.dest.module_name][edge.patch_idx] = 2 * max(thresholds)
     for threshold in sorted(thresholds, reverse=True):
-        for edge in removed_candidates(model, batch, candidates, threshold):
+        for edge in take_edges_out(
+            model, batch, threshold, edges=candidates, only_edges=True
+        ):
             scores[edge.dest.module_name][edge.patch_idx] = threshold
     return scores
-
-
-def removed_candidates(
-    model: PatchableModel,
-    batch: TrainingBatch,
-    candidates: Sequence[Edge],
-    threshold: float,
-) -> list[Edge]:
-    """The candidates that ACDC takes out of their circuit, in the order in which they go.
-
-    The last layer's destinations come first; within a layer, the order is the graph's.
-    """
-    removed = []
-    with t.no_grad(), preserved_masks(model), patch_mode(model, batch.patch_src_outs):
-        set_all_masks(model, 1.0)
-        for edge in candidates:
-            edge.patch_mask(model).data[edge.patch_idx] = 0.0
-        distance = _distance(model, batch)
-        for edge in sorted(candidates, key=lambda edge: -edge.dest.layer):
-            entry = edge.patch_mask(model).data[edge.patch_idx]
-            entry.fill_(1.0)
-            patched = _distance(model, batch)
-            if patched - distance < threshold:
-                distance = patched
-                removed.append(edge)
-            else:
-                entry.fill_(0.0)
-    return removed
-
-
-def _distance(model: PatchableModel, batch: TrainingBatch) -> float:
-    outputs = circuit_outputs(model, batch)
-    return float(
-        multibatch_kl_div(outputs.log_softmax(-1), batch.clean_outputs.log_softmax(-1))
-    )
 
 
 ACDC_AFTER_EAP_PRUNE_ALGO = PruneAlgo(

@@ -9,8 +9,8 @@ that pays where a pass costs its overhead, on small inputs and GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch as t
@@ -39,13 +39,16 @@ def edges_from_the_end(edges: Iterable[Edge]) -> list[Edge]:
 class Trial:
     """Circuits that are tried side by side, on the same prompts.
 
-    Before anything else no edge is patched. Edges must be patched from late layers to
-    early ones (`edges_from_the_end`): layers before the first are not run again.
+    Edges must be patched from late layers to early ones (`edges_from_the_end`): layers
+    before the first are not run again.
+
+    before: the outputs before any edge was tried.
     """
 
     model: PatchableModel
     batch: TrainingBatch
     n_circuits: int
+    before: Float[Tensor, "batch *seq vocab"]
 
     def patch(self, edge: Edge, circuits: slice, share: float) -> None:
         """Patch an edge (1) or leave it intact (0) in some of the circuits."""
@@ -54,24 +57,23 @@ class Trial:
         lo, hi, _ = circuits.indices(self.n_circuits)
         mask[(slice(lo * n_prompts, hi * n_prompts), *edge.patch_idx)] = share
 
-    def outputs(
-        self, first: Edge | None = None
-    ) -> Float[Tensor, "circuit batch *seq vocab"]:
-        """The circuits' outputs. Edges to destinations in layers before `first`'s are as
-        they were at the beginning; without it, all layers run."""
-        with ExitStack() as stack:
-            if first is not None:
-                stack.enter_context(starting_at(self.model, first.dest))
+    def outputs(self, first: Edge) -> Float[Tensor, "circuit batch *seq vocab"]:
+        """The circuits' outputs; edges into layers before `first`'s are as they were."""
+        with starting_at(self.model, first.dest):
             outs = circuit_outputs(self.model, self.batch)
         return outs.unflatten(0, (self.n_circuits, -1))
 
 
 @contextmanager
 def trial(
-    model: PatchableModel, batch: TrainingBatch, n_circuits: int
+    model: PatchableModel,
+    batch: TrainingBatch,
+    n_circuits: int,
+    intact: Collection[Edge] | None = None,
 ) -> Iterator[Trial]:
     """Inside, circuits can be tried; on exit, masks are what they were.
 
+    intact: the edges that are not patched at the beginning; all if None.
     Raises ConfigError unless there is at least one circuit.
     """
     if n_circuits < 1:
@@ -83,10 +85,11 @@ def trial(
         preserved_masks(model),
         patch_mode(model, repeated.patch_src_outs, keeps_layers=True),
     ):
-        set_all_masks(model, 0.0)
-        circuits = Trial(model, repeated, n_circuits)
-        circuits.outputs()
-        yield circuits
+        set_all_masks(model, 0.0 if intact is None else 1.0)
+        for edge in intact or ():
+            edge.patch_mask(model).data[(slice(None), *edge.patch_idx)] = 0.0
+        before = circuit_outputs(model, repeated)[: len(batch.inputs)]
+        yield Trial(model, repeated, n_circuits, before)
 
 
 def _repeated(batch: TrainingBatch, times: int) -> TrainingBatch:

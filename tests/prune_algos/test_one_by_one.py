@@ -8,11 +8,12 @@ import pytest
 import torch as t
 
 from auto_circuit.errors import ConfigError, GraphError
-from auto_circuit.prune_algos.ACDC import acdc_prune_scores, removed_edges
-from auto_circuit.prune_algos.acdc_after_eap import (
-    acdc_after_eap_prune_scores,
-    removed_candidates,
+from auto_circuit.prune_algos.ACDC import (
+    acdc_prune_scores,
+    removed_edges,
+    take_edges_out,
 )
+from auto_circuit.prune_algos.acdc_after_eap import acdc_after_eap_prune_scores
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
@@ -169,7 +170,9 @@ def test_with_all_edges_as_candidates_it_is_acdc() -> None:
     for threshold in (1e-4, 1e-2):
         expected = removed_edges(model, loader, threshold)
         assert 0 < len(expected) < model.n_edges
-        found = removed_candidates(model, batch, list(model.edges), threshold)
+        found = take_edges_out(
+            model, batch, threshold, edges=list(model.edges), only_edges=True
+        )
         assert found == expected
 
 
