@@ -23,6 +23,7 @@ from auto_circuit.visualize import (
     draw_seq_graph,
     net_viz,
 )
+from tests.browser import check_shown
 from tests.micro import micro_model
 from tests.models import gemma2, gpt2, llama
 
@@ -310,3 +311,20 @@ def test_only_edges_above_the_threshold_cost_anything() -> None:
     assert list(links(fig.data[0])) == ["Resid Start->Resid End @ 7"]
     assert fig.layout.title.text == "1 of 52,000 edges, |score| ≥ 0.5"
     assert "edge_dict" not in vars(model)
+
+
+@pytest.mark.slow
+def test_a_browser_shows_every_position_and_node(tmp_path: Path) -> None:
+    model = patchable_model(gpt2(), True, "last_seq", 3, separate_qkv=True)
+    scores = model.circuit_prune_scores(
+        edge_dict={
+            "Resid Start->A0.1.Q @ 0": 2.0,
+            "A0.1->MLP 1 @ 0": -1.0,
+            "MLP 1->Resid End @ 0": 1.5,
+            "Resid Start->A1.2.K @ 2": 1.0,
+            "A1.2->Resid End @ 2": 1.0,
+        }
+    )
+    path = tmp_path / "circuit.html"
+    draw_seq_graph(model, scores, display_ipython=False, file_path=str(path))
+    check_shown(path)
