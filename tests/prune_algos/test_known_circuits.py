@@ -43,6 +43,12 @@ SETTINGS: dict[str, Any] = {
     "integrated_grad_samples": 5,
 }
 
+# The published rate is for ten times the steps; the graph has fewer than 30 edges.
+OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "EP": {"learning_rate": 0.1},
+    "STP quick": {"circuit_size": len(CIRCUIT)},
+}
+
 
 def built_model() -> PatchableModel:
     """Three layers; two heads of different layers do the task, and four write nothing.
@@ -66,7 +72,7 @@ def score(algo: PruneAlgo, model: PatchableModel, loader: Any) -> PruneScores:
         options = {name: v for name, v in SETTINGS.items() if name in parameters}
         if func.keywords.get("integrated_grad_samples") is None:
             options.pop("integrated_grad_samples", None)
-        func = partial(func, **options)
+        func = partial(func, **options, **OWN_SETTINGS.get(algo.short_name, {}))
     return func(model, loader, true_edges)
 
 

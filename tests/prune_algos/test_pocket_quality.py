@@ -59,12 +59,12 @@ def small_circuit(scores: PruneScores) -> float:
 
 
 PROBING: dict[str, Any] = {
-    "epochs": 18,
+    "epochs": 20,
     "learning_rate": 0.2,
-    "last_rate_share": 0.3,
-    "regularize_lambda": 20,
+    "last_rate_share": 0.2,
+    "regularize_lambda": 60,
     "init_val": 2.5,
-    "size_warmup": 0.4,
+    "size_warmup": 0.6,
     "faithfulness_target": "logit_diff",
     "warm_start": find_prune_algo("EAP-IG inputs"),
 }
@@ -76,7 +76,7 @@ def test_subnetwork_probing_finds_a_small_circuit() -> None:
         task.model,
         task.train_loader,
         None,
-        circuit_size=30,
+        circuit_size=32,
         tree_optimisation=True,
         **PROBING,
     )
