@@ -126,7 +126,10 @@ def norm_facts(bridge: NormalizationBridge) -> Norm:
         weight = getattr(inner, "weight", None)
         if weight is None:
             return 1.0
-        return 1.0 + weight if bridge.uses_weight_offset else weight
+        weight = 1.0 + weight if bridge.uses_weight_offset else weight
+        # Folded into the next weights, it is 1. (To look would make a GPU wait.)
+        is_folded = weight.device.type == "cpu" and bool((weight == 1).all())
+        return 1.0 if is_folded else weight
 
     return Norm(inner, not bridge.uses_rms_norm, scale, gain)
 

@@ -53,6 +53,9 @@ class Trial:
     def patch(self, edge: Edge, circuits: slice, share: float) -> None:
         """Patch an edge (1) or leave it intact (0) in some of the circuits."""
         mask = edge.patch_mask(self.model).data
+        if self.n_circuits == 1:
+            mask[edge.patch_idx] = share
+            return
         n_prompts = len(self.batch.inputs) // self.n_circuits
         lo, hi, _ = circuits.indices(self.n_circuits)
         mask[(slice(lo * n_prompts, hi * n_prompts), *edge.patch_idx)] = share
@@ -81,13 +84,14 @@ def trial(
     repeated = _repeated(batch, n_circuits)
     with (
         t.no_grad(),
-        set_mask_batch_size(model, len(repeated.inputs)),
+        # One circuit needs no masks for each example.
+        set_mask_batch_size(model, len(repeated.inputs) if n_circuits > 1 else None),
         preserved_masks(model),
         patch_mode(model, repeated.patch_src_outs, keeps_layers=True),
     ):
         set_all_masks(model, 0.0 if intact is None else 1.0)
         for edge in intact or ():
-            edge.patch_mask(model).data[(slice(None), *edge.patch_idx)] = 0.0
+            edge.patch_mask(model).data[(..., *edge.patch_idx)] = 0.0
         before = circuit_outputs(model, repeated)[: len(batch.inputs)]
         yield Trial(model, repeated, n_circuits, before)
 

@@ -164,7 +164,7 @@ def _project(heads: HeadInputs, inputs: HeadTokens) -> list[Tensor]:
     if any(linear.weight.requires_grad for linear, _ in heads.linears):
         weights = [_by_head(linear, n) for linear, n in heads.linears]
         parts = [
-            t.einsum("trd,red->tre", inputs[:, rows], weight)
+            t.einsum("nrd,red->nre", inputs[:, rows], weight)
             for weight, rows in zip(weights, heads.rows(), strict=True)
         ]
     else:
@@ -276,7 +276,9 @@ class _ProbeHeads(Function):
         rows = x.new_empty((len(basis), block.n_rows + basis.shape[1], x.shape[-1]))
         heads = rows[:, : block.n_head_rows]
         parts = _head_grads(port.heads, x, grads[:n_outs], inverse_scale)
-        weights = [_by_head(linear, n) * gain for linear, n in port.heads.linears]
+        weights = [_by_head(linear, n) for linear, n in port.heads.linears]
+        if isinstance(gain, Tensor):
+            weights = [weight * gain for weight in weights]
         _send_to_inputs(port.heads, heads, weights, parts)
         fill_rows(rows, block, tuple(zip(block.ports[1:], grads[n_outs:], strict=True)))
         rows[:, block.n_rows :] = basis
