@@ -21,14 +21,12 @@ from auto_circuit.metrics.prune_metrics.answer_diff_percent import (
 from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.circuit_probing import circuit_probing_prune_scores
 from auto_circuit.prune_algos.edge_pruning import train_edge_pruning
-from auto_circuit.prune_algos.objectives import clean_loss_sum
+from auto_circuit.prune_algos.exact_edge_patching import edge_effects
 from auto_circuit.prune_algos.prune_algos import find_prune_algo
 from auto_circuit.prune_algos.subnetwork_probing import subnetwork_probing_prune_scores
 from auto_circuit.tasks import POCKET_IOI_TASK, POCKET_TASKS, Task
-from auto_circuit.types import Edge, Measurements, PatchType, PruneScores
-from auto_circuit.utils.ablation_activations import src_ablations
+from auto_circuit.types import Measurements, PatchType, PruneScores
 from auto_circuit.utils.edge_counts import edge_counts_util
-from auto_circuit.utils.graph_utils import patch_mode
 
 pytestmark = pytest.mark.slow
 
@@ -133,22 +131,6 @@ def test_matryoshka_attribution_beats_edge_attribution_patching(task: Task) -> N
 # ------------------------------------------------------- estimates and exact effects
 
 
-def exact_effects(task: Task, edges: list[Edge]) -> list[float]:
-    """How much patching each edge alone costs, on the first batch: logits."""
-    batch = next(iter(task.train_loader))
-    model = task.model
-    patch = src_ablations(model, batch.corrupt, **batch.model_input("corrupt")[1])
-    losses = []
-    with t.no_grad(), patch_mode(model, patch):
-        for edge in edges:
-            entry = edge.patch_mask(model).data[edge.patch_idx]
-            entry.fill_(1.0)
-            losses.append(float(clean_loss_sum(model, batch)) / len(batch.clean))
-            entry.fill_(0.0)
-        unpatched = float(clean_loss_sum(model, batch)) / len(batch.clean)
-    return [loss - unpatched for loss in losses]
-
-
 GRADIENT_METHODS: dict[str, Callable[..., PruneScores]] = {
     "EAP": find_prune_algo("EAP").func,
     "IEG": partial(find_prune_algo("IEG").func, integrated_grad_samples=10),
@@ -184,7 +166,9 @@ def test_integrated_gradients_are_nearer_to_the_exact_effects(task: Task) -> Non
     for values in estimates.values():
         chosen |= set(values.abs().topk(60).indices.tolist())
     idxs = sorted(chosen)
-    exact = exact_effects(one_batch, [edges[idx] for idx in idxs])
+    some = [edges[idx] for idx in idxs]
+    effects = edge_effects(one_batch.model, one_batch.train_loader, some)
+    exact = [effects[edge] for edge in some]
     table = pd.DataFrame({name: values[idxs] for name, values in estimates.items()})
     table["exact"] = exact
     large = table.loc[table["exact"].abs().nlargest(100).index]
