@@ -102,6 +102,7 @@ def default_sweeps(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("default sweep")
 def test_the_default_sweep_in_two_processes(default_sweeps: list[Path]) -> None:
     one, two = map(score_files, default_sweeps)
     assert len(one) == 4
@@ -109,6 +110,7 @@ def test_the_default_sweep_in_two_processes(default_sweeps: list[Path]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("default sweep")
 def test_a_browser_shows_every_figure_of_the_default_sweep(
     default_sweeps: list[Path],
 ) -> None:

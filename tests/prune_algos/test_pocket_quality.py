@@ -57,7 +57,7 @@ def small_circuit(scores: PruneScores) -> float:
 
 
 PROBING: dict[str, Any] = {
-    "epochs": 20,
+    "epochs": 40,
     "learning_rate": 0.2,
     "last_rate_share": 0.2,
     "regularize_lambda": 60,
