@@ -321,11 +321,8 @@ def _projected_out(heads: HeadInputs, x: Tensor) -> tuple[Tensor, Tensor, Tensor
     tokens = x.flatten(0, 1)
     norm = heads.closed_form
     if heads.norm is None or norm is None:
-        return (
-            tokens.new_empty((len(tokens), 0, tokens.shape[1])),
-            tokens.new_ones(1),
-            1.0,
-        )
+        no_vectors = tokens.new_empty((len(tokens), 0, tokens.shape[1]))
+        return no_vectors, tokens.new_ones((len(tokens), 1)), 1.0
     exact = tokens.to(t.promote_types(x.dtype, t.float32))
     scale = norm.scale(exact)
     centred = exact - exact.mean(-1, keepdim=True) if norm.centred else exact

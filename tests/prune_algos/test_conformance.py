@@ -44,6 +44,7 @@ SHORT = {
     "epochs": 2,
     "n_steps": 3,
     "integrated_grad_samples": 3,
+    "circuit_size": 5,
     "circuit_sizes": (5, 20),
     "n_candidates": 50,
 }
@@ -67,8 +68,9 @@ def score(algo: PruneAlgo, model: PatchableModel) -> PruneScores:
     if isinstance(func, partial):
         parameters = inspect.signature(func.func).parameters
         short = {name: value for name, value in SHORT.items() if name in parameters}
-        if func.keywords.get("integrated_grad_samples") is None:
-            short.pop("integrated_grad_samples", None)
+        for name in ("integrated_grad_samples", "circuit_size"):
+            if func.keywords.get(name) is None:
+                short.pop(name, None)
         func = partial(func, **short)
     loader = token_loader(3, 2) if is_transformer(model) else micro_loader([1, 2, 5], 2)
     return func(model, loader, list(model.edges)[::7])
