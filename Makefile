@@ -26,7 +26,7 @@ robustness: $(VENV)/.stamp-run  ## test the same circuits in other ways, and dra
 	$(BIN)/python experiments.py robustness $(ARGS)
 
 test: $(VENV)/.stamp-dev  ## run the tests: make test ARGS=--runslow
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.stamp-dev  ## check format, lint, types, spelling, layers and lock file
 	$(BIN)/black --check --quiet --diff .
