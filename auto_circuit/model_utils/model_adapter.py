@@ -37,17 +37,24 @@ class SrcSite:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A norm y = gain * x / scale(x) + bias, of x minus its mean if `centred`.
+    """A norm y = gain * centre(x) / scale(x) + bias.
 
-    module: computes it.
-    scale: x -> its scale [... 1]; what the norm divides by.
+    centred: is the mean subtracted (layer norm), or not (RMS norm)?
+    epsilon: is added to the mean square.
     gain: the weights that it multiplies by, now.
     """
 
-    module: Module
     centred: bool
-    scale: Callable[[Tensor], Tensor]
+    epsilon: float
     gain: Callable[[], Tensor | float]
+
+    def centre(self, x: Tensor) -> Tensor:
+        """x without its mean, if the norm subtracts it."""
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def scale(self, x: Tensor) -> Tensor:
+        """What the norm divides by: [... 1]."""
+        return (self.centre(x).pow(2).mean(-1, keepdim=True) + self.epsilon).sqrt()
 
 
 @dataclass(frozen=True, eq=False)

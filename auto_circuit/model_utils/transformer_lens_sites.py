@@ -97,6 +97,14 @@ def projects_heads(attention: Any) -> bool:
     )
 
 
+def heads_by_weights(model: TransformerBridge) -> bool:
+    """Are the model's heads told apart by weights? One answer for all of its blocks.
+
+    The switches, the other way, are the whole model's.
+    """
+    return all(projects_heads(block.attn) for block in model.blocks)
+
+
 def _has_width(attention: Any, name: str, n_heads: int) -> bool:
     linear = _inner_linear(attention, name)
     return type(linear) is Linear and (
@@ -118,10 +126,6 @@ def norm_facts(bridge: NormalizationBridge) -> Norm:
     """A TransformerLens norm in closed form."""
     inner: Any = bridge.original_component
 
-    def scale(x: Tensor) -> Tensor:
-        centred = x if bridge.uses_rms_norm else x - x.mean(-1, keepdim=True)
-        return (centred.pow(2).mean(-1, keepdim=True) + _epsilon(bridge)).sqrt()
-
     def gain() -> Tensor | float:
         weight = getattr(inner, "weight", None)
         if weight is None:
@@ -131,7 +135,7 @@ def norm_facts(bridge: NormalizationBridge) -> Norm:
         is_folded = weight.device.type == "cpu" and bool((weight == 1).all())
         return 1.0 if is_folded else weight
 
-    return Norm(inner, not bridge.uses_rms_norm, scale, gain)
+    return Norm(not bridge.uses_rms_norm, _epsilon(bridge), gain)
 
 
 def _closed_form(bridge: NormalizationBridge) -> Norm | None:
@@ -162,9 +166,9 @@ def src_site(model: Module, module_name: str) -> SrcSite:
     assert isinstance(model, TransformerBridge)
     if not module_name.endswith(".attn.hook_result"):
         return SrcSite(hook_point(model, module_name))
-    attention: Any = model.get_submodule(module_name.rpartition(".")[0])
-    if not projects_heads(attention):
+    if not heads_by_weights(model):
         return SrcSite(hook_point(model, module_name))
+    attention: Any = model.get_submodule(module_name.rpartition(".")[0])
     output = attention.o.original_component
     return SrcSite(
         attention.o.hook_in, lambda n_heads: _in_out(output).unflatten(0, (n_heads, -1))
@@ -176,12 +180,13 @@ def ports(
 ) -> tuple[Port, ...]:
     """Where the patches of all destinations enter."""
     assert isinstance(model, TransformerBridge)
+    by_weights = heads_by_weights(model)
     found: list[Port] = []
     for (block, reads_heads), group in groupby(module_names, key=_kind):
         names = tuple(group)
         if not reads_heads:
             found += [_port(model, name) for name in names]
-        elif projects_heads(model.get_submodule(f"{block}.attn")):
+        elif by_weights:
             found.append(_weights_port(model, block, names))
         else:
             found += [port for name in names for port in _split_ports(model, name)]
@@ -251,9 +256,10 @@ def _split_ports(model: TransformerBridge, name: str) -> list[Port]:
 # --------------------------------------------------------------------------- switches
 
 
-def _switches(model: TransformerBridge, separate_qkv: bool | None) -> dict[str, bool]:
+def _switches(
+    model: TransformerBridge, separate_qkv: bool | None, by_weights: bool
+) -> dict[str, bool]:
     """TransformerLens computes per-head results and inputs only when asked to."""
-    by_weights = all(projects_heads(block.attn) for block in model.blocks)
     split = bool(separate_qkv) or n_kv_heads(model) != model.cfg.n_heads
     return {
         "use_attn_result": not by_weights and not has_post_norm(model),
@@ -266,8 +272,6 @@ def _switches(model: TransformerBridge, separate_qkv: bool | None) -> dict[str, 
 def _check_no_hooks_of_heads(model: TransformerBridge) -> None:
     """Raise ModelError for hooks that would never be called, without a word."""
     for idx, block in enumerate(model.blocks):
-        if not projects_heads(block.attn):
-            continue
         for name in (*HEAD_INPUTS, "hook_result"):
             if getattr(block.attn, name)._forward_hooks:
                 raise ModelError(
@@ -289,8 +293,10 @@ def _set_switches(model: TransformerBridge, switches: dict[str, bool]) -> None:
 def open_sites(model: Module, separate_qkv: bool | None) -> Iterator[None]:
     """Inside, every site is passed by a forward pass. Restores the model's switches."""
     assert isinstance(model, TransformerBridge)
-    _check_no_hooks_of_heads(model)
-    switches = _switches(model, separate_qkv)
+    by_weights = heads_by_weights(model)
+    if by_weights:
+        _check_no_hooks_of_heads(model)
+    switches = _switches(model, separate_qkv, by_weights)
     before = {switch: bool(getattr(model.cfg, switch, False)) for switch in switches}
     with _without_zero_bias(model.unembed), _plain_norms(model):
         try:

@@ -94,7 +94,6 @@ def removed_edges(
     edges: only these are tried; all if None. For the rest see `acdc_prune_scores`.
     """
     (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
-    edges = model.edges if edges is None else edges
     return take_edges_out(
         model, batch, threshold, faithfulness_target, edges_at_once, edges
     )

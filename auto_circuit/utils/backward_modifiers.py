@@ -220,8 +220,8 @@ def _frozen_scale_hook(
         return None
     x = args[0].to(t.promote_types(args[0].dtype, t.float32))
     facts = norm_facts(norm)
-    centred = x - x.mean(-1, keepdim=True) if facts.centred else x
-    return _with_gradient_of(out, centred / facts.scale(x).detach() * facts.gain())
+    normed = facts.centre(x) / facts.scale(x).detach()
+    return _with_gradient_of(out, normed * facts.gain())
 
 
 def _soften_softmax(stack: ExitStack, attention: Any, temperature: float) -> None:

@@ -29,7 +29,6 @@ from auto_circuit.utils.forward_pass import (
     read_block,
 )
 
-Tokens = Float[Tensor, "token d_model"]
 HeadTokens = Float[Tensor, "token row d_model"]
 
 
@@ -325,9 +324,8 @@ def _projected_out(heads: HeadInputs, x: Tensor) -> tuple[Tensor, Tensor, Tensor
         return no_vectors, tokens.new_ones((len(tokens), 1)), 1.0
     exact = tokens.to(t.promote_types(x.dtype, t.float32))
     scale = norm.scale(exact)
-    centred = exact - exact.mean(-1, keepdim=True) if norm.centred else exact
     root = exact.shape[1] ** 0.5
-    vectors = [centred / (scale * root)]
+    vectors = [norm.centre(exact) / (scale * root)]
     if norm.centred:
         vectors.append(t.ones_like(exact) / root)
     return t.stack(vectors, 1).to(x.dtype), (1 / scale).to(x.dtype), norm.gain()

@@ -89,3 +89,20 @@ def test_what_these_architectures_use(make: Callable[[], Any]) -> None:
     model = patchable_model(make(), True, separate_qkv=True)
     n_heads = [port.heads.n_rows for port in model.plan.dest_ports if port.heads]
     assert n_heads == [12, 12] if make is gpt2 else [8, 8]
+
+
+def test_one_block_without_weights_is_enough_for_switches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The switches are the whole model's: then no block's heads go by the weights."""
+    bridge = gpt2().to(t.float64)
+    by_weights = outputs_and_gradients(
+        patchable_model(bridge, True, None, None, True), "any"
+    )
+    first = bridge.blocks[0].attn
+    monkeypatch.setattr(
+        transformer_lens_sites, "projects_heads", lambda attn: attn is first
+    )
+    mixed = outputs_and_gradients(patchable_model(bridge, True, None, None, True), "any")
+    for ours, theirs in zip(by_weights, mixed, strict=True):
+        t.testing.assert_close(ours, theirs, atol=1e-12, rtol=0.0)
