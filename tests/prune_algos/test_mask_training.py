@@ -66,7 +66,7 @@ def test_open_gates_let_the_clean_signal_in(side: Any, open_mask: float) -> None
     set_all_masks(graph, 0.0)
 
 
-@pytest.mark.parametrize("tree", [True, False])
+@pytest.mark.parametrize("tree", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_circuit_of_the_right_size_is_learned(tree: bool) -> None:
     graph = model()
     training = train_subnetwork(
@@ -98,6 +98,7 @@ def test_the_penalty_is_the_expected_number_of_edges() -> None:
     assert training.steps[0].penalty == pytest.approx(2 * share, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_avoided_edges_score_lower() -> None:
     graph = model()
     avoided = [edge for edge in graph.edges if edge.src.name == "Resid Start"]
@@ -120,6 +121,7 @@ def test_avoided_edges_score_lower() -> None:
     assert means[1] < means[0] - 0.2
 
 
+@pytest.mark.slow
 def test_validation_patience_and_seeds() -> None:
     graph, loader = model(), token_loader()
     training = train_subnetwork(graph, loader, epochs=40, validation_dataloader=loader)
@@ -137,6 +139,7 @@ def test_validation_patience_and_seeds() -> None:
     assert not all(t.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_the_allowed_size_falls() -> None:
     """Without a warm-up a strong penalty shuts nearly all gates, wanted or not."""
     graph = model()
@@ -171,6 +174,7 @@ def test_circuit_probing_ranks_by_the_smallest_circuit() -> None:
 # -------------------------------------------------------------------------- Edge Pruning
 
 
+@pytest.mark.slow
 def test_edge_pruning_meets_its_target() -> None:
     graph = model()
     training = train_edge_pruning(
