@@ -68,6 +68,7 @@ Run = Callable[[], object]
 Plain = Callable[[int], object]
 """Plain passes, with the logits of the last so many positions; 0 means all."""
 ONE_PERCENT, N_SIZES, N_POINTS, N_STEPS, N_EDGES = 0.01, 5, 5, 5, 60
+N_WARM_UPS = 3
 
 
 @dataclass(frozen=True)
@@ -148,25 +149,26 @@ class Bench:
             patch = src_ablations(self.model, self.corrupt)
             set_masks(self.model, masks)
             with t.no_grad(), patch_mode(self.model, patch):
-                return self.second(lambda: self.model.sliced(self.clean))
+                return self.settled(lambda: self.model.sliced(self.clean))
 
         return run
 
     @staticmethod
-    def second(run: Callable[[], object]) -> float:
-        """Seconds of the second run in a context, which has the first one's buffers."""
-        run()
+    def settled(run: Callable[[], object]) -> float:
+        """Seconds of a run in a context whose buffers are there, as in a training."""
+        for _ in range(N_WARM_UPS):
+            run()
         return _seconds(run)
 
     def bare_bridge(self) -> float:
         with t.no_grad(), self.model.adapter.open_sites(self.model.wrapped_model, True):
-            return self.second(lambda: self.model.sliced(self.clean))
+            return self.settled(lambda: self.model.sliced(self.clean))
 
     def mask_training_step(self) -> float:
         patch = src_ablations(self.model, self.corrupt)
         set_all_masks(self.model, 0.5)
         with train_mask_mode(self.model), patch_mode(self.model, patch):
-            return self.second(
+            return self.settled(
                 lambda: _logit_diff(self.model.sliced(self.clean)).backward()
             )
 

@@ -41,12 +41,13 @@ class Norm:
 
     centred: is the mean subtracted (layer norm), or not (RMS norm)?
     epsilon: is added to the mean square.
-    gain: the weights that it multiplies by, now.
+    gain, bias: the weights that it multiplies by, and those that it adds, now.
     """
 
     centred: bool
     epsilon: float
     gain: Callable[[], Tensor | float]
+    bias: Callable[[], Tensor | None]
 
     def centre(self, x: Tensor) -> Tensor:
         """x without its mean, if the norm subtracts it."""

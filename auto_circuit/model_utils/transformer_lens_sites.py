@@ -135,7 +135,10 @@ def norm_facts(bridge: NormalizationBridge) -> Norm:
         is_folded = weight.device.type == "cpu" and bool((weight == 1).all())
         return 1.0 if is_folded else weight
 
-    return Norm(not bridge.uses_rms_norm, _epsilon(bridge), gain)
+    def bias() -> Tensor | None:
+        return getattr(inner, "bias", None)
+
+    return Norm(not bridge.uses_rms_norm, _epsilon(bridge), gain, bias)
 
 
 def _closed_form(bridge: NormalizationBridge) -> Norm | None:

@@ -8,6 +8,7 @@ upstream of all the destinations that read it, so the order is right by itself.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,7 @@ class ForwardPass:
         source `i` has slot `i`.
     recorded: the sources that this pass must record.
     patched_base: the ports at which the base is the patched-in run's residual stream.
+    scratch: memory for the rows of one block of heads at a time.
     residuals, head_outs: per port of heads, the residual stream that they read, and what
         their linear maps give until the model asks for it.
     """
@@ -72,6 +74,7 @@ class ForwardPass:
     works: dict[EdgeBlock, BlockWork]
     patched_base: frozenset[DestPort]
     grad_buffer: Tensor | None = None
+    scratch: Tensor | None = None
     has_grad: bool = False
     awaits_backward: bool = False
     is_in_backward: bool = False
@@ -88,6 +91,15 @@ class ForwardPass:
             )
         return self.diff.flatten(0, 1)
 
+    def rows(self, n_rows: int) -> BlockDelta:
+        """Memory for so many rows, until the next block of heads asks for it."""
+        tokens = self.tokens()
+        shape = (tokens.shape[0], n_rows, tokens.shape[2])
+        n_values = math.prod(shape)
+        if self.scratch is None or len(self.scratch) < n_values:
+            self.scratch = tokens.new_empty(n_values)
+        return self.scratch[:n_values].view(shape)
+
     def compute(self, block: EdgeBlock) -> BlockDelta | None:
         """What the block's edges change at each row; None if nothing."""
         work = self.works[block]
@@ -96,16 +108,45 @@ class ForwardPass:
         return self._multiply(work.weights.detach(), work.columns)
 
     def compute_inputs(
-        self, block: EdgeBlock, x: Float[Tensor, "batch seq d_model"]
+        self,
+        block: EdgeBlock,
+        x: Float[Tensor, "batch seq d_model"],
+        to: BlockDelta | None = None,
     ) -> BlockDelta:
         """The same, plus x at each row of heads: their inputs, in one product.
 
+        to: memory for them.
         x takes part as one more source, whose weight is 1 for heads. Its slot is that of a
         source which has not written yet.
         """
-        work = self.works[block]
         assert self.diff is not None
-        self.diff[:, :, work.inputs_slot] = x.detach()
+        self.diff[:, :, self.works[block].inputs_slot] = x.detach()
+        return self._multiply(*self._with_x(block), to)
+
+    def add_inputs(
+        self,
+        block: EdgeBlock,
+        x: Float[Tensor, "batch seq d_model"],
+        factor: Float[Tensor, "token row 1"],
+        to: BlockDelta,
+    ) -> None:
+        """Add to a tensor what `compute_inputs` gave, each row times a factor.
+
+        For the backward pass, so that inputs of heads need not be kept until then. The
+        slot that x takes for a moment is not needed any more, unless for another
+        backward pass.
+        """
+        assert self.diff is not None
+        slot = self.diff[:, :, self.works[block].inputs_slot]
+        before = slot.clone()
+        slot.copy_(x)
+        weights, columns = self._with_x(block)
+        to.baddbmm_(self._per_token(weights) * factor, self._columns(columns))
+        slot.copy_(before)
+
+    def _with_x(self, block: EdgeBlock) -> tuple[Tensor, slice | Tensor]:
+        """The block's weights and columns, with those of its heads' common input."""
+        work = self.works[block]
         n_head_rows = bisect_left(work.row_idxs, block.n_head_rows)
         of_x = work.weights.new_zeros((*work.weights.shape[:3], 1))
         of_x[:, :, :n_head_rows] = 1.0
@@ -115,14 +156,17 @@ class ForwardPass:
             columns = slice(columns.start, columns.stop + 1)
         else:
             columns = t.cat([columns, columns.new_tensor([work.inputs_slot])])
-        return self._multiply(t.cat([work.weights.detach(), of_x], -1), columns)
+        return t.cat([work.weights.detach(), of_x], -1), columns
 
-    def _multiply(self, weights: Tensor, columns: slice | Tensor) -> BlockDelta:
+    def _multiply(
+        self, weights: Tensor, columns: slice | Tensor, to: BlockDelta | None = None
+    ) -> BlockDelta:
+        return t.bmm(self._per_token(weights), self._columns(columns), out=to)
+
+    def _columns(self, columns: slice | Tensor) -> Float[Tensor, "token col d_model"]:
         if isinstance(columns, slice):
-            differences = self.tokens()[:, columns]
-        else:
-            differences = self.tokens().index_select(1, columns)
-        return t.bmm(self._per_token(weights), differences)
+            return self.tokens()[:, columns]
+        return self.tokens().index_select(1, columns)
 
     def _per_token(self, weights: Tensor) -> Tensor:
         """[batch or 1, seq or 1, row, src] -> [token, row, src]; a view if it can be."""

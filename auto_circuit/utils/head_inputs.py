@@ -2,10 +2,11 @@
 
 A model computes the queries (keys, values) of all heads as one `linear(norm(x))`. Where
 patches give head `h` an input x_h, its part is `weight[h] @ norm(x_h)`. Only the heads
-whose input really differs are computed one by one, and a mask of zeros, whose gradient is
-all that edge attribution patching asks for, costs no such inputs at all: the gradient of
-head `h`'s input is `J(x)^T weight[h]^T grad[h]`, and the Jacobian J of a norm is a scaled
-projection, which can be applied to the scalar products of the gradients instead.
+whose input really differs are computed one by one, and none of these inputs is kept for
+the backward pass. The gradient of head `h`'s input is `J(x_h)^T weight[h]^T grad[h]`, and
+the Jacobian J of a norm is a scaled projection, which is known in closed form. A mask of
+zeros, whose gradient is all that edge attribution patching asks for, costs no such inputs
+at all: the projection is applied to the scalar products of the gradients instead.
 """
 
 from __future__ import annotations
@@ -50,15 +51,20 @@ def head_outputs(
     heads, work = port.heads, run.works[block]
     assert heads is not None
     grad_of_weights = t.is_grad_enabled() and work.weights.requires_grad
-    if grad_of_weights and work.does_nothing and _has_closed_form(heads):
-        return _probed(run, block, port, x, normed)
     if grad_of_weights or (
         t.is_grad_enabled() and x.requires_grad and not work.does_nothing
     ):
+        if _has_closed_form(heads):
+            read = _probed if work.does_nothing else _read
+            return read(run, block, port, x, normed)
         outs = _project(heads, _norm(heads, read_block(run, block, x)))
         return [out.unflatten(0, x.shape[:2]) for out in outs]
     _, changed = work.changes(block.rows(port))
-    work.delta = run.compute_inputs(block, x) if changed else run.compute(block)
+    if changed:
+        memory = run.rows(len(work.row_idxs))
+        work.delta = run.compute_inputs(block, x, to=memory)
+    else:
+        work.delta = run.compute(block)
     inputs = work.delta
     forget_delta(work, block, port)
     if not changed or inputs is None:
@@ -90,8 +96,8 @@ def _by_head(linear: Any, n_heads: int) -> Float[Tensor, "head d_head d_model"]:
     return linear.weight.unflatten(0, (n_heads, -1))
 
 
-def _add_bias(linear: Any, out: Tensor) -> Tensor:
-    return out if linear.bias is None else out + linear.bias
+def _add(bias: Tensor | None, out: Tensor) -> Tensor:
+    return out if bias is None else out + bias
 
 
 # --------------------------------------------------------------------- without gradients
@@ -169,7 +175,7 @@ def _project(heads: HeadInputs, inputs: HeadTokens) -> list[Tensor]:
     else:
         parts = _ProjectHeads.apply(inputs, heads)
     return [
-        _add_bias(linear, part.flatten(1))
+        _add(linear.bias, part.flatten(1))  # type: ignore[arg-type]
         for (linear, _), part in zip(heads.linears, parts, strict=True)
     ]
 
@@ -228,6 +234,143 @@ def _has_closed_form(heads: HeadInputs) -> bool:
     return not any(p.requires_grad for module in modules for p in module.parameters())
 
 
+def _read(
+    run: ForwardPass, block: EdgeBlock, port: DestPort, x: Tensor, normed: Tensor
+) -> list[Tensor]:
+    """What the heads give with patched inputs, with gradients."""
+    assert port.heads is not None
+    work = run.works[block]
+    results = _ReadHeads.apply(x, work.weights, block, port, run)
+    n_outs = len(port.heads.linears)
+    work.handles = dict(zip(block.ports[1:], results[n_outs:], strict=True))
+    forget_delta(work, block, port)
+    return list(results[:n_outs])
+
+
+class _ReadHeads(Function):
+    """The heads' outputs for patched inputs, which are made again in the backward pass.
+
+    A head's output is `weight[h] @ (gain * centre(x_h)) / scale(x_h)`, plus a constant. So
+    neither the inputs need to be kept (they are most of what a pass would keep) nor what
+    the norm makes of them. With g = grad[h] / scale and o the output without the constant,
+    the gradient of x_h is, one product added to another,
+
+    `centre(gain * (weight[h]^T g) - x_h <g, o> / (scale d_model))`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        block: EdgeBlock,
+        port: DestPort,
+        run: ForwardPass,
+    ) -> tuple[Tensor, ...]:
+        ctx.block, ctx.port, ctx.run = block, port, run
+        ctx.set_materialize_grads(False)
+        run.awaits_backward = True
+        heads = port.heads
+        assert heads is not None
+        inputs = run.compute_inputs(block, x, to=run.rows(block.n_rows))
+        run.works[block].delta = inputs
+        parts, inverse_scale = _normed_parts(heads, inputs)
+        ctx.save_for_backward(x, inverse_scale, *parts)
+        outs = _with_constants(heads, x.shape, parts)
+        return (*outs, *new_handles(run, block))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        block, port, run = ctx.block, ctx.port, ctx.run
+        x, inverse_scale, *parts = ctx.saved_tensors
+        run.enter_backward()
+        n_outs, n_heads = len(parts), block.n_head_rows
+        rows = run.rows(block.n_rows)
+        rows[:, n_heads:] = 0.0
+        parts_grads = _head_grads(port.heads, x, grads[:n_outs], inverse_scale)
+        _send_to_inputs(
+            port.heads, rows[:, :n_heads], _gained_weights(port.heads), parts_grads
+        )
+        if port.heads.norm is not None:
+            share = _head_products(port.heads, parts, parts_grads)
+            factor = share.new_zeros((*rows.shape[:2], 1))
+            factor[:, :n_heads] = -share * inverse_scale / x.shape[-1]
+            run.add_inputs(block, x, factor.to(x.dtype), rows)
+            if port.heads.closed_form.centred:
+                rows -= rows.mean(-1, keepdim=True)
+        fill_rows(rows, block, tuple(zip(block.ports[1:], grads[n_outs:], strict=True)))
+        grad_weights = grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_weights = run.weights_grad(block, run.products(block, rows))
+        if ctx.needs_input_grad[0]:
+            grad_x = rows[:, :n_heads].sum(1).reshape(x.shape)
+        run.send_back(block, rows)
+        return grad_x, grad_weights, None, None, None
+
+
+def _normed_parts(
+    heads: HeadInputs, inputs: HeadTokens
+) -> tuple[list[Float[Tensor, "token head d_head"]], Float[Tensor, "token of_heads 1"]]:
+    """(Each linear map's outputs by head, without the constants; 1 / the norm's scale)
+
+    The inputs are centred in place, if the norm does that; rows after theirs are not.
+    """
+    inverse_scale = _centre(heads, inputs[:, : heads.n_rows])
+    parts = []
+    for rows, weight in zip(heads.rows(), _gained_weights(heads), strict=True):
+        part = t.bmm(inputs[:, rows].transpose(0, 1), weight.mT).transpose(0, 1)
+        parts.append((part * inverse_scale[:, rows]).to(part.dtype))
+    return parts, inverse_scale
+
+
+def _with_constants(
+    heads: HeadInputs, shape: t.Size, parts: Sequence[Tensor]
+) -> list[Float[Tensor, "batch seq width"]]:
+    """The linear maps' outputs from `_normed_parts`."""
+    return [
+        _add(_constant(heads, linear), part.flatten(1)).unflatten(0, shape[:2])
+        for (linear, _), part in zip(heads.linears, parts, strict=True)
+    ]
+
+
+def _centre(heads: HeadInputs, inputs: HeadTokens) -> Float[Tensor, "token row 1"]:
+    """Take the mean from the inputs, in place, if their norm does; 1 / its scale."""
+    exact = t.promote_types(inputs.dtype, t.float32)
+    norm = heads.closed_form
+    if heads.norm is None or norm is None:
+        return inputs.new_ones((*inputs.shape[:2], 1))
+    if norm.centred:
+        inputs -= inputs.mean(-1, keepdim=True, dtype=exact)
+    length = t.linalg.vector_norm(inputs, dim=-1, keepdim=True, dtype=exact)
+    return (length.square() / inputs.shape[-1] + norm.epsilon).rsqrt()
+
+
+def _gained_weights(heads: HeadInputs) -> list[Float[Tensor, "head d_head d_model"]]:
+    """The linear maps' weights, with the norm's gain in them."""
+    weights = [_by_head(linear, n_heads) for linear, n_heads in heads.linears]
+    gain = 1.0 if heads.closed_form is None else heads.closed_form.gain()
+    return [w * gain for w in weights] if isinstance(gain, Tensor) else weights
+
+
+def _constant(heads: HeadInputs, linear: Any) -> Float[Tensor, "width"] | None:
+    """What a linear map gives where the normed input is zero before the norm's bias."""
+    norm_bias = None if heads.closed_form is None else heads.closed_form.bias()
+    if norm_bias is None:
+        return linear.bias  # type: ignore[no-any-return]
+    return linear_forward(linear, norm_bias)
+
+
+def _head_products(
+    heads: HeadInputs, parts: Sequence[Tensor], grads: Sequence[Tensor]
+) -> Float[Tensor, "token row 1"]:
+    """The scalar products of outputs and gradients, summed over all that read a row."""
+    products = [
+        (part * grad).sum(-1, keepdim=True)
+        for part, grad in zip(parts, grads, strict=True)
+    ]
+    return t.stack(products).sum(0) if heads.share_rows else t.cat(products, 1)
+
+
 def _probed(
     run: ForwardPass, block: EdgeBlock, port: DestPort, x: Tensor, normed: Tensor
 ) -> list[Tensor]:
@@ -270,15 +413,12 @@ class _ProbeHeads(Function):
         block, port, run, x = ctx.block, ctx.port, ctx.run, ctx.x
         run.enter_backward()
         n_outs = len(port.heads.linears)
-        basis, inverse_scale, gain = _projected_out(port.heads, x)
+        basis, inverse_scale = _projected_out(port.heads, x)
         # The rows of the block, and after them the vectors of C.
         rows = x.new_empty((len(basis), block.n_rows + basis.shape[1], x.shape[-1]))
         heads = rows[:, : block.n_head_rows]
         parts = _head_grads(port.heads, x, grads[:n_outs], inverse_scale)
-        weights = [_by_head(linear, n) for linear, n in port.heads.linears]
-        if isinstance(gain, Tensor):
-            weights = [weight * gain for weight in weights]
-        _send_to_inputs(port.heads, heads, weights, parts)
+        _send_to_inputs(port.heads, heads, _gained_weights(port.heads), parts)
         fill_rows(rows, block, tuple(zip(block.ports[1:], grads[n_outs:], strict=True)))
         rows[:, block.n_rows :] = basis
         in_basis = t.bmm(heads, basis.mT)
@@ -300,32 +440,36 @@ def _head_grads(
     heads: HeadInputs,
     x: Tensor,
     grads: Sequence[Tensor | None],
-    factor: Float[Tensor, "token 1"],
+    factor: Float[Tensor, "token row 1"],
 ) -> list[Float[Tensor, "token head d_head"]]:
-    """The gradients of the linear maps' outputs, by head, times a factor."""
+    """The gradients of the linear maps' outputs, by head, times a factor of its input."""
     parts = []
-    for grad, (linear, n_heads) in zip(grads, heads.linears, strict=True):
+    for grad, (linear, n_heads), rows in zip(
+        grads, heads.linears, heads.rows(), strict=True
+    ):
         if grad is None:
             width = linear.out_features
             grad = x.new_zeros((*x.shape[:2], int(width)))  # type: ignore[arg-type]
-        parts.append((grad.flatten(0, 1) * factor).unflatten(1, (n_heads, -1)))
+        by_head = grad.flatten(0, 1).unflatten(1, (n_heads, -1))
+        parts.append((by_head * factor[:, rows]).to(x.dtype))
     return parts
 
 
-def _projected_out(heads: HeadInputs, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-    """(orthonormal vectors that a norm's Jacobian takes out, 1 / its scale, its gain)
+def _projected_out(heads: HeadInputs, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(orthonormal vectors that a norm's Jacobian takes out, 1 / its scale)
 
-    The first [token, vector, d_model], the second [token, 1].
+    The first [token, vector, d_model], the second [token, row, 1].
     """
     tokens = x.flatten(0, 1)
     norm = heads.closed_form
     if heads.norm is None or norm is None:
         no_vectors = tokens.new_empty((len(tokens), 0, tokens.shape[1]))
-        return no_vectors, tokens.new_ones((len(tokens), 1)), 1.0
+        return no_vectors, tokens.new_ones((len(tokens), heads.n_rows, 1))
     exact = tokens.to(t.promote_types(x.dtype, t.float32))
     scale = norm.scale(exact)
     root = exact.shape[1] ** 0.5
     vectors = [norm.centre(exact) / (scale * root)]
     if norm.centred:
         vectors.append(t.ones_like(exact) / root)
-    return t.stack(vectors, 1).to(x.dtype), (1 / scale).to(x.dtype), norm.gain()
+    inverse_scale = (1 / scale).unsqueeze(1).expand(-1, heads.n_rows, -1)
+    return t.stack(vectors, 1).to(x.dtype), inverse_scale

@@ -112,7 +112,7 @@ class PatchSession:
         self._exit.close()
         if self.run is not None and not self.run.awaits_backward:
             # Even if someone keeps an output, and by it the pass, alive.
-            self.run.diff = self.run.grad_buffer = None
+            self.run.diff = self.run.grad_buffer = self.run.scratch = None
         self.run = None
         self._patch_sums.clear()
         self._base_outs.clear()
@@ -177,7 +177,9 @@ class PatchSession:
         batch, seq = run.diff.shape[:2]
         weights = self._block_weights(batch, seq, blocks)
         works, _, recorded, patched_base = self._sparse_works(weights)
-        return ForwardPass(run.diff, run.slots, recorded, works, patched_base)
+        return ForwardPass(
+            run.diff, run.slots, recorded, works, patched_base, scratch=run.scratch
+        )
 
     # ------------------------------------------------------------------ sources
 
@@ -260,6 +262,7 @@ class PatchSession:
             if same_mode and not last.awaits_backward:
                 run.diff, last.diff = last.diff, None
                 run.grad_buffer, last.grad_buffer = last.grad_buffer, None
+                run.scratch, last.scratch = last.scratch, None
         if run.diff is None and self.overwrite_patch:
             run.diff = self._patch_as_diff(shape)
         if run.diff is None:

@@ -106,3 +106,22 @@ def test_one_block_without_weights_is_enough_for_switches(
     mixed = outputs_and_gradients(patchable_model(bridge, True, None, None, True), "any")
     for ours, theirs in zip(by_weights, mixed, strict=True):
         t.testing.assert_close(ours, theirs, atol=1e-12, rtol=0.0)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama, pythia])
+def test_a_second_backward_pass_gives_the_same_gradients(
+    make: Callable[[], Any],
+) -> None:
+    """Inputs of heads are made anew in each; what that overwrites must come back."""
+    model = patchable_model(make().to(t.float64), True, None, None, True)
+    patch = src_ablations(model, CORRUPT)
+    gradients = []
+    with train_mask_mode(model) as masks, patch_mode(model, patch):
+        set_masks(model, "any")
+        loss = model(CLEAN).log_softmax(-1)[..., 3].sum()
+        for _ in range(2):
+            loss.backward(retain_graph=True)
+            gradients.append([mask.grad.clone() for mask in masks.values()])
+            model.zero_grad()
+    assert all(gradient.any() for gradient in gradients[0])
+    t.testing.assert_close(gradients[0], gradients[1], atol=0.0, rtol=1e-12)
