@@ -1,7 +1,9 @@
 """Circuit probing: subnetwork probing for several circuit sizes, as one ranking.
 
-An edge's score says how small a circuit it is still in. Cost: subnetwork probing, times the
-number of sizes.
+An edge's score says how small a circuit it is still in.
+
+Cost: per size, epoch and batch one forward and one backward pass (F + Bk); per size and batch
+two forward passes (2 F) once.
 """
 
 from __future__ import annotations

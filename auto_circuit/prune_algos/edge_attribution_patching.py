@@ -12,6 +12,7 @@ from collections.abc import Collection
 
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
+from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import Edge, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 
@@ -40,3 +41,12 @@ def edge_attribution_patching_prune_scores(
         answer_function="avg_diff" if answer_diff else "avg_val",
         mask_val=0.0,
     )
+
+
+# The same scores as LOGIT_DIFF_GRAD_PRUNE_ALGO, which has the short name "EAP".
+EDGE_ATTR_PATCH_PRUNE_ALGO = PruneAlgo(
+    key="Edge Attribution Patching",
+    name="Edge Attribution Patching",
+    _short_name="EAP (alias)",
+    func=edge_attribution_patching_prune_scores,
+)

@@ -63,7 +63,7 @@ def edge_pruning_prune_scores(
     official_edges: Collection[Edge] | None,
     target_sparsity: float = 0.98,
     n_steps: int = 3000,
-    learning_rate: int | float = 0.8,
+    learning_rate: int | float = 0.2,
     multiplier_learning_rate: int | float = 0.8,
     warmup_share: float = 0.8,
     warmup: Warmup = "linear",
@@ -94,7 +94,7 @@ def train_edge_pruning(
     dataloader: PromptDataLoader,
     target_sparsity: float = 0.98,
     n_steps: int = 3000,
-    learning_rate: int | float = 0.8,
+    learning_rate: int | float = 0.2,
     multiplier_learning_rate: int | float = 0.8,
     warmup_share: float = 0.8,
     warmup: Warmup = "linear",
@@ -120,7 +120,8 @@ def train_edge_pruning(
     Raises ConfigError for shares outside of 0 and 1, TrainingError if the loss becomes NaN.
 
     Differs from the paper's code: Adam without weight decay or a warm-up of its own; one
-    gate for each edge, none for nodes; gates start less open (a logit of 2, not 10).
+    gate for each edge, none for nodes; gates start less open (a logit of 2, not 10), and so
+    the learning rate is 0.2, not 0.8, with which they close before they are needed.
     """
     check_choice("faithfulness_target", faithfulness_target, FaithfulnessTarget)
     check_choice("warmup", warmup, Warmup)

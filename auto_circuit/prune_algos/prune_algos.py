@@ -15,6 +15,9 @@ from auto_circuit.prune_algos.circuit_probing import (
     MSE_CIRCUIT_TREE_PROBING_PRUNE_ALGO,
     OPPOSITE_TREE_PROBING_PRUNE_ALGO,
 )
+from auto_circuit.prune_algos.edge_attribution_patching import (
+    EDGE_ATTR_PATCH_PRUNE_ALGO,
+)
 from auto_circuit.prune_algos.edge_pruning import (
     EDGE_PRUNING_PRUNE_ALGO,
     QUICK_EDGE_PRUNING_PRUNE_ALGO,
@@ -65,6 +68,7 @@ PRUNE_ALGOS: tuple[PruneAlgo, ...] = (
     GROUND_TRUTH_PRUNE_ALGO,
     ACT_MAG_PRUNE_ALGO,
     RANDOM_PRUNE_ALGO,
+    EDGE_ATTR_PATCH_PRUNE_ALGO,
     ACDC_PRUNE_ALGO,
     MSE_ACDC_PRUNE_ALGO,
     ACDC_AFTER_EAP_PRUNE_ALGO,

@@ -359,6 +359,9 @@ MSE_SUBNETWORK_TREE_PROBING_PRUNE_ALGO = PruneAlgo(
         learning_rate=0.1,
         epochs=200,
         regularize_lambda=0.5,
+        # auto-circuit's gates start nearly shut. A squared error (of proportions, say) is
+        # small beside the penalty, which then shuts all of them before any is needed.
+        init_val=-INIT_LOGIT,
         tree_optimisation=True,
         faithfulness_target="mse",
     ),

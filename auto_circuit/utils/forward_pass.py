@@ -314,8 +314,8 @@ class _ReadBlock(Function):
         by_port = tuple(zip(block.ports, grad_outs, strict=True))
         grad_x = grad_outs[0]
         if block.n_head_rows and grad_x is not None:
-            # All rows, of which those of further ports are zero and nobody else's.
-            grads = grad_x if grad_x.is_contiguous() else grad_x.contiguous()
+            # All rows, of which those of further ports are zero.
+            grads = grad_x.clone(memory_format=t.contiguous_format)
             fill_rows(grads, block, by_port[1:])
             grad_x = grads[:, : block.n_head_rows].sum(1).reshape(ctx.shape)
         else:

@@ -16,7 +16,10 @@ from auto_circuit.prune_algos.prune_algos import (
     PruneAlgo,
     find_prune_algo,
 )
-from auto_circuit.tasks import TRACR_REVERSE_TOKEN_CIRCUIT_TASK
+from auto_circuit.tasks import (
+    TRACR_REVERSE_TOKEN_CIRCUIT_TASK,
+    TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK,
+)
 from auto_circuit.types import PruneScores
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
@@ -43,9 +46,8 @@ SETTINGS: dict[str, Any] = {
     "integrated_grad_samples": 5,
 }
 
-# The published rate is for ten times the steps; the graph has fewer than 30 edges.
+# The graph has fewer than 30 edges.
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
-    "EP": {"learning_rate": 0.1},
     "STP quick": {"circuit_size": len(CIRCUIT)},
 }
 
@@ -99,7 +101,13 @@ def test_the_circuit_is_found(algo: PruneAlgo) -> None:
     assert roc_auc(points, pessimistic=True) == 1.0
 
 
-@pytest.mark.parametrize("name", ["EAP", "IEG", "EAP-IG inputs", "Clean-Corrupt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("EAP", "IEG", "EAP-IG inputs", "Clean-Corrupt"),
+        pytest.param("EP quick", marks=pytest.mark.slow),
+    ],
+)
 def test_the_compiled_program_is_found(name: str) -> None:
     task = TRACR_REVERSE_TOKEN_CIRCUIT_TASK
     model, known = task.model, task.true_edges
@@ -116,4 +124,24 @@ def test_the_compiled_program_is_found(name: str) -> None:
         )
     scores = algo.func(model, task.train_loader, None)
     points = measure_task_roc(model, circuit, scores, all_edges=True)
+    assert roc_auc(points, pessimistic=True) == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "fewer"),
+    [
+        ("STP (MSE)", {"epochs": 60}),
+        ("TP (MSE)", {"epochs": 60, "circuit_sizes": ("true_size",)}),
+    ],
+)
+def test_the_compiled_program_of_numbers_is_found(
+    name: str, fewer: dict[str, Any]
+) -> None:
+    """With their own settings, but for a shorter training."""
+    task = TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK
+    known = task.true_edges
+    assert known is not None
+    scores = find_prune_algo(name).func(task.model, task.train_loader, known, **fewer)
+    points = measure_task_roc(task.model, known, scores, all_edges=True)
     assert roc_auc(points, pessimistic=True) == 1.0
