@@ -213,10 +213,9 @@ def _send_to_inputs(
         zip(heads.rows(), weights, grads, strict=True)
     ):
         out = rows[:, of_linear].transpose(0, 1)
-        if i > 0 and heads.share_rows:
-            out.baddbmm_(grad.transpose(0, 1), weight)
-        else:
-            t.bmm(grad.transpose(0, 1), weight, out=out)
+        is_first = i == 0 or not heads.share_rows
+        # `bmm(..., out=out)` would make a copy, as `out` is not contiguous.
+        out.baddbmm_(grad.transpose(0, 1), weight, beta=0 if is_first else 1)
 
 
 def _has_closed_form(heads: HeadInputs) -> bool:
