@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch as t
 from torch import Tensor
 from torch.nn import Module
 
@@ -37,7 +38,7 @@ class SrcSite:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A norm y = gain * centre(x) / scale(x) + bias.
+    """A norm y = gain * centre(x) / scale(centre(x)) + bias.
 
     centred: is the mean subtracted (layer norm), or not (RMS norm)?
     epsilon: is added to the mean square.
@@ -53,9 +54,11 @@ class Norm:
         """x without its mean, if the norm subtracts it."""
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
-    def scale(self, x: Tensor) -> Tensor:
-        """What the norm divides by: [... 1]."""
-        return (self.centre(x).pow(2).mean(-1, keepdim=True) + self.epsilon).sqrt()
+    def scale(self, centred: Tensor) -> Tensor:
+        """What the norm divides `centre(x)` by: [... 1], in float32 at least."""
+        exact = t.promote_types(centred.dtype, t.float32)
+        length = t.linalg.vector_norm(centred, dim=-1, keepdim=True, dtype=exact)
+        return (length.square() / centred.shape[-1] + self.epsilon).sqrt()
 
 
 @dataclass(frozen=True, eq=False)

@@ -220,7 +220,8 @@ def _frozen_scale_hook(
         return None
     x = args[0].to(t.promote_types(args[0].dtype, t.float32))
     facts = norm_facts(norm)
-    normed = facts.centre(x) / facts.scale(x).detach()
+    centred = facts.centre(x)
+    normed = centred / facts.scale(centred).detach()
     return _with_gradient_of(out, normed * facts.gain())
 
 

@@ -55,8 +55,7 @@ def head_outputs(
         t.is_grad_enabled() and x.requires_grad and not work.does_nothing
     ):
         if _has_closed_form(heads):
-            read = _probed if work.does_nothing else _read
-            return read(run, block, port, x, normed)
+            return _in_closed_form(run, block, port, x, normed)
         outs = _project(heads, _norm(heads, read_block(run, block, x)))
         return [out.unflatten(0, x.shape[:2]) for out in outs]
     _, changed = work.changes(block.rows(port))
@@ -233,14 +232,19 @@ def _has_closed_form(heads: HeadInputs) -> bool:
     return not any(p.requires_grad for module in modules for p in module.parameters())
 
 
-def _read(
+def _in_closed_form(
     run: ForwardPass, block: EdgeBlock, port: DestPort, x: Tensor, normed: Tensor
 ) -> list[Tensor]:
-    """What the heads give with patched inputs, with gradients."""
-    assert port.heads is not None
-    work = run.works[block]
-    results = _ReadHeads.apply(x, work.weights, block, port, run)
-    n_outs = len(port.heads.linears)
+    """The heads' outputs, with gradients; if all weights are zero, the model's own."""
+    heads, work = port.heads, run.works[block]
+    assert heads is not None
+    if work.does_nothing:
+        with t.no_grad():
+            outs = _apply(heads, normed)
+        results = _ProbeHeads.apply(x, work.weights, block, port, run, *outs)
+    else:
+        results = _ReadHeads.apply(x, work.weights, block, port, run)
+    n_outs = len(heads.linears)
     work.handles = dict(zip(block.ports[1:], results[n_outs:], strict=True))
     forget_delta(work, block, port)
     return list(results[:n_outs])
@@ -334,14 +338,13 @@ def _with_constants(
 
 def _centre(heads: HeadInputs, inputs: HeadTokens) -> Float[Tensor, "token row 1"]:
     """Take the mean from the inputs, in place, if their norm does; 1 / its scale."""
-    exact = t.promote_types(inputs.dtype, t.float32)
     norm = heads.closed_form
     if heads.norm is None or norm is None:
         return inputs.new_ones((*inputs.shape[:2], 1))
     if norm.centred:
+        exact = t.promote_types(inputs.dtype, t.float32)
         inputs -= inputs.mean(-1, keepdim=True, dtype=exact)
-    length = t.linalg.vector_norm(inputs, dim=-1, keepdim=True, dtype=exact)
-    return (length.square() / inputs.shape[-1] + norm.epsilon).rsqrt()
+    return 1 / norm.scale(inputs)
 
 
 def _gained_weights(heads: HeadInputs) -> list[Float[Tensor, "head d_head d_model"]]:
@@ -370,19 +373,6 @@ def _head_products(
     return t.stack(products).sum(0) if heads.share_rows else t.cat(products, 1)
 
 
-def _probed(
-    run: ForwardPass, block: EdgeBlock, port: DestPort, x: Tensor, normed: Tensor
-) -> list[Tensor]:
-    """What the model computes, with gradients of the block's weights, which are zero."""
-    assert port.heads is not None
-    work = run.works[block]
-    with t.no_grad():
-        outs = _apply(port.heads, normed)
-    results = _ProbeHeads.apply(work.weights, x, block, port, run, *outs)
-    work.handles = dict(zip(block.ports[1:], results[len(outs) :], strict=True))
-    return list(results[: len(outs)])
-
-
 class _ProbeHeads(Function):
     """The heads' outputs, with the gradients of x and of weights that are zero.
 
@@ -395,8 +385,8 @@ class _ProbeHeads(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        weights: Tensor,
         x: Tensor,
+        weights: Tensor,
         block: EdgeBlock,
         port: DestPort,
         run: ForwardPass,
@@ -414,7 +404,7 @@ class _ProbeHeads(Function):
         n_outs = len(port.heads.linears)
         basis, inverse_scale = _projected_out(port.heads, x)
         # The rows of the block, and after them the vectors of C.
-        rows = x.new_empty((len(basis), block.n_rows + basis.shape[1], x.shape[-1]))
+        rows = run.rows(block.n_rows + basis.shape[1])
         heads = rows[:, : block.n_head_rows]
         parts = _head_grads(port.heads, x, grads[:n_outs], inverse_scale)
         _send_to_inputs(port.heads, heads, _gained_weights(port.heads), parts)
@@ -422,17 +412,17 @@ class _ProbeHeads(Function):
         rows[:, block.n_rows :] = basis
         in_basis = t.bmm(heads, basis.mT)
         grad_weights = grad_x = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             products = run.products(block, rows)
             products[:, : block.n_head_rows] -= t.bmm(
                 in_basis, products[:, block.n_rows :]
             )
             grad_weights = run.weights_grad(block, products[:, : block.n_rows])
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[0]:
             total = heads.sum(1, keepdim=True)
             grad_x = total - t.bmm(in_basis.sum(1, keepdim=True), basis)
             grad_x = grad_x.reshape(x.shape)
-        return (grad_weights, grad_x, None, None, None, *(None for _ in range(n_outs)))
+        return (grad_x, grad_weights, None, None, None, *(None for _ in range(n_outs)))
 
 
 def _head_grads(
@@ -465,9 +455,10 @@ def _projected_out(heads: HeadInputs, x: Tensor) -> tuple[Tensor, Tensor]:
         no_vectors = tokens.new_empty((len(tokens), 0, tokens.shape[1]))
         return no_vectors, tokens.new_ones((len(tokens), heads.n_rows, 1))
     exact = tokens.to(t.promote_types(x.dtype, t.float32))
-    scale = norm.scale(exact)
+    centred = norm.centre(exact)
+    scale = norm.scale(centred)
     root = exact.shape[1] ** 0.5
-    vectors = [norm.centre(exact) / (scale * root)]
+    vectors = [centred / (scale * root)]
     if norm.centred:
         vectors.append(t.ones_like(exact) / root)
     inverse_scale = (1 / scale).unsqueeze(1).expand(-1, heads.n_rows, -1)
