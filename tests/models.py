@@ -99,12 +99,26 @@ def gemma2() -> TransformerBridge:
     return _bridge(Gemma2ForCausalLM(config))
 
 
+def gpt2_folded() -> TransformerBridge:
+    """Its layer norms only centre and scale: they are folded into the next weights."""
+    bridge = gpt2()
+    for name, parameter in bridge.named_parameters():
+        if ".ln" in name:
+            parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
+    return bridge
+
+
 ARCHITECTURES: dict[str, Callable[[], TransformerBridge]] = {
     "gpt2": gpt2,
     "attn_only": attn_only,
     "pythia": pythia,
     "llama": llama,
     "qwen2": qwen2,
+}
+MORE_ARCHITECTURES = {
+    **ARCHITECTURES,
+    "gemma2": gemma2,
+    "gpt2_folded": gpt2_folded,
 }
 
 

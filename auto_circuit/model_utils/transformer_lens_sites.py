@@ -131,14 +131,18 @@ def norm_facts(bridge: NormalizationBridge) -> Norm:
         if weight is None:
             return 1.0
         weight = 1.0 + weight if bridge.uses_weight_offset else weight
-        # Folded into the next weights, it is 1. (To look would make a GPU wait.)
-        is_folded = weight.device.type == "cpu" and bool((weight == 1).all())
-        return 1.0 if is_folded else weight
+        return 1.0 if _is_everywhere(1, weight) else weight
 
     def bias() -> Tensor | None:
-        return getattr(inner, "bias", None)
+        weight = getattr(inner, "bias", None)
+        return None if weight is None or _is_everywhere(0, weight) else weight
 
     return Norm(not bridge.uses_rms_norm, _epsilon(bridge), gain, bias)
+
+
+def _is_everywhere(value: int, weight: Tensor) -> bool:
+    """As if folded into the next weights. (To look would make a GPU wait.)"""
+    return weight.device.type == "cpu" and bool((weight == value).all())
 
 
 def _closed_form(bridge: NormalizationBridge) -> Norm | None:

@@ -117,7 +117,13 @@ def _with_changed_rows(
             return base_outs[i]
         return linear_forward(heads.linears[i][0], normed)
 
-    inputs = _norm(heads, inputs)
+    factor = None
+    if _norm_is_folded(heads):
+        # In place, where layer norm would take as much memory again.
+        inputs = inputs[:, : len(changed)]
+        factor = _centre(heads, inputs)
+    else:
+        inputs = _norm(heads, inputs)
     outs = []
     for i, ((linear, n_heads), rows) in enumerate(
         zip(heads.linears, heads.rows(), strict=True)
@@ -127,7 +133,9 @@ def _with_changed_rows(
             outs.append(base_out(i))
             continue
         idxs = [changed[j] - rows.start for j in here]
-        parts = _parts(linear, n_heads, idxs, inputs[:, here[0] : here[-1] + 1])
+        here_rows = slice(here[0], here[-1] + 1)
+        of_rows = None if factor is None else factor[:, here_rows]
+        parts = _parts(linear, n_heads, idxs, inputs[:, here_rows], of_rows)
         if len(idxs) == n_heads:
             out = parts.flatten(1)
         else:
@@ -138,13 +146,19 @@ def _with_changed_rows(
 
 
 def _parts(
-    linear: Any, n_heads: int, idxs: list[int], inputs: HeadTokens
+    linear: Any,
+    n_heads: int,
+    idxs: list[int],
+    inputs: HeadTokens,
+    factor: Float[Tensor, "token row 1"] | None,
 ) -> Float[Tensor, "token row d_head"]:
-    """What some of the heads give, each for its own input."""
+    """What some of the heads give, each for its own input (times a factor)."""
     weights = _by_head(linear, n_heads).mT
     if len(idxs) < n_heads:
         weights = _pick(weights, idxs)
     parts = t.bmm(inputs.transpose(0, 1), weights).transpose(0, 1)
+    if factor is not None:
+        parts = (parts * factor).to(parts.dtype)
     if linear.bias is None:
         return parts
     return parts + linear.bias.unflatten(0, (n_heads, -1))[idxs]
@@ -229,7 +243,16 @@ def _has_closed_form(heads: HeadInputs) -> bool:
         hooks = (heads.norm._forward_hooks, heads.norm._forward_pre_hooks)
         if heads.closed_form is None or any(hooks):
             return False
-    return not any(p.requires_grad for module in modules for p in module.parameters())
+    parameters = (p for module in modules for p in module.parameters())
+    return not (t.is_grad_enabled() and any(p.requires_grad for p in parameters))
+
+
+def _norm_is_folded(heads: HeadInputs) -> bool:
+    """Does the norm nothing but to centre and to scale?"""
+    norm = heads.closed_form
+    if norm is None or not _has_closed_form(heads):
+        return False
+    return norm.bias() is None and not isinstance(norm.gain(), Tensor)
 
 
 def _in_closed_form(

@@ -13,7 +13,7 @@ from auto_circuit.model_utils import transformer_lens_sites
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model, train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
-from tests.models import gpt2, llama, pythia, tokens
+from tests.models import gpt2, gpt2_folded, llama, pythia, tokens
 
 SEQ = 5
 CLEAN, CORRUPT = tokens(3, SEQ, seed=1), tokens(3, SEQ, seed=2)
@@ -56,7 +56,7 @@ def outputs_and_gradients(model: PatchableModel, kind: str) -> list[Tensor]:
 @pytest.mark.parametrize("separate_qkv", [True, False], ids=["qkv", "head"])
 @pytest.mark.parametrize("seq_len", [None, SEQ], ids=["all", "positions"])
 @pytest.mark.parametrize(
-    "make", [gpt2, llama, pytest.param(pythia, marks=pytest.mark.slow)]
+    "make", [gpt2, gpt2_folded, llama, pytest.param(pythia, marks=pytest.mark.slow)]
 )
 def test_heads_by_weights_are_those_of_the_switches(
     make: Callable[[], Any],
@@ -127,3 +127,28 @@ def test_a_second_backward_pass_gives_the_same_gradients(
             model.zero_grad()
     assert all(gradient.any() for gradient in gradients[0])
     t.testing.assert_close(gradients[0], gradients[1], atol=0.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("trained", ["ln1.", "attn.q."])
+@pytest.mark.parametrize("make", [gpt2, gpt2_folded])
+def test_weights_that_are_trained_get_the_gradients_of_the_switches(
+    make: Callable[[], Any], trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The closed forms are for constant weights; the last block's inputs need no gradient."""
+    bridge = make().to(t.float64)
+    last = bridge.blocks[1].get_submodule(trained.rstrip("."))
+    last.requires_grad_(True)
+
+    def gradients() -> list[Tensor]:
+        model = patchable_model(bridge, True, None, None, True)
+        patch = src_ablations(model, CORRUPT)
+        set_masks(model, "any")
+        with patch_mode(model, patch):
+            loss = model(CLEAN).log_softmax(-1)[..., 3].sum()
+        return list(t.autograd.grad(loss, list(last.parameters())))
+
+    by_weights = gradients()
+    without_weights(monkeypatch)
+    by_switches = gradients()
+    assert len(by_weights) == 2 and all(gradient.any() for gradient in by_weights)
+    t.testing.assert_close(by_weights, by_switches, atol=1e-12, rtol=0.0)
