@@ -109,7 +109,7 @@ def test_the_default_sweep_in_two_processes(tmp_path: Path) -> None:
 
 QUICK_GRADIENT_ALGOS = ("EAP", "EAP (MSE)", "Clean-Corrupt", "HISP")
 LONG_GRADIENT_ALGOS = (
-    *("IEG", "EAP-IG inputs", "EAP-IG activations"),
+    *("IEG", "EAP-IG inputs", "EAP-IG activations", "EAP-IG sources"),
     LOGPROB_GRAD_PRUNE_ALGO.key,
     LOGPROB_DIFF_GRAD_PRUNE_ALGO.key,
 )

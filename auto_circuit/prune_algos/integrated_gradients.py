@@ -14,8 +14,9 @@ activations to the clean ones instead:
 
 Cost per batch, with m points: inputs two forward passes to record and m forward and
 backward passes (2 F + m (F + Bk)); activations one forward pass to record and m forward
-and backward passes for each sublayer (F + m * sublayers * (F + Bk)); clean-corrupt as
-inputs with 2 points (4 F + 2 Bk).
+and backward passes for each sublayer (F + m * sublayers * (F + Bk)), or for each source
+("EAP-IG sources", the nearest to exact effects); clean-corrupt as inputs with 2 points
+(4 F + 2 Bk).
 """
 
 from __future__ import annotations
@@ -278,6 +279,19 @@ ACTIVATION_INTEGRATED_GRADIENTS_PRUNE_ALGO = PruneAlgo(
     name="Edge Attribution Patching with Integrated Gradients (Activations)",
     _short_name="EAP-IG activations",
     func=activation_integrated_gradients_prune_scores,
+)
+SOURCE_INTEGRATED_GRADIENTS_PRUNE_ALGO = PruneAlgo(
+    key="Edge Attribution Patching with Integrated Gradients (Sources)",
+    name="Edge Attribution Patching with Integrated Gradients (Sources)",
+    _short_name="EAP-IG sources",
+    # The mean of the gradients half-way and at clean: on the pocket tasks the order of
+    # all exact effects is known best so.
+    func=partial(
+        activation_integrated_gradients_prune_scores,
+        share_passes=False,
+        integrated_grad_samples=2,
+        path_points="clean_end",
+    ),
 )
 CLEAN_CORRUPT_PRUNE_ALGO = PruneAlgo(
     key="Edge Attribution Patching at Clean and Corrupt",

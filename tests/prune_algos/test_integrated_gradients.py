@@ -16,6 +16,7 @@ from auto_circuit.prune_algos.integrated_gradients import (
     ACTIVATION_INTEGRATED_GRADIENTS_PRUNE_ALGO,
     CLEAN_CORRUPT_PRUNE_ALGO,
     INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
+    SOURCE_INTEGRATED_GRADIENTS_PRUNE_ALGO,
     activation_integrated_gradients_prune_scores,
     clean_corrupt_prune_scores,
     input_integrated_gradients_prune_scores,
@@ -32,6 +33,7 @@ from tests.test_prune import token_loader
 ALGOS = (
     INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
     ACTIVATION_INTEGRATED_GRADIENTS_PRUNE_ALGO,
+    SOURCE_INTEGRATED_GRADIENTS_PRUNE_ALGO,
     CLEAN_CORRUPT_PRUNE_ALGO,
 )
 inputs, activations = (
