@@ -376,7 +376,13 @@ def _figures(
     stems = [_slug(metric.key) + kind for metric in metrics for kind in ("", "-area")]
     named = dict(zip(stems, figs, strict=True))
     if results.rocs:
-        named["roc"] = roc_plot(results.rocs, algo_names=names)
+        keys = {name: key for key, name in names.items()}
+        areas = {
+            (row["task"], keys[row["algorithm"]]): row["auroc"]
+            for row in results.summary.to_dict("records")
+            if row["task"] in results.rocs
+        }
+        named["roc"] = roc_plot(results.rocs, algo_names=names, areas=areas)
     return named
 
 

@@ -139,10 +139,13 @@ LOGIT_EXP_GRAD_PRUNE_ALGO = _gradient_algo(
     "Edge Answer Logit Exp Gradient At Clean", "logit_exp", "avg_val"
 )
 LOGPROB_GRAD_PRUNE_ALGO = _gradient_algo(
-    "Edge Answer Log Prob Gradient At Clean", "logprob", "avg_val"
+    "Edge Answer Log Prob Gradient At Clean", "logprob", "avg_val", "EAP (log prob)"
 )
 LOGPROB_DIFF_GRAD_PRUNE_ALGO = _gradient_algo(
-    "Edge Answer Log Prob Diff Gradient At Clean", "logprob", "avg_diff"
+    "Edge Answer Log Prob Diff Gradient At Clean",
+    "logprob",
+    "avg_diff",
+    "EAP (log prob diff)",
 )
 INTEGRATED_EDGE_GRADS_PRUNE_ALGO = _gradient_algo(
     "Integrated Edge Gradients (Logit Grad)",

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from auto_circuit.metrics.line_style import line_style
 from auto_circuit.types import (
-    COLOR_PALETTE,
     AlgoKey,
     AlgoMeasurements,
     Measurements,
@@ -36,15 +36,18 @@ def roc_plot(
     taskname_measurements: TaskMeasurements,
     variable_width: bool = False,
     algo_names: Mapping[AlgoKey, str] | None = None,
+    areas: Mapping[tuple[str, AlgoKey], float] | None = None,
 ) -> go.Figure:
     """ROCs: a panel for each task, a line for each algorithm; dotted is chance.
 
     taskname_measurements: task name -> algorithm -> [(false, true positive rate)] of `measure_roc`.
     variable_width: earlier algorithms have wider lines, so that equal curves all show.
     algo_names: legend labels (else the keys).
+    areas: (task name, algorithm) -> its AUROC; shown when the mouse is on the line, and in
+        the legend if there is one task.
 
     Points are joined by straight lines, whose area is `roc_auc`. An algorithm has the
-    same colour in every panel.
+    same colour and dash in every panel.
     """
     algos = list(
         dict.fromkeys(a for by_algo in taskname_measurements.values() for a in by_algo)
@@ -56,11 +59,14 @@ def roc_plot(
         shared_yaxes=True,
     )
     in_legend: set[AlgoKey] = set()
-    for col, by_algo in enumerate(taskname_measurements.values(), start=1):
+    for col, (task, by_algo) in enumerate(taskname_measurements.items(), start=1):
         fig.add_trace(_chance_line(), row=1, col=col)
         for algo, points in by_algo.items():
             name = (algo_names or {}).get(algo, algo)
-            trace = _trace(points, name, algos, algos.index(algo), variable_width)
+            area = (areas or {}).get((task, algo))
+            if area is not None and len(taskname_measurements) == 1:
+                name = f"{name} ({area:.3f})"
+            trace = _trace(points, name, area, algos, algos.index(algo), variable_width)
             trace.update(legendgroup=algo, showlegend=algo not in in_legend)
             in_legend.add(algo)
             fig.add_trace(trace, row=1, col=col)
@@ -85,19 +91,18 @@ def _chance_line() -> go.Scatter:
 def _trace(
     points: Measurements,
     name: str,
+    area: float | None,
     algos: Sequence[AlgoKey],
     algo_idx: int,
     variable_width: bool,
 ) -> go.Scatter:
+    shown_area = "" if area is None else f"<br>AUROC {area:.3f}"
     n_behind = len(algos) - 1 - algo_idx if variable_width else 0
     return go.Scatter(
         x=[false_rate for false_rate, _ in points],
         y=[true_rate for _, true_rate in points],
         name=name,
         mode="lines",
-        line={
-            "color": COLOR_PALETTE[algo_idx % len(COLOR_PALETTE)],
-            "width": BASE_WIDTH + WIDTH_STEP * n_behind,
-        },
-        hovertemplate="false %{x:.4f}, true %{y:.4f}",
+        line={**line_style(algo_idx), "width": BASE_WIDTH + WIDTH_STEP * n_behind},
+        hovertemplate="false %{x:.4f}, true %{y:.4f}" + shown_area,
     )

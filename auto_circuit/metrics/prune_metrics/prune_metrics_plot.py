@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from auto_circuit.metrics.area_under_curve_plot import average_auc_plot
+from auto_circuit.metrics.line_style import line_style
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     PRUNE_METRICS,
     PruneMetric,
     find_metric,
 )
 from auto_circuit.types import (
-    COLOR_PALETTE,
     AblationMeasurements,
     AlgoKey,
     Measurements,
@@ -24,7 +23,6 @@ from auto_circuit.types import (
 
 ZERO_EDGES_X = 0.5
 """Where 0 edges are drawn on a logarithmic axis."""
-DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 def measurement_figs(
@@ -87,22 +85,13 @@ def edge_patching_plot(
     for col, by_algo in enumerate(task_measurements.values(), start=1):
         for algo, points in by_algo.items():
             name = (algo_names or {}).get(algo, algo)
-            trace = _trace(points, metric, name, **_style(algos.index(algo)))
+            trace = _trace(points, metric, name, **line_style(algos.index(algo)))
             trace.update(legendgroup=algo, showlegend=algo not in in_legend)
             in_legend.add(algo)
             fig.add_trace(trace, row=1, col=col)
     _style_axes(fig, task_measurements, metric)
     fig.update_layout(title=title, template="plotly_white", hovermode="closest")
     return fig
-
-
-def _style(algo_idx: int) -> dict[str, Any]:
-    """A colour, and another dash when the colours have run out."""
-    n_colors = len(COLOR_PALETTE)
-    return {
-        "color": COLOR_PALETTE[algo_idx % n_colors],
-        "dash": DASHES[algo_idx // n_colors % len(DASHES)],
-    }
 
 
 def _trace(

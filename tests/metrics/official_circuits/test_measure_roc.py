@@ -224,3 +224,24 @@ def test_the_figures() -> None:
     one = task_roc_plot(rocs["First"], title="First")
     assert [trace.name for trace in one.data if trace.name] == ["EAP", "GT"]
     assert one.layout.annotations[0].text == "First"
+
+
+def test_areas_in_the_figure() -> None:
+    points: Measurements = [(0.0, 0.0), (0.2, 0.9), (1.0, 1.0)]
+    areas = {("First", "EAP"): 0.85, ("Second", "EAP"): 0.75}
+    one = roc_plot({"First": {"EAP": points, "GT": points}}, areas=areas)
+    lines = [trace for trace in one.data if trace.name is not None]
+    assert [line.name for line in lines] == ["EAP (0.850)", "GT"]
+    assert lines[0].hovertemplate.endswith("AUROC 0.850")
+    # In a legend for two tasks there is no place for two numbers.
+    two = roc_plot({key: {"EAP": points} for key in ("First", "Second")}, areas=areas)
+    lines = [trace for trace in two.data if trace.name is not None]
+    assert [line.name for line in lines] == ["EAP", "EAP"]
+    assert lines[1].hovertemplate.endswith("AUROC 0.750")
+
+
+def test_lines_of_many_algorithms_differ() -> None:
+    points: Measurements = [(0.0, 0.0), (1.0, 1.0)]
+    fig = roc_plot({"Task": {f"algo {i}": points for i in range(26)}})
+    styles = {(trace.line.color, trace.line.dash) for trace in fig.data if trace.name}
+    assert len(styles) == 26
