@@ -23,6 +23,7 @@ import hashlib
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -165,9 +166,12 @@ class ExperimentResults:
 def run_experiment(config: ExperimentConfig) -> ExperimentResults:
     """Run a sweep and write its results to `config.folder`.
 
-    Raises ConfigError, before anything is computed, for unknown names.
+    Raises ConfigError, before anything is computed, for unknown names, for circuit sizes
+    that a task's graph does not have, and for a folder that cannot be written.
     """
     tasks, algos, metrics = _named(config)
+    _check_sizes(tasks, config)
+    _make_out_folder(config)
     if config.mean_of_ratios:
         metrics = [with_mean_of_ratios(metric) for metric in metrics]
     scores: TaskPruneScores = {}
@@ -181,7 +185,7 @@ def run_experiment(config: ExperimentConfig) -> ExperimentResults:
         if task.true_edges is not None:
             rocs[task.key] = _rocs(task, scores[task.key], aurocs)
         task.free()
-    summary = summarize(rows, seconds, algos, aurocs)
+    summary = summarize(rows, seconds, algos, aurocs, config.reverse_clean_corrupt)
     results = ExperimentResults(config, scores, rows, summary, rocs)
     write_results(results, metrics, algos)
     return results
@@ -195,7 +199,44 @@ def _named(
     algos = [find_prune_algo(name) for name in config.algos]
     metrics = [find_metric(key) for key in config.metrics]
     _check_not_empty(config)
+    _check_circuits_are_known(tasks, algos)
     return tasks, algos, metrics
+
+
+def _check_circuits_are_known(tasks: Sequence[Task], algos: Sequence[PruneAlgo]) -> None:
+    """Algorithms that need a known circuit are left out of tasks without one."""
+    if not all(algo.needs_true_edges for algo in algos):
+        return
+    for task in tasks:
+        if task._true_edge_func is None:
+            raise ConfigError(
+                f"{algos[0].short_name!r} needs a known circuit, and task {task.key!r} has "
+                "none. Add another algorithm, such as 'EAP', or leave the task out."
+            )
+
+
+def _check_sizes(tasks: Sequence[Task], config: ExperimentConfig) -> None:
+    for task in tasks if config.circuit_sizes else ():
+        n_edges = task.model.n_edges
+        task.free()
+        for size in config.circuit_sizes:
+            if not 0 <= size <= n_edges:
+                raise ConfigError(
+                    f"`circuit_sizes` asks for {size} edges, but the graph of task "
+                    f"{task.key!r} has {n_edges}. Leave this size out, or give "
+                    "`circuit_shares`, which fit every graph."
+                )
+
+
+def _make_out_folder(config: ExperimentConfig) -> None:
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=config.out).close()
+    except OSError as error:
+        raise ConfigError(
+            f"Results cannot be written to the folder {config.out} ({error}). Choose "
+            "another one with `out`."
+        ) from error
 
 
 def _task(key: TaskKey, config: ExperimentConfig) -> Task:
@@ -261,6 +302,7 @@ def summarize(
     seconds: Numbers,
     algos: Sequence[PruneAlgo],
     aurocs: Numbers,
+    is_reversed: bool = False,
 ) -> pd.DataFrame:
     """A row per task and algorithm: how small a circuit does the task, and how well.
 
@@ -269,12 +311,16 @@ def summarize(
     circuit's size, as a share of always having the largest circuit's. auroc: how well the
     scores tell the known circuit's edges from all others (1 is perfect, 0.5 chance; empty:
     no circuit is known). seconds: the time that the algorithm took to score the edges.
+
+    is_reversed: tests that take the circuit out of the model (`reverse_clean_corrupt`).
+        What counts is then what is lost of the model's logit difference.
     """
     names = {algo.key: algo.short_name for algo in algos}
     curves: dict[tuple[TaskKey, AlgoKey], Measurements] = {key: [] for key in seconds}
     for row in rows:
         if row.metric == LOGIT_DIFF_PERCENT_METRIC.key:
-            curves[row.task, row.algo].append((row.n_edges, row.value))
+            percent = 100 - row.value if is_reversed else row.value
+            curves[row.task, row.algo].append((row.n_edges, percent))
     return pd.DataFrame(
         {
             "task": task,
@@ -297,8 +343,10 @@ def print_summary(results: ExperimentResults, console: Console) -> None:
     table = Table(title=f"Circuits of {results.config.name}")
     table.add_column("Task")
     table.add_column("Algorithm")
+    lost = results.config.reverse_clean_corrupt
+    of_what = "of logit diff lost" if lost else "of logit diff"
     columns = {
-        "edges_for_80_percent": ("Edges for 80 %\nof logit diff", "{:.0f}"),
+        "edges_for_80_percent": (f"Edges for 80 %\n{of_what}", "{:.0f}"),
         "area": ("Area under\ncurve", "{:.3f}"),
         "auroc": ("AUROC", "{:.3f}"),
         "seconds": ("Seconds", "{:.1f}"),
@@ -409,6 +457,7 @@ def run_robustness(config: ExperimentConfig) -> list[RobustnessRow]:
             "Robustness states verdicts in 'Logit Diff Percent', of circuits whose size is "
             "a share of the graph: leave `metrics` and `circuit_sizes` out."
         )
+    _make_out_folder(config)
 
     def find_scores(task: Task) -> AlgoPruneScores:
         return _timed_scores(task, algos, {})

@@ -32,7 +32,7 @@ from auto_circuit.prune_algos.mask_gradient import (
 from auto_circuit.prune_algos.prune_algos import find_prune_algo
 from auto_circuit.prune_algos.random_edges import random_prune_scores
 from auto_circuit.tasks import POCKET_IOI_TASK
-from auto_circuit.types import PatchType
+from auto_circuit.types import MeasurementRow, PatchType
 from experiments import ExperimentConfig, run_experiment
 from tests.browser import check_shown
 
@@ -110,8 +110,8 @@ def test_the_default_sweep_in_two_processes(tmp_path: Path) -> None:
 QUICK_GRADIENT_ALGOS = ("EAP", "EAP (MSE)", "Clean-Corrupt", "HISP")
 LONG_GRADIENT_ALGOS = (
     *("IEG", "EAP-IG inputs", "EAP-IG activations", "EAP-IG sources"),
-    LOGPROB_GRAD_PRUNE_ALGO.key,
-    LOGPROB_DIFF_GRAD_PRUNE_ALGO.key,
+    LOGPROB_GRAD_PRUNE_ALGO.short_name,
+    LOGPROB_DIFF_GRAD_PRUNE_ALGO.short_name,
 )
 
 
@@ -215,3 +215,43 @@ def test_the_summary_of_no_logit_differences() -> None:
     assert summary["edges_for_80_percent"].isna().all()
     assert summary["auroc"].isna().all()
     assert t.tensor(summary["seconds"][0]) == 1.0
+
+
+def test_a_reversed_test_counts_what_is_lost() -> None:
+    """Without edges nothing is lost, with all edges everything."""
+    algo = experiments.find_prune_algo("EAP")
+    rows = [
+        MeasurementRow(
+            *("Task", algo.key, "Logit Diff Percent", "Resample", "Edge Patch"),
+            n_edges=n_edges,
+            value=percent,
+        )
+        for n_edges, percent in [(0, 100.0), (1, 90.0), (2, 15.0), (3, 0.0)]
+    ]
+    seconds = {("Task", algo.key): 1.0}
+    kept = experiments.summarize(rows, seconds, [algo], {})
+    lost = experiments.summarize(rows, seconds, [algo], {}, is_reversed=True)
+    assert kept["edges_for_80_percent"].tolist() == [0]
+    assert lost["edges_for_80_percent"].tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--algos", "GT"], "'GT' needs a known circuit, and task 'Pocket IOI' has none"),
+        (["--circuit-sizes", "5000"], "asks for 5000 edges, .* has 1519"),
+        (["--out", "/dev/null/here"], "cannot be written to the folder /dev/null/here"),
+    ],
+)
+@pytest.mark.parametrize("first", [[], ["robustness"]], ids=["sweep", "robustness"])
+def test_errors_come_before_long_work(
+    first: list[str], args: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*args: object) -> None:
+        raise AssertionError("an algorithm runs")
+
+    monkeypatch.setattr(experiments, "run_prune_algo", run)
+    if first and "--circuit-sizes" in args:
+        message = "leave `metrics` and `circuit_sizes` out"
+    with pytest.raises(SystemExit, match=message):
+        experiments.main([*first, "--tasks", "Pocket IOI", *args])

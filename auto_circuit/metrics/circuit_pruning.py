@@ -3,7 +3,9 @@
 An algorithm ranks edges one by one, so the best of them may hang in the air: an edge
 from a head that reads nothing of the circuit, or into a head that nothing reads. Such
 an edge is a *dead end*. With resampled activations it carries what would be patched in
-anyway, or nobody listens, so that the circuit's output is the same without it.
+anyway, or nobody listens, so that the circuit's output is the same without it. With other
+ablations a dead end may act: a component that reads nothing of the circuit writes what it
+makes of ablated inputs, which is not what the ablation puts in its place.
 
 How activations get from a destination to a source:
 

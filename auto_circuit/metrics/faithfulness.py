@@ -29,13 +29,18 @@ import torch as t
 
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
-from auto_circuit.metrics.circuit_pruning import weighted_edge_count
+from auto_circuit.metrics.circuit_outs import iter_circuit_outs
+from auto_circuit.metrics.circuit_pruning import connected_circuit, weighted_edge_count
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOGIT_DIFF_METRIC,
     PruneMetric,
 )
-from auto_circuit.prune import run_circuits
-from auto_circuit.types import AblationType, Measurements, PatchType, PruneScores
+from auto_circuit.types import (
+    AblationType,
+    CircuitOutputs,
+    Measurements,
+    PruneScores,
+)
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
     UndefinedPercentWarning,
@@ -90,6 +95,8 @@ def faithfulness_curve(
         that a circuit has exactly int(share * n_edges) edges.
     metric: higher for what the model does. ablation_type: what is patched in along all
         edges outside the circuit, the input being clean.
+    Edges that are dead ends are taken out before a circuit is measured: without resampled
+    activations they would change what it does (see `circuit_pruning`).
 
     NaN, with a warning, if the metric is the same for the full model and for nothing.
     Raises ConfigError for a share outside of (0, 1] and for an unknown ranking,
@@ -99,14 +106,14 @@ def faithfulness_curve(
     ranks = edge_ranks(prune_scores, ranking)
     n_edges = model.n_edges
     sizes = {share: int(share * n_edges) for share in sorted(budgets)}
-    outs = run_circuits(
-        model,
-        dataloader,
-        [0, *sizes.values(), n_edges],
-        ranks,
-        PatchType.TREE_PATCH,
-        ablation_type,
-    )
+    circuits = {
+        size: connected_circuit(model, circuit_mask(ranks, size)[0])
+        for size in (0, *sizes.values(), n_edges)
+    }
+    outs: CircuitOutputs = {size: {} for size in circuits}
+    all_outs = iter_circuit_outs(model, dataloader, [*circuits.values()], ablation_type)
+    for batch, idx, out in all_outs:
+        outs[[*circuits][idx]][batch.key] = out
     values = dict(metric.metric_func(model, dataloader, outs))
     return [
         FaithfulnessPoint(
@@ -114,7 +121,7 @@ def faithfulness_curve(
             n_edges=size,
             value=float(values[size]),
             faithfulness=faithfulness(values[size], values[0], values[n_edges]),
-            weighted_edge_count=weighted_edge_count(model, circuit_mask(ranks, size)[0]),
+            weighted_edge_count=weighted_edge_count(model, circuits[size]),
         )
         for share, size in sizes.items()
     ]

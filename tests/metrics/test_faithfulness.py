@@ -9,6 +9,7 @@ import pytest
 import torch as t
 
 from auto_circuit.errors import ConfigError, GraphError
+from auto_circuit.metrics.circuit_outs import iter_circuit_outs
 from auto_circuit.metrics.faithfulness import (
     MIB_BUDGETS,
     FaithfulnessPoint,
@@ -22,11 +23,14 @@ from auto_circuit.metrics.faithfulness import (
     value_area,
 )
 from auto_circuit.metrics.prune_metrics.prune_metrics import CORRECT_ANSWER_PERCENT_METRIC
-from auto_circuit.types import PruneScores
+from auto_circuit.prune_algos.random_edges import random_prune_scores
+from auto_circuit.types import AblationType, PruneScores
+from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import UndefinedPercentWarning, circuit_mask
 from tests.micro import micro_loader, micro_model
-from tests.models import state_snapshot
+from tests.models import gpt2, state_snapshot
+from tests.test_prune import token_loader
 
 
 def constant_curve(f: float) -> list[FaithfulnessPoint]:
@@ -116,6 +120,35 @@ def test_equal_scores_do_not_make_large_circuits() -> None:
     curve = faithfulness_curve(model, micro_loader(), model.new_prune_scores(1.0))
     assert [p.n_edges for p in curve] == [int(k * 13) for k in MIB_BUDGETS]
     assert curve[-2].faithfulness < 0.9
+
+
+@pytest.mark.parametrize("ablation", AblationType)
+def test_circuits_of_dead_ends_do_nothing(ablation: AblationType) -> None:
+    model = patchable_model(gpt2(), True, "last_seq", separate_qkv=True)
+    scores = random_prune_scores(model, None, None)
+    curve = faithfulness_curve(
+        model,
+        token_loader(4, 2),
+        scores,
+        ablation_type=ablation,
+        budgets=[0.05, 0.5, 1.0],
+    )
+    assert curve[0].n_edges > 3
+    assert curve[0].weighted_edge_count == 0.0
+    assert curve[0].faithfulness == pytest.approx(0.0, abs=1e-5)
+    # The same circuit as it is: with all ablations but one its edges do something.
+    kept, n_kept = circuit_mask(edge_ranks(scores), curve[0].n_edges)
+    assert n_kept == curve[0].n_edges
+    empty = {name: t.zeros_like(edges) for name, edges in kept.items()}
+    outs = [
+        out
+        for _, _, out in iter_circuit_outs(
+            model, token_loader(4, 4), [kept, empty], ablation
+        )
+    ]
+    acts = not t.allclose(outs[0], outs[1], atol=1e-5)
+    assert acts == (ablation != AblationType.RESAMPLE)
+    assert curve[-1].faithfulness == pytest.approx(1.0)
 
 
 def test_accuracy_area() -> None:
