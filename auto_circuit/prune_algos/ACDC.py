@@ -19,7 +19,11 @@ from torch.nn.functional import mse_loss
 
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
-from auto_circuit.prune_algos.mask_training import TrainingBatch, training_batches
+from auto_circuit.prune_algos.mask_training import (
+    TrainingBatch,
+    check_positive,
+    training_batches,
+)
 from auto_circuit.prune_algos.objectives import check_choice
 from auto_circuit.prune_algos.one_by_one import edges_from_the_end, trial
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
@@ -93,6 +97,8 @@ def removed_edges(
 
     edges: only these are tried; all if None. For the rest see `acdc_prune_scores`.
     """
+    check_positive("threshold", threshold)
+    model.check_edges(edges or ())
     (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
     return take_edges_out(
         model, batch, threshold, faithfulness_target, edges_at_once, edges

@@ -112,13 +112,23 @@ def _sizes(
                     "`official_edges` has no edges. Give numbers of edges instead."
                 )
             size = len(official_edges)
+        if isinstance(size, str):
+            raise ConfigError(
+                f'`circuit_sizes` has {size!r}; expected numbers of edges or "true_size".'
+            )
         if skip_larger and size > model.n_edges:
             continue
         check_circuit_size(model, size)
         sizes.append(size)
-    if not sizes or len(set(sizes)) < len(sizes):
+    if not sizes:
+        raise ConfigError(
+            f"`circuit_sizes` is {list(circuit_sizes)}, none of which fits a graph of "
+            f"{model.n_edges} edges."
+        )
+    numbers = [size for size in circuit_sizes if size != "true_size"]
+    if len(set(numbers)) < len(numbers):
         raise ConfigError(f"`circuit_sizes` is {sizes}; expected different sizes.")
-    return sorted(sizes)
+    return sorted(set(sizes))
 
 
 def _probing_algo(

@@ -27,6 +27,7 @@ from auto_circuit.prune_algos.mask_training import (
     MaskTraining,
     TrainingStep,
     check_finite,
+    check_positive,
     check_training,
     circuit_outputs,
     mask_optimizer,
@@ -126,6 +127,7 @@ def train_edge_pruning(
     check_choice("faithfulness_target", faithfulness_target, FaithfulnessTarget)
     check_choice("warmup", warmup, Warmup)
     check_training(n_steps, learning_rate)
+    check_positive("multiplier_learning_rate", multiplier_learning_rate)
     _check(target_sparsity, warmup_share)
     batches = training_batches(model, dataloader, ablation_type, "clean")
     first_logits = (
@@ -173,7 +175,9 @@ def train_edge_pruning(
             ascent.step()
             decay.step()
             steps.append(training_step(step, loss, faithfulness, penalty, n_edges))
-        scores = scores_from_logits({name: -mask for name, mask in masks.items()})
+        scores = scores_from_logits(
+            {name: -mask for name, mask in masks.items()}, learning_rate
+        )
     return MaskTraining(scores, tuple(steps))
 
 

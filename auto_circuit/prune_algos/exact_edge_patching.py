@@ -77,6 +77,7 @@ def edge_effects(
     check_choice("grad_function", grad_function, GradFunction)
     check_choice("answer_function", answer_function, AnswerFunction)
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
+    model.check_edges(edges)
     effects = dict.fromkeys(edges_from_the_end(edges), 0.0)
     for batch, outs in iter_src_ablations(model, dataloader, ablation_type, side):
         tokens, kwargs = batch.model_input("clean")

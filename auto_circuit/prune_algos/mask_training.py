@@ -192,12 +192,17 @@ def training_step(
     return TrainingStep(step, *values)
 
 
-def check_training(n_steps: int, learning_rate: float) -> None:
+def check_training(n_steps: int, learning_rate: int | float) -> None:
     """Raise ConfigError for a training of no steps, or of steps that lead nowhere."""
     if n_steps < 1:
         raise ConfigError(f"`n_steps` is {n_steps}; expected at least 1.")
-    if learning_rate <= 0:
-        raise ConfigError(f"`learning_rate` is {learning_rate}; expected more than 0.")
+    check_positive("learning_rate", learning_rate)
+
+
+def check_positive(name: str, value: int | float) -> None:
+    """Raise ConfigError unless a number is finite and above 0."""
+    if not 0 < value < math.inf:
+        raise ConfigError(f"`{name}` is {value}; expected a finite number above 0.")
 
 
 def check_share(name: str, value: float) -> None:
@@ -208,14 +213,29 @@ def check_share(name: str, value: float) -> None:
 
 def check_finite(loss: Tensor, step: int, learning_rate: float) -> None:
     """Raise TrainingError if the loss is not a finite number."""
-    if not math.isfinite(loss.item()):
+    if math.isfinite(loss.item()):
+        return
+    if step == 0:
         raise TrainingError(
-            f"The loss is {loss.item()} at step {step}: the training diverged. Lower the "
-            f"learning rate (it is {learning_rate})."
+            f"The loss is {loss.item()} at step 0, before anything was trained. Look at "
+            "the weight of the penalty, at the faithfulness target, and at the model's own "
+            "outputs on these prompts: one of them is not a finite number."
         )
+    raise TrainingError(
+        f"The loss is {loss.item()} at step {step}: the training diverged. Lower the "
+        f"learning rate (it is {learning_rate})."
+    )
 
 
-def scores_from_logits(logits: Mapping[str, Tensor]) -> PruneScores:
-    """Mask logits, shifted so that the lowest is 0: the higher, the surer an edge is in."""
+def scores_from_logits(logits: Mapping[str, Tensor], learning_rate: float) -> PruneScores:
+    """Mask logits, shifted so that the lowest is 0: the higher, the surer an edge is in.
+
+    Raises TrainingError if the last step has led to logits that are not finite.
+    """
+    if not all(bool(values.isfinite().all()) for values in logits.values()):
+        raise TrainingError(
+            "After the last step some gates are not finite numbers: the training "
+            f"diverged. Lower the learning rate (it is {learning_rate})."
+        )
     lowest = min(float(values.detach().min()) for values in logits.values())
     return {name: values.detach() - lowest for name, values in logits.items()}

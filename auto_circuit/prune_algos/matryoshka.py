@@ -27,6 +27,7 @@ from auto_circuit.prune_algos.mask_training import (
     check_finite,
     check_training,
     circuit_outputs,
+    scores_from_logits,
     training_batches,
     training_steps,
 )
@@ -91,27 +92,28 @@ def train_matryoshka(
         training_steps(model, batches, n_steps) as all_steps,
     ):
         lengths = [mask.numel() for mask in masks.values()]
-        scores = next(iter(masks.values())).detach().new_zeros(sum(lengths))
+        first = next(iter(masks.values()))
+        # In half precision a sum over so many shares would mean little.
+        dtype = t.promote_types(first.dtype, t.float32)
+        scores = t.zeros(sum(lengths), dtype=dtype, device=first.device)
         scores.requires_grad_()
         optimizer = t.optim.Adam([scores], lr=learning_rate)
         for step, batch in all_steps:
             size = _draw_size(sum(lengths), sizes, generator)
             kept = soft_top_k(scores.detach(), size, temperature)
             for mask, shares in zip(masks.values(), kept.split(lengths), strict=True):
-                mask.data = 1 - shares.view_as(mask)
+                mask.data = (1 - shares.view_as(mask)).to(mask.dtype)
                 mask.grad = None
             loss = answer_loss(circuit_outputs(model, batch), batch.batch)
             check_finite(loss, step, learning_rate)
             loss.backward()
             grad = t.cat([-_gradient(mask).flatten() for mask in masks.values()])
-            scores.grad = soft_top_k_gradient(kept, grad, temperature)
+            scores.grad = soft_top_k_gradient(kept, grad.to(dtype), temperature)
             optimizer.step()
             steps.append(TrainingStep(step, loss.item(), loss.item(), 0.0, size))
-        shifted = (scores.detach() - scores.detach().min()).split(lengths)
-        found = {
-            name: values.view_as(mask).clone()
-            for (name, mask), values in zip(masks.items(), shifted, strict=True)
-        }
+        parts = zip(masks.items(), scores.detach().split(lengths), strict=True)
+        found = {name: values.view_as(mask).clone() for (name, mask), values in parts}
+        found = scores_from_logits(found, learning_rate)
     return MaskTraining(found, tuple(steps))
 
 

@@ -8,13 +8,15 @@ import torch as t
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from auto_circuit.data import Answers, PromptPairBatch
+from auto_circuit.data import PromptPairBatch
 from auto_circuit.errors import ConfigError
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
+    answer_margins,
     batch_answer_diffs,
     batch_avg_answer_diff,
     batch_avg_answer_val,
+    batch_best_answer_val,
     multibatch_kl_div,
 )
 
@@ -73,14 +75,14 @@ def answer_loss(
         return -batch_avg_answer_val(values, batch)
     if answer_function == "max_diff":
         best, best_wrong = (
-            _best_values(values, answers)
-            for answers in (batch.answers, batch.wrong_answers)
+            batch_best_answer_val(values, batch, is_wrong) for is_wrong in (False, True)
         )
         return -(best - best_wrong).mean()
     if not isinstance(batch.answers, Tensor):
         raise ConfigError(
             "The mean squared error needs the same number of answers for every prompt; "
-            "this data set has different numbers. Use answer_function='avg_diff'."
+            "this data set has different numbers. Compare logits: the algorithm 'EAP' "
+            "(answer_function='avg_diff'), or in a training faithfulness_target='kl_div'."
         )
     targets = batch.answers.to(values.dtype)
     return mse_loss(values, targets.expand_as(values))
@@ -99,12 +101,6 @@ def clean_loss_sum(
     tokens, kwargs = batch.model_input("clean")
     outputs = model.sliced(tokens, **kwargs)
     return answer_loss(outputs, batch, grad_function, answer_function) * len(tokens)
-
-
-def _best_values(values: Tensor, answers: Answers) -> Tensor:
-    """The largest value among each prompt's answers."""
-    rows = zip(values, answers, strict=True)
-    return t.stack([row[..., idxs].amax() for row, idxs in rows])
 
 
 def faithfulness_loss(
@@ -136,18 +132,10 @@ def faithfulness_loss(
     if target == "logit_diff":
         return -batch_avg_answer_diff(outputs, batch)
     if target == "correct_percent":
-        return -_smooth_accuracy(outputs, batch)
+        return -t.sigmoid(answer_margins(outputs, batch)).mean()
     percents = (
         100
         * batch_answer_diffs(outputs, batch)
         / batch_answer_diffs(clean_outputs, batch)
     )
     return (100 - percents).abs().mean()
-
-
-def _smooth_accuracy(outputs: Tensor, batch: PromptPairBatch) -> Tensor:
-    margins = []
-    for row, answers in zip(outputs, batch.answers, strict=True):
-        others = row.index_fill(-1, answers, -t.inf)
-        margins.append(row[..., answers].amax() - others.amax())
-    return t.sigmoid(t.stack(margins)).mean()

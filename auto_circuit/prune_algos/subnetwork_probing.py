@@ -30,6 +30,7 @@ from auto_circuit.prune_algos.mask_training import (
     TrainingBatch,
     TrainingStep,
     check_finite,
+    check_positive,
     check_share,
     circuit_outputs,
     mask_optimizer,
@@ -180,6 +181,9 @@ def train_subnetwork(
     _check(model, epochs, circuit_size, learning_rate, tree_optimisation, ablation_type)
     check_share("size_warmup", size_warmup)
     check_share("last_rate_share", last_rate_share)
+    check_share("dropout_p", dropout_p)
+    if patience is not None and patience < 1:
+        raise ConfigError(f"`patience` is {patience}; expected 1 epoch or more, or None.")
     avoided = model.circuit_prune_scores(edges=avoid_edges or (), bool=True)
     # In tree direction a mask of 1 takes the edge out: gates are masks of other sign.
     sign = -1 if tree_optimisation else 1
@@ -230,7 +234,7 @@ def train_subnetwork(
             penalty = regularize_lambda * _size_penalty(n_edges, allowed, model.n_edges)
             if avoid_edges:
                 penalty = penalty + avoid_lambda * _openness(
-                    gates, list(avoided.values())
+                    gates, list(avoided.values()), mask_fn
                 )
             loss = faithfulness + penalty
             check_finite(loss, step, learning_rate)
@@ -242,7 +246,7 @@ def train_subnetwork(
             if (step + 1) % len(batches) == 0 and _is_over(steps, len(batches), patience):
                 break
         trained = {name: sign * mask.detach() for name, mask in masks.items()}
-        scores = scores_from_logits(trained)
+        scores = scores_from_logits(trained, learning_rate)
     return MaskTraining(
         scores, tuple(replace(s, validation=validations.get(s.step)) for s in steps)
     )
@@ -258,8 +262,7 @@ def _check(
 ) -> None:
     if epochs < 1:
         raise ConfigError(f"`epochs` is {epochs}; expected at least 1.")
-    if learning_rate <= 0:
-        raise ConfigError(f"`learning_rate` is {learning_rate}; expected more than 0.")
+    check_positive("learning_rate", learning_rate)
     check_circuit_size(model, circuit_size)
     if not tree_optimisation and ablation_type in WITHOUT_CLEAN_SIGNAL:
         raise ConfigError(
@@ -279,8 +282,13 @@ def check_circuit_size(model: PatchableModel, circuit_size: int | None) -> None:
 
 
 def _expected_edges(gates: Sequence[Tensor], mask_fn: MaskFn) -> Tensor:
-    share = hard_concrete_expected_l0 if mask_fn == "hard_concrete" else t.sigmoid
-    return t.stack([share(gate).sum() for gate in gates]).sum()
+    return t.stack([_openness_of(gate, mask_fn).sum() for gate in gates]).sum()
+
+
+def _openness_of(gate: Tensor, mask_fn: MaskFn) -> Tensor:
+    return (
+        hard_concrete_expected_l0(gate) if mask_fn == "hard_concrete" else t.sigmoid(gate)
+    )
 
 
 def _allowed_edges(
@@ -298,9 +306,11 @@ def _size_penalty(n_edges: Tensor, allowed: int | float | None, n_all: int) -> T
     return t.relu(n_edges - allowed) / allowed
 
 
-def _openness(gates: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
+def _openness(
+    gates: Sequence[Tensor], chosen: Sequence[Tensor], mask_fn: MaskFn
+) -> Tensor:
     pairs = zip(gates, chosen, strict=True)
-    return t.cat([hard_concrete_expected_l0(gate)[edges] for gate, edges in pairs]).mean()
+    return t.cat([_openness_of(gate, mask_fn)[edges] for gate, edges in pairs]).mean()
 
 
 def _is_over(steps: Sequence[TrainingStep], epoch_len: int, patience: int | None) -> bool:

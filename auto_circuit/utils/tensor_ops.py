@@ -216,10 +216,26 @@ def batch_correct_answers(
     vocabulary; a tie is not correct. With answers at several positions, the share of
     them that are correct.
     """
+    return _per_prompt((answer_margins(logits, batch) > 0).to(t.float32))
+
+
+def answer_margins(
+    logits: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
+) -> Float[Tensor, "batch *pos"]:
+    """By how much the best correct answer is above every other token of the vocabulary."""
     tokens, _ = _answer_tokens(logits, batch)
-    best_answer = indices_vals(logits, tokens).amax(-1)
     others = logits.scatter(-1, tokens.to(logits.device), -t.inf).amax(-1)
-    return _per_prompt((best_answer > others).to(t.float32))
+    return indices_vals(logits, tokens).amax(-1) - others
+
+
+def batch_best_answer_val(
+    vals: Float[Tensor, "batch *pos vocab"],
+    batch: PromptPairBatch,
+    wrong_answer: bool = False,
+) -> Float[Tensor, "batch"]:
+    """For each prompt: the largest value of its answers; the mean over positions."""
+    tokens, _ = _answer_tokens(vals, batch, wrong_answer)
+    return _per_prompt(indices_vals(vals, tokens).amax(-1))
 
 
 def correct_answer_proportion(
@@ -296,7 +312,9 @@ def _check_answers(vals: Tensor, answers: Answers, name: str) -> None:
         if row.is_floating_point():
             raise DataError(
                 f"`{name}` are numbers ({row.dtype}), not token ids, so the output has "
-                "no entries for them. Compare with them by the mean squared error."
+                "no entries for them. Compare with them by the mean squared error: the "
+                "metric 'Clean MSE', the algorithms 'EAP (MSE)', 'STP (MSE)', 'TP (MSE)', "
+                "or answer_function='mse'."
             )
         if row.ndim == 0 or row.shape[-1] == 0:
             raise DataError(f"A prompt has no `{name}`; at least one is needed.")

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch as t
 
+from auto_circuit.data import PromptPairBatch
 from auto_circuit.errors import ConfigError, GraphError, TrainingError
 from auto_circuit.prune_algos.circuit_probing import circuit_probing_prune_scores
 from auto_circuit.prune_algos.edge_pruning import train_edge_pruning
@@ -252,7 +253,11 @@ def test_faithfulness_losses() -> None:
         ({"ablation_type": AblationType.ZERO}, ConfigError, "no clean activations"),
         ({"size_warmup": 1.5}, ConfigError, "`size_warmup` is 1.5; expected a share"),
         ({"avoid_edges": list(micro_model().edges)[:1]}, GraphError, "no edge"),
-        ({"regularize_lambda": math.inf}, TrainingError, "at step 0.*Lower the"),
+        ({"regularize_lambda": math.inf}, TrainingError, "at step 0, before.*weight of"),
+        ({"learning_rate": math.inf}, ConfigError, "`learning_rate` is inf"),
+        ({"learning_rate": math.nan}, ConfigError, "`learning_rate` is nan"),
+        ({"patience": 0}, ConfigError, "`patience` is 0; expected 1 epoch"),
+        ({"dropout_p": 1.5}, ConfigError, "`dropout_p` is 1.5; expected a share"),
     ],
 )
 def test_bad_options(
@@ -341,3 +346,55 @@ def test_every_target_trains_and_is_what_is_validated(tree: bool) -> None:
         assert step.validation == pytest.approx(step.faithfulness, rel=1e-4)
         found[target] = step.validation
     assert len(set(found.values())) == len(targets)
+
+
+def test_losses_of_several_answers_and_of_positions() -> None:
+    """By hand: the best of several answers of each prompt, and at each position."""
+    tokens = t.zeros(2, 1, dtype=t.long)
+
+    def batch(answers: Any, wrong_answers: Any) -> PromptPairBatch:
+        return PromptPairBatch(0, 0, tokens, tokens, answers, wrong_answers)
+
+    several = batch(
+        [t.tensor([1, 2]), t.tensor([3])], [t.tensor([0]), t.tensor([4, 0, 1])]
+    )
+    outputs = t.tensor([[0.0, 1.0, 5.0, 2.0, 3.0], [1.0, 7.0, 0.0, 4.0, 6.0]])
+    # 5 - 0 and 4 - 7; the best others of all are 3 and 7.
+    assert float(answer_loss(outputs, several, "logit", "max_diff")) == -1.0
+    margins = t.tensor([5.0 - 3.0, 4.0 - 7.0])
+    loss = faithfulness_loss("correct_percent", outputs, several, outputs)
+    t.testing.assert_close(loss, -t.sigmoid(margins).mean())
+
+    by_position = batch(t.tensor([[[2], [1]]]), t.tensor([[[0], [4]]]))
+    outputs = outputs.unsqueeze(0)
+    # 5 - 0 and 7 - 6.
+    assert float(answer_loss(outputs, by_position, "logit", "max_diff")) == -3.0
+    margins = t.tensor([5.0 - 3.0, 7.0 - 6.0])
+    loss = faithfulness_loss("correct_percent", outputs, by_position, outputs)
+    t.testing.assert_close(loss, -t.sigmoid(margins).mean())
+
+
+@pytest.mark.parametrize(
+    "train", [train_edge_pruning, train_matryoshka, train_subnetwork]
+)
+def test_a_training_that_diverges_in_its_last_step_gives_no_scores(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(optimizer: t.optim.Adam) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.data.fill_(math.nan)
+
+    monkeypatch.setattr(t.optim.Adam, "step", explode)
+    steps = {"epochs": 1} if train is train_subnetwork else {"n_steps": 1}
+    with pytest.raises(TrainingError, match="After the last step .* not finite"):
+        train(model(), token_loader(2, 2), **steps)
+
+
+def test_matryoshka_in_half_precision_tells_edges_apart() -> None:
+    bridge = gpt2().to(t.bfloat16)
+    graph = patchable_model(bridge, True, "last_seq", separate_qkv=True)
+    scores = train_matryoshka(graph, token_loader(4, 2), n_steps=20).prune_scores
+    values = t.cat([score.flatten() for score in scores.values()])
+    assert values.dtype == t.float32
+    assert len(values.unique()) > 0.95 * graph.n_edges

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,11 +20,13 @@ from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
 from auto_circuit.prune_algos.exact_edge_patching import (
+    edge_effects,
     exact_edge_patching_prune_scores,
 )
 from auto_circuit.prune_algos.mask_training import training_batches
+from auto_circuit.tasks import POCKET_IOI_TASK
 from auto_circuit.types import AblationType, Edge
-from auto_circuit.utils.ablation_activations import src_ablations
+from auto_circuit.utils.ablation_activations import record_src_outs, src_ablations
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model, starting_at
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import circuit_mask
@@ -37,13 +41,15 @@ EARLY_NAME = "Resid Start->A0.1.Q"
 def plain_acdc(model: PatchableModel, loader: Any, threshold: float) -> list[Edge]:
     """The published loop, every step with a context and a circuit of its own."""
     batch = next(iter(loader))
-    patch = src_ablations(model, batch.corrupt)
+    corrupt, corrupt_kwargs = batch.model_input("corrupt")
+    patch = record_src_outs(model, corrupt, corrupt_kwargs)
+    tokens, kwargs = batch.model_input("clean")
     with t.no_grad():
-        clean = model(batch.clean)[:, -1].log_softmax(-1)
+        clean = model(tokens, **kwargs)[model.out_slice].log_softmax(-1)
 
     def distance(edges: list[Edge]) -> float:
         with t.no_grad(), patch_mode(model, patch, edges):
-            logprobs = model(batch.clean)[:, -1].log_softmax(-1)
+            logprobs = model(tokens, **kwargs)[model.out_slice].log_softmax(-1)
         return float((clean.exp() * (clean - logprobs)).sum(-1).mean())
 
     removed: list[Edge] = []
@@ -73,6 +79,25 @@ def test_acdc_is_the_plain_loop(make: Any) -> None:
         ]
         score = float(edge.prune_score(scores))
         assert score == pytest.approx(min(lowest, default=2 * 3e-5), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_acdc_is_the_plain_loop_on_the_pocket_model() -> None:
+    """Of its prompts, some are padded. Prints how many edges each loop tests per second."""
+    task = replace(POCKET_IOI_TASK, batch_size=(3, 1), batch_count=(1, 1))
+    for threshold in (1e-4, 1e-3, 1e-2):
+        start = time.perf_counter()
+        removed = removed_edges(task.model, task.train_loader, threshold)
+        middle = time.perf_counter()
+        plain = plain_acdc(task.model, task.train_loader, threshold)
+        end = time.perf_counter()
+        assert removed == plain
+        assert 0 < len(removed) < task.model.n_edges
+        rates = [
+            task.model.n_edges / seconds for seconds in (middle - start, end - middle)
+        ]
+        print(f"{threshold}: {rates[0]:.0f} edges per second, plain {rates[1]:.0f}")
+    task.free()
 
 
 @pytest.mark.slow
@@ -223,3 +248,18 @@ def test_exact_effects_of_single_edges() -> None:
         (edge,) = model.find_edges(name)
         assert abs(total) > 1e-6
         assert float(edge.prune_score(exact)) == pytest.approx(total / 3, abs=1e-6)
+
+
+def test_edges_that_are_not_in_the_graph() -> None:
+    model = micro_model()
+    foreign, *_ = patchable_model(gpt2(), True, separate_qkv=True).edges
+    with pytest.raises(GraphError, match="The graph has no edge"):
+        edge_effects(model, micro_loader(), [foreign])
+    with pytest.raises(GraphError, match="The graph has no edge"):
+        removed_edges(model, micro_loader(), 1e-3, edges=[foreign])
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1e-3, float("nan")])
+def test_thresholds_that_take_nothing_out(threshold: float) -> None:
+    with pytest.raises(ConfigError, match="`threshold` is .*; expected a finite number"):
+        removed_edges(micro_model(), micro_loader(), threshold)
