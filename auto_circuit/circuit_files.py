@@ -20,12 +20,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
-from zipfile import BadZipFile
 
 import torch as t
 from torch import Tensor
@@ -151,7 +150,14 @@ def save_circuit(
             for edge, score in scored_edges(model, scores)
         },
     }
-    Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    _in_folder(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _in_folder(path: Path | str) -> Path:
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ConfigError(f"Cannot write {path}: there is no folder {path.parent}.")
+    return path
 
 
 def load_circuit(
@@ -213,7 +219,7 @@ def _check_fingerprint(
     ]
     if differences:
         hint = ""
-        if len(differences) == 1 and found.get("name") != expected["name"]:
+        if len(differences) == 1 and differences[0].startswith("name is "):
             hint = " If it is the same model, pass `any_model_name=True`."
         raise GraphError(
             f"{path} was made for another model or graph: {'; '.join(differences)}.{hint}"
@@ -231,7 +237,7 @@ def _score(path: Path | str, name: str, value: Any) -> float:
     if value in ("inf", "-inf"):
         return float(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
+    if not is_number or not abs(value) <= sys.float_info.max:
         raise DataError(
             f'{path}: the score of {name!r} is {value!r}; expected a number, "inf" or '
             '"-inf".'
@@ -254,8 +260,9 @@ def _scores_by_name(
 
 
 def _load_json(path: Path | str) -> Any:
+    file = _existing(path)
     try:
-        return json.loads(_existing(path).read_text())
+        return json.loads(file.read_text())
     except ValueError as error:
         raise DataError(f"{path} is not JSON, or it is damaged: {error}") from error
 
@@ -349,9 +356,9 @@ def save_mib_circuit(
     }
     if suffix == ".json":
         content = _mib_json(graph, rows, touched)
-        Path(path).write_text(json.dumps(content, allow_nan=False))
+        _in_folder(path).write_text(json.dumps(content, allow_nan=False))
     else:
-        t.save(_mib_tensors(graph, rows, touched), path)
+        t.save(_mib_tensors(graph, rows, touched), _in_folder(path))
 
 
 def load_mib_circuit(
@@ -547,7 +554,10 @@ def _read_mib_json(path: Path | str, content: Any, graph: _MibGraph) -> Iterator
     edges = content.get("edges")
     if not isinstance(edges, dict):
         raise DataError(f'{path} is not a MIB circuit: "edges" must be a dictionary.')
-    _check_known_nodes(path, content.get("nodes") or (), [*graph.src_nodes, "logits"])
+    nodes = content.get("nodes") or {}
+    if not isinstance(nodes, (dict, list)):
+        raise DataError(f'{path} is not a MIB circuit: "nodes" must be a dictionary.')
+    _check_known_nodes(path, nodes, [*graph.src_nodes, "logits"])
     places = graph.edge_names
     for name, entry in edges.items():
         if name not in places:
@@ -622,7 +632,7 @@ def _load_tensors(path: Path | str) -> Any:
     file = _existing(path)
     try:
         return t.load(file, map_location="cpu", weights_only=True)
-    except (UnpicklingError, BadZipFile, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # Damage shows in any of them: KeyError, OSError, ...
         raise DataError(
             f"{path} is not a file of tensors, is damaged, or holds objects that could "
             f"run code, which are not loaded: {error}"

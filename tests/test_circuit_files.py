@@ -202,6 +202,7 @@ def test_unknown_edges(
         ({"edges": ["B0.0->B1.1"]}, '"edges" must map'),
         ({"edges": {"B0.0->B1.1": "much"}}, "score of 'B0.0->B1.1' is 'much'"),
         ({"edges": {"B0.0->B1.1": True}}, "score of 'B0.0->B1.1' is True"),
+        ({"edges": {"B0.0->B1.1": 10**400}}, "score of 'B0.0->B1.1' is 1000"),
         ({"edges": {"B0.0->B1.1": math.nan}}, "score of 'B0.0->B1.1' is nan"),
     ],
 )
@@ -214,7 +215,7 @@ def test_malformed_files(tmp_path: Path, changes: dict[str, Any], message: str) 
 
 def test_files_that_are_not_json(tmp_path: Path) -> None:
     path = tmp_path / "circuit.json"
-    with pytest.raises(DataError, match="There is no file"):
+    with pytest.raises(DataError, match="^There is no file"):
         load_circuit(path, micro_model())
     path.write_text('{"format": ')
     with pytest.raises(DataError, match="is not JSON"):
@@ -373,6 +374,7 @@ def test_mib_bad_arguments(tmp_path: Path, gpt2_model: PatchableModel) -> None:
             "the edge 'm0->a0.h1<q>', which this model does not have",
         ),
         ({"nodes": {"a9.h9": {}}}, GraphError, "the node 'a9.h9'"),
+        ({"nodes": 5}, DataError, '"nodes" must be a dictionary'),
         ({"edges": {"m0->m1": 1.0}}, DataError, "'m0->m1' needs"),
         (
             {"edges": {"m0->m1": {"score": None, "in_graph": True}}},
@@ -440,6 +442,34 @@ def test_mib_file_cannot_run_code(
     with pytest.raises(DataError, match="could run code"):
         load_mib_circuit(path, gpt2_model)
     assert not (tmp_path / "ran").exists()
-    path.write_bytes(b"not a file of tensors")
-    with pytest.raises(DataError, match="not a file of tensors"):
-        load_mib_circuit(path, gpt2_model)
+    save_mib_circuit(path, gpt2_model, gpt2_model.new_prune_scores())
+    whole = path.read_bytes()
+    for damaged in (b"not a file of tensors", b"hello", whole[: len(whole) // 2], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="not a file of tensors"):
+            load_mib_circuit(path, gpt2_model)
+
+
+def test_folders_that_are_not_there(tmp_path: Path, gpt2_model: PatchableModel) -> None:
+    scores = gpt2_model.new_prune_scores()
+    for suffix, save in (
+        ("json", save_circuit),
+        ("json", save_mib_circuit),
+        ("pt", save_mib_circuit),
+    ):
+        with pytest.raises(ConfigError, match="there is no folder"):
+            save(tmp_path / "nothing" / f"c.{suffix}", gpt2_model, scores)
+
+
+def test_the_hint_is_for_another_name_only(tmp_path: Path) -> None:
+    model, path = micro_model(), tmp_path / "circuit.json"
+    save_circuit(path, model, [])
+    fingerprint = json.loads(path.read_text())["model"]
+    renamed = edited(path, model={**fingerprint, "name": "another"})
+    with pytest.raises(GraphError, match="pass `any_model_name=True`"):
+        load_circuit(renamed, model)
+    other_key = next(key for key in fingerprint if key != "name")
+    changed = {**fingerprint, "name": "another", other_key: "else"}
+    with pytest.raises(GraphError) as error:
+        load_circuit(edited(path, model=changed), model, any_model_name=True)
+    assert "any_model_name" not in str(error.value)
