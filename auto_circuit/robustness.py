@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from auto_circuit.errors import ConfigError
+from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOGIT_DIFF_PERCENT_METRIC,
     with_mean_of_ratios,
 )
+from auto_circuit.metrics.prune_metrics.task_measurements import measured_values
 from auto_circuit.prune import Circuit, run_circuits
 from auto_circuit.tasks import Task
 from auto_circuit.types import (
@@ -193,6 +195,8 @@ def robustness_rows(
     for graph in graphs.values():
         graph.model  # Loads now, so that errors come before the work.  # noqa: B018
     graphs[_graph_kind(base)] = base_task
+    # One model under all graphs: what it does unpatched is the same.
+    full = FullModelOuts(model, base_task.test_loader)
     rows = []
     for algo, prune_scores in find_scores(base_task).items():
         sizes = listed_edge_counts(model.n_edges, list(shares))
@@ -202,7 +206,7 @@ def robustness_rows(
             tested = variation.choices
             if tested not in measured:
                 measured[tested] = _percents(
-                    model, circuits, graphs[_graph_kind(tested)], tested
+                    model, circuits, graphs[_graph_kind(tested)], tested, full
                 )
             rows += [
                 RobustnessRow(
@@ -228,7 +232,11 @@ def _graph_kind(choices: Choices) -> tuple[bool, bool | None]:
 
 
 def _percents(
-    model: PatchableModel, circuits: Sequence[Circuit], task: Task, choices: Choices
+    model: PatchableModel,
+    circuits: Sequence[Circuit],
+    task: Task,
+    choices: Choices,
+    full: FullModelOuts,
 ) -> list[tuple[int, float]]:
     """(edges, % of the logit difference) of each circuit, the smallest first."""
     projected = [same_circuit(circuit, model, task.model) for circuit in circuits]
@@ -250,8 +258,9 @@ def _percents(
     metric = LOGIT_DIFF_PERCENT_METRIC
     if choices.mean_of_ratios:
         metric = with_mean_of_ratios(metric)
-    percents = dict(metric.metric_func(task.model, task.test_loader, outs))
-    return [(size, float(percents[size])) for size in sizes]
+    measured = measured_values(metric, task.model, task.test_loader, outs, full)
+    percents = {n_edges: percent for n_edges, percent, _, _ in measured}
+    return [(size, percents[size]) for size in sizes]
 
 
 def same_circuit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.metrics.prune_metrics.answer_diff_percent import (
     measure_answer_diff_percent,
 )
+from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOGIT_DIFF_METRIC,
     LOGIT_DIFF_PERCENT_METRIC,
@@ -54,6 +56,23 @@ def eap(task: Task) -> AlgoPruneScores:
 @pytest.fixture(scope="module")
 def rows() -> list[RobustnessRow]:
     return robustness_rows(TASK, BASE, SHARES, eap)
+
+
+def test_the_unpatched_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many circuits, algorithms, graphs and variations there are."""
+    runs = []
+    run = FullModelOuts._run
+
+    def count(self: FullModelOuts, *args: Any) -> t.Tensor:
+        runs.append(args)
+        return run(self, *args)
+
+    def two(task: Task) -> AlgoPruneScores:
+        return {**eap(task), "Again": eap(task)["EAP"]}
+
+    monkeypatch.setattr(FullModelOuts, "_run", count)
+    robustness_rows(replace(TASK, batch_count=2), BASE, (0.01,), two)
+    assert len(runs) == 2  # batches of clean prompts
 
 
 def bool_circuit(model: PatchableModel, names: list[str]) -> Circuit:

@@ -224,9 +224,9 @@ QUICK_EDGE_PRUNING_PRUNE_ALGO = PruneAlgo(
     _short_name="EP quick",
     func=partial(
         edge_pruning_prune_scores,
-        n_steps=96,
-        learning_rate=0.2,
-        multiplier_learning_rate=10,
+        n_steps=128,
+        learning_rate=0.3,
+        multiplier_learning_rate=40,
         warmup_share=0.5,
         warmup="geometric",
         faithfulness_target="logit_diff",

@@ -143,6 +143,35 @@ def test_eap_is_the_mask_gradient_at_0(qkv: bool, answer_diff: bool) -> None:
     assert any((scores != 0).any() for scores in eap.values())
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("seq_len", [None, 5], ids=["all", "positions"])
+def test_a_heads_score_is_the_sum_of_its_inputs_scores(
+    name: str, seq_len: int | None
+) -> None:
+    """Without separate_qkv: an edge into a head patches query, key and value together."""
+    bridge = ARCHITECTURES[name]().to(t.float64)
+
+    def totals(separate_qkv: bool) -> dict[str, Tensor]:
+        model = patchable_model(bridge, True, "last_seq", seq_len, separate_qkv)
+        scores = edge_attribution_patching_prune_scores(model, token_loader(), None)
+        found: dict[str, Tensor] = {}
+        for edge in model.edges:
+            dest = edge.dest.name.removesuffix(".Q").removesuffix(".K").removesuffix(".V")
+            # With grouped queries, a group has as many query heads: compare the layer.
+            dest = dest.partition(".")[0] if name == "llama" else dest
+            key = f"{edge.src.name}->{dest} {edge.seq_idx}"
+            found[key] = found.get(key, t.zeros(())) + edge.prune_score(scores)
+        return found
+
+    together, apart = totals(False), totals(True)
+    assert together.keys() == apart.keys()
+    values = t.stack(list(together.values()))
+    t.testing.assert_close(
+        values, t.stack([apart[key] for key in together]), atol=1e-7, rtol=1e-4
+    )
+    assert (values != 0).float().mean() > 0.4  # early positions
+
+
 @pytest.mark.parametrize("seq_len", [None, 5], ids=["all", "positions"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_integrated_gradients_add_up_to_the_effect_of_all_edges(

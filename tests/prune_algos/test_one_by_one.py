@@ -38,7 +38,9 @@ CLEAN = tokens(3, 5, seed=1)
 EARLY_NAME = "Resid Start->A0.1.Q"
 
 
-def plain_acdc(model: PatchableModel, loader: Any, threshold: float) -> list[Edge]:
+def plain_acdc(
+    model: PatchableModel, loader: Any, threshold: float, step: int = 1
+) -> list[Edge]:
     """The published loop, every step with a context and a circuit of its own."""
     batch = next(iter(loader))
     corrupt, corrupt_kwargs = batch.model_input("corrupt")
@@ -55,7 +57,9 @@ def plain_acdc(model: PatchableModel, loader: Any, threshold: float) -> list[Edg
     removed: list[Edge] = []
     last = 0.0
     for layer in sorted({edge.dest.layer for edge in model.edges}, reverse=True):
-        for edge in (edge for edge in model.edges if edge.dest.layer == layer):
+        for edge in (
+            edge for edge in list(model.edges)[::step] if edge.dest.layer == layer
+        ):
             now = distance([*removed, edge])
             if now - last < threshold:
                 removed, last = [*removed, edge], now
@@ -83,19 +87,18 @@ def test_acdc_is_the_plain_loop(make: Any) -> None:
 
 @pytest.mark.slow
 def test_acdc_is_the_plain_loop_on_the_pocket_model() -> None:
-    """Of its prompts, some are padded. Prints how many edges each loop tests per second."""
+    """Every eighth edge. Prints how many edges each loop tests per second."""
     task = replace(POCKET_IOI_TASK, batch_size=(3, 1), batch_count=(1, 1))
+    edges = list(task.model.edges)[::8]
     for threshold in (1e-4, 1e-3, 1e-2):
         start = time.perf_counter()
-        removed = removed_edges(task.model, task.train_loader, threshold)
+        removed = removed_edges(task.model, task.train_loader, threshold, edges=edges)
         middle = time.perf_counter()
-        plain = plain_acdc(task.model, task.train_loader, threshold)
+        plain = plain_acdc(task.model, task.train_loader, threshold, step=8)
         end = time.perf_counter()
         assert removed == plain
-        assert 0 < len(removed) < task.model.n_edges
-        rates = [
-            task.model.n_edges / seconds for seconds in (middle - start, end - middle)
-        ]
+        assert 0 < len(removed) < len(edges)
+        rates = [len(edges) / seconds for seconds in (middle - start, end - middle)]
         print(f"{threshold}: {rates[0]:.0f} edges per second, plain {rates[1]:.0f}")
     task.free()
 

@@ -117,6 +117,14 @@ def test_edge_pruning_finds_a_small_circuit_of_the_sparsity_asked_for() -> None:
     assert small_circuit(training.prune_scores) >= 80
 
 
+@pytest.mark.parametrize("task", POCKET_TASKS[::2], ids=lambda task: task.key)
+def test_quick_edge_pruning_has_the_sparsity_that_it_says(task: Task) -> None:
+    settings: Any = find_prune_algo("EP quick").func
+    training = train_edge_pruning(task.model, task.train_loader, **settings.keywords)
+    sparsity = 1 - training.steps[-1].n_edges / task.model.n_edges
+    assert sparsity == pytest.approx(0.98, abs=0.005)
+
+
 def test_matryoshka_attribution_finds_a_small_circuit() -> None:
     task = MANY_PROMPTS_TASK
     algo = find_prune_algo("MAttr quick")

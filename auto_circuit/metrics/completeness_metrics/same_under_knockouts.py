@@ -79,12 +79,14 @@ def same_under_knockout(
     knockout_ps: PruneScores,
     circuit_size: int,
     knockout_threshold: int | float = 0.0,
+    full_model_outs: FullModelOuts | None = None,
 ) -> CompletenessScores:
     """Compare circuit and model, both whole and both without the knocked-out edges.
 
     circuit_ps: scores; the circuit has the `circuit_size` edges of largest |score|.
     knockout_ps: scores; knocked out are the circuit's edges whose score is above
         `knockout_threshold`. (The score, not its absolute value.)
+    full_model_outs: of the task's model and test prompts, to be shared.
 
     On the task's test prompts: the input is clean, and the corrupt prompts' activations
     are patched in along the edges that are missing. Returns a list of one score.
@@ -107,7 +109,7 @@ def same_under_knockout(
     )
     circuit_outs, model_without_outs, circuit_without_outs = outs
     n_edges = n_circuit_edges(circuit)
-    full = FullModelOuts(task.model, task.test_loader)
+    full = full_model_outs or FullModelOuts(task.model, task.test_loader)
     model_without = _GivenOuts(task.model, task.test_loader, model_without_outs)
     return [
         CompletenessScore(
@@ -140,19 +142,22 @@ def measure_same_under_knockouts(
         task = find_task_like(task_key, tasks)
         sizes[task_key] = known_circuit_size(task, circuit_size)
         _check_has_knockouts(task_key, algo_scores, knockout_ps)
-    return {
-        task_key: {
+    found: TaskCompletenessScores = {}
+    for task_key, algo_scores in circuit_ps.items():
+        task = find_task_like(task_key, tasks)
+        full = FullModelOuts(task.model, task.test_loader)
+        found[task_key] = {
             algo: same_under_knockout(
-                find_task_like(task_key, tasks),
+                task,
                 scores,
                 knockout_ps[task_key][algo],
                 sizes[task_key],
                 knockout_threshold,
+                full,
             )
             for algo, scores in algo_scores.items()
         }
-        for task_key, algo_scores in circuit_ps.items()
-    }
+    return found
 
 
 def knocked_out_edges(

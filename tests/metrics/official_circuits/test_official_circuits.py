@@ -341,7 +341,7 @@ def test_the_tracr_circuits_do_the_whole_task(
         # The published circuit leaves the middle token out, which stays where it is.
         assert errors[2] == pytest.approx(1.0, abs=1e-4)
         errors = errors[[0, 1, 3, 4]]
-    assert errors.max() < 1e-4
+    assert errors.max() < 1e-5
     for edge in edges:
         less = [other for other in edges if other != edge]
         assert circuit_error(model, less, loader).max() > 0.1
