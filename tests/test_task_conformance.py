@@ -24,16 +24,14 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
 )
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import DataError
 from auto_circuit.metrics.prune_metrics.prune_metrics import PRUNE_METRICS
 from auto_circuit.model_utils.sparse_autoencoders import sparse_autoencoder
 from auto_circuit.model_utils.transformer_lens_utils import native_bridge
 from auto_circuit.prune import run_circuits
 from auto_circuit.tasks import GENERATORS, POCKET_TASKS, TASKS, TRACR_TASKS, Task
-from auto_circuit.types import BatchOutputs, CircuitOutputs, Edge, PatchType
+from auto_circuit.types import CircuitOutputs, Edge, PatchType
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import batch_answer_vals
 from tests.models import randomize
 from tests.test_datasets import bpe_tokenizer, generator, small_tokenizer
 
@@ -122,7 +120,9 @@ def stand_in(task: Task, folder: Path) -> Task:
         write_autoencoders(task, bridge, folder)
     return replace(
         task,
-        _model_def=bridge.eval().requires_grad_(False),
+        # In float64: on a random model mean differences may cancel out, and of what is
+        # left rounding would be a good part.
+        _model_def=bridge.double().eval().requires_grad_(False),
         _dataset_name=dataset,
         batch_size=(4, 3),
         batch_count=1,
@@ -258,31 +258,11 @@ def test_metrics_have_their_bounds_and_their_value_at_the_model(task: Task) -> N
         assert set(values) == {0, model.n_edges}
         assert all(low <= value <= high for value in values.values()), metric.key
         at_model = values[model.n_edges]
-        noise = 2e-3
-        if metric.key.endswith("Diff Percent"):
-            noise += rounding_percent(metric.key, loader, full[model.n_edges])
-        assert at_model == pytest.approx(of_model, rel=1e-3, abs=noise), metric.key
+        assert at_model == pytest.approx(of_model, rel=1e-3, abs=2e-3), metric.key
         if metric.key in ("Clean KL Div", "Clean MSE"):
             assert at_model == pytest.approx(0.0, abs=1e-5)
         if metric.key.endswith("Diff Percent"):
-            assert at_model == pytest.approx(100, abs=0.1 + noise)
-
-
-def rounding_percent(key: str, loader: PromptDataLoader, outs: BatchOutputs) -> float:
-    """What rounding may do to a percentage of a mean difference that nearly cancels out.
-
-    On a random model right and wrong answers are as likely, and their mean difference can
-    be a thousandth of the probabilities themselves.
-    """
-    sizes, diffs = [], []
-    for batch in loader:
-        values = outs[batch.key].double()
-        values = values.softmax(-1) if key.startswith("Prob") else values
-        of_answers = [batch_answer_vals(values, batch, wrong) for wrong in (False, True)]
-        sizes.append(sum(of_answer.abs() for of_answer in of_answers))
-        diffs.append(of_answers[0] - of_answers[1])
-    size, diff = (float(t.cat(parts).mean()) for parts in (sizes, diffs))  # type: ignore[arg-type]
-    return 100 * 5e-7 * size / abs(diff)
+            assert at_model == pytest.approx(100, abs=0.1)
 
 
 def has_token_ids(answers: Tensor | list[Tensor]) -> bool:
