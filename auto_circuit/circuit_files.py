@@ -35,6 +35,7 @@ from auto_circuit.model_utils.transformer_lens_utils import (
     n_kv_heads,
 )
 from auto_circuit.types import DestNode, Edge, PruneScores, SrcNode
+from auto_circuit.utils.misc import path_in_folder
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import circuit_mask
 
@@ -150,14 +151,7 @@ def save_circuit(
             for edge, score in scored_edges(model, scores)
         },
     }
-    _in_folder(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def _in_folder(path: Path | str) -> Path:
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ConfigError(f"Cannot write {path}: there is no folder {path.parent}.")
-    return path
+    path_in_folder(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def load_circuit(
@@ -356,9 +350,9 @@ def save_mib_circuit(
     }
     if suffix == ".json":
         content = _mib_json(graph, rows, touched)
-        _in_folder(path).write_text(json.dumps(content, allow_nan=False))
+        path_in_folder(path).write_text(json.dumps(content, allow_nan=False))
     else:
-        t.save(_mib_tensors(graph, rows, touched), _in_folder(path))
+        t.save(_mib_tensors(graph, rows, touched), path_in_folder(path))
 
 
 def load_mib_circuit(

@@ -23,6 +23,7 @@ import plotly.graph_objects as go
 from auto_circuit.circuit_files import ScoredEdge, scored_edges
 from auto_circuit.errors import ConfigError
 from auto_circuit.types import PruneScores
+from auto_circuit.utils.misc import path_in_folder
 from auto_circuit.utils.patchable_model import PatchableModel
 
 Orientation = Literal["h", "v"]
@@ -526,8 +527,7 @@ def _checked_path(file_path: Path | str) -> Path:
             f"Cannot write a figure to {path}: its suffix must be .html or one of "
             f"{', '.join(IMAGE_SUFFIXES)}."
         )
-    if not path.parent.is_dir():
-        raise ConfigError(f"Cannot write {path}: there is no folder {path.parent}.")
+    path_in_folder(path)
     if path.suffix != ".html" and find_spec("kaleido") is None:
         raise _no_images(path, "kaleido is not installed")
     return path

@@ -29,8 +29,8 @@ import torch as t
 
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
-from auto_circuit.metrics.circuit_outs import iter_circuit_outs
-from auto_circuit.metrics.circuit_pruning import connected_circuit, weighted_edge_count
+from auto_circuit.metrics.circuit_outs import iter_circuit_outs, n_circuit_edges
+from auto_circuit.metrics.circuit_pruning import connected_circuit
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOGIT_DIFF_METRIC,
     PruneMetric,
@@ -111,9 +111,10 @@ def faithfulness_curve(
         for size in (0, *sizes.values(), n_edges)
     }
     outs: CircuitOutputs = {size: {} for size in circuits}
+    by_idx = list(outs.values())
     all_outs = iter_circuit_outs(model, dataloader, [*circuits.values()], ablation_type)
     for batch, idx, out in all_outs:
-        outs[[*circuits][idx]][batch.key] = out
+        by_idx[idx][batch.key] = out
     values = dict(metric.metric_func(model, dataloader, outs))
     return [
         FaithfulnessPoint(
@@ -121,7 +122,8 @@ def faithfulness_curve(
             n_edges=size,
             value=float(values[size]),
             faithfulness=faithfulness(values[size], values[0], values[n_edges]),
-            weighted_edge_count=weighted_edge_count(model, circuits[size]),
+            # Without dead ends each edge weighs 1.
+            weighted_edge_count=float(n_circuit_edges(circuits[size])),
         )
         for share, size in sizes.items()
     ]

@@ -177,8 +177,7 @@ class PatchableModel(Module):
     def check_edges(self, edges: Collection[Edge]) -> None:
         """Raise GraphError, with near matches, unless all are edges of this graph."""
         for edge in edges:
-            if edge not in self.edges:
-                raise self._unknown_edge(repr(edge))
+            self.find_edges(edge)
 
     def _unknown_edge(self, name: str) -> GraphError:
         bare_name, _, position = name.partition(" @ ")
