@@ -98,7 +98,7 @@ def _circuit_masks(
 
 
 def _check_scores(model: PatchableModel, prune_scores: PruneScores) -> None:
-    expected = {name: mask.shape for name, mask in model.patch_masks.items()}
+    expected = {name: score.shape for name, score in model.new_prune_scores().items()}
     for module_name, scores in prune_scores.items():
         if module_name not in expected:
             hint = near_matches(module_name, expected)

@@ -14,7 +14,7 @@ from auto_circuit.errors import ConfigError, GraphError
 from auto_circuit.prune import run_circuits
 from auto_circuit.types import AblationType, PatchType, PruneScores
 from auto_circuit.utils.ablation_activations import batch_src_ablations, src_ablations
-from auto_circuit.utils.graph_utils import patch_mode, patchable_model
+from auto_circuit.utils.graph_utils import patch_mode, patchable_model, set_mask_batch_size
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import CLEAN, micro_loader, micro_model
 from tests.models import ARCHITECTURES, architectures, gpt2, llama, state_snapshot, tokens
@@ -294,6 +294,15 @@ def test_bad_sizes_and_scores(
     scores = change(micro.new_prune_scores())
     with pytest.raises((GraphError, ConfigError), match=message):
         run_circuits(micro, micro_loader(), counts, scores)
+
+
+def test_masks_of_single_examples_are_not_circuits() -> None:
+    model = micro_model()
+    with (
+        set_mask_batch_size(model, 2),
+        pytest.raises(ConfigError, match=r"Each of 2 examples has masks of its own"),
+    ):
+        run_circuits(model, micro_loader([1, 2], 2), [3], random_scores(model))
 
 
 def test_activations_of_another_size() -> None:

@@ -99,7 +99,7 @@ def batch_src_ablations(
     """
     return {
         batch.key: outs.clone() if ablation_type in PER_BATCH_ABLATIONS else outs
-        for batch, outs in iter_src_ablations(
+        for batch, outs in _iter_src_ablations(
             model, dataloader, ablation_type, clean_corrupt
         )
     }
@@ -111,10 +111,31 @@ def iter_src_ablations(
     ablation_type: AblationType,
     clean_corrupt: Side | None,
 ) -> Iterator[tuple[PromptPairBatch, SrcOuts]]:
-    """Each batch with the activations to patch in, one at a time.
+    """Each batch with the activations to patch in, one at a time, for masks of all prompts.
 
-    The activations share memory: they are good until the next batch is asked for.
+    The activations share memory: they are good until the next batch is asked for. Raises
+    ConfigError inside of `set_mask_batch_size`.
     """
+    _check_masks_are_shared(model)
+    yield from _iter_src_ablations(model, dataloader, ablation_type, clean_corrupt)
+
+
+def _check_masks_are_shared(model: PatchableModel) -> None:
+    n_examples = next(iter(model.dest_wrappers)).mask_batch_size
+    if n_examples is not None:
+        raise ConfigError(
+            f"Each of {n_examples} examples has masks of its own, but this goes through all "
+            "batches of a dataloader with one mask per edge. Leave `set_mask_batch_size` "
+            "first; for scores of every prompt there is `mask_gradient_prompt_scores`."
+        )
+
+
+def _iter_src_ablations(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    ablation_type: AblationType,
+    clean_corrupt: Side | None,
+) -> Iterator[tuple[PromptPairBatch, SrcOuts]]:
     _check_side(ablation_type, clean_corrupt)
     check_loader(model, dataloader)
     mean = outs = None

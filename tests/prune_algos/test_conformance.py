@@ -26,7 +26,7 @@ from auto_circuit.prune_algos.prune_algos import (
 )
 from auto_circuit.tasks import POCKET_IOI_TASK, Task
 from auto_circuit.types import PruneScores
-from auto_circuit.utils.graph_utils import patchable_model
+from auto_circuit.utils.graph_utils import patchable_model, set_mask_batch_size
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import micro_loader, micro_model
 from tests.models import gpt2, llama, state_snapshot
@@ -154,6 +154,23 @@ def test_no_prompts(algo: PruneAlgo) -> None:
     with pytest.raises(AutoCircuitError, match="no prompts"):
         model = GRAPHS["gpt2"]()
         algo.func(model, loader, list(model.edges)[:3])
+
+
+@on_all_algos
+def test_masks_of_single_examples(algo: PruneAlgo) -> None:
+    """One score per edge, or an error that says where to find scores of every prompt."""
+    model = GRAPHS["gpt2"]()
+    before = state_snapshot(model)
+    with set_mask_batch_size(model, 3):
+        try:
+            scores = score(algo, model)
+        except ConfigError as error:
+            assert "`mask_gradient_prompt_scores`" in str(error)  # noqa: PT017
+        else:
+            expected = model.new_prune_scores()
+            for name, values in scores.items():
+                assert values.shape == expected[name].shape
+    assert state_snapshot(model) == before
 
 
 def test_keys_are_different_and_lead_to_their_algorithms() -> None:
