@@ -67,6 +67,7 @@ from auto_circuit.robustness import (
     RobustnessRow,
     chosen_task,
     robustness_rows,
+    values_by_choice,
 )
 from auto_circuit.robustness_plot import robustness_fig
 from auto_circuit.tasks import (
@@ -351,8 +352,9 @@ def print_summary(results: ExperimentResults, console: Console) -> None:
         "auroc": ("AUROC", "{:.3f}"),
         "seconds": ("Seconds", "{:.1f}"),
     }
-    if not results.rocs:
-        del columns["auroc"]
+    for column in list(columns):  # no known circuit, or no logit differences
+        if results.summary[column].isna().all():
+            del columns[column]
     for title, _ in columns.values():
         table.add_column(title, justify="right")
     last_task = None
@@ -481,7 +483,8 @@ def print_robustness(
     shares = " / ".join(f"{100 * share:g}" for share in sorted(config.circuit_shares))
     table = Table(
         title="Verdicts: % of the task that the same circuit does in other tests",
-        caption=f"Circuits of {shares} % of the edges. * The experiment's own choices.",
+        caption=f"Circuits of {shares} % of the edges. * The experiment's own choices.\n"
+        "- Not possible: the prompts differ in length.",
     )
     table.add_column("Choice")
     table.add_column("Value")
@@ -490,9 +493,7 @@ def print_robustness(
         algo = find_prune_algo(algo_key).short_name
         table.add_column(f"{task_key}\n{algo}", justify="right")
     last_choice = None
-    for choice, value, is_base in dict.fromkeys(
-        (row.choice, row.value, row.is_base) for row in rows
-    ):
+    for choice, value, is_base in values_by_choice(rows):
         if choice != last_choice:
             table.add_section()
         cells = [
@@ -501,6 +502,7 @@ def print_robustness(
                 for row in rows
                 if (row.task, row.algo, row.choice, row.value) == (*column, choice, value)
             )
+            or "-"
             for column in columns
         ]
         shown = choice if choice != last_choice else ""
@@ -546,10 +548,13 @@ TRACR_REVERSE = ExperimentConfig(
 TRACR_XPROPORTION = ExperimentConfig(
     name="tracr-xproportion",
     tasks=(TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK.key,),
-    algos=("GT", "Act Mag", "Random", "EAP (MSE)", "STP (MSE)", "TP (MSE)"),
+    algos=(
+        *("GT", "Act Mag", "Random"),
+        *(algo.short_name for algo in PRUNE_ALGOS if algo.short_name.endswith("(MSE)")),
+    ),
     metrics=("Clean MSE",),
 )
-"""The algorithms that compare numbers: this program's output is no word."""
+"""Every algorithm that compares numbers: this program's output is no word."""
 
 EXPERIMENTS: dict[str, ExperimentConfig] = {
     "sweep": ExperimentConfig(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -21,7 +22,10 @@ from auto_circuit.metrics.prune_metrics.answer_diff_percent import answer_diff_p
 from auto_circuit.model_utils.load_model import load_transformer
 from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.objectives import FaithfulnessTarget
-from auto_circuit.prune_algos.subnetwork_probing import subnetwork_probing_prune_scores
+from auto_circuit.prune_algos.subnetwork_probing import (
+    INIT_LOGIT,
+    subnetwork_probing_prune_scores,
+)
 from auto_circuit.types import AblationType, Edge, PatchType, PruneScores
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.misc import repo_path_to_abs_path
@@ -105,7 +109,8 @@ def ioi_circuit_single_template_logit_diff_percent(
     depends on how a circuit is tested. 100 is the full model's; it has no bounds.
 
     gpt2: GPT-2 small (`load_tl_model("gpt2")`), which is not changed.
-    dataset_size: the number of prompts, the file's first ones.
+    dataset_size: the number of prompts, the file's first ones. The repository's files have
+        100; `python datasets/ioi/ioi_generator.py --single-templates` writes longer ones.
     prepend_bos: put BOS before each prompt.
     template, template_idx: which names come first ("ABBA": the indirect object), and
         which of the 15 templates.
@@ -120,15 +125,16 @@ def ioi_circuit_single_template_logit_diff_percent(
     batch_size: prompts per batch (what BATCH_* ablations mean over); None: all of them.
 
     Raises ConfigError for another model and for a template that does not exist, DataError
-    without its prompt file or with too few prompts in it.
+    (which says how to write it) without its prompt file or with too few prompts in it.
 
     Differs from auto-circuit: the templates are others (so are its figures); the learned
     circuit is found by subnetwork probing with this ablation.
     """
+    n_train = LEARNED_TRAIN_FACTOR * dataset_size if learned else 0
     model, train_loader, test_loader = _single_template_graph(
         gpt2,
-        _ioi_prompt_file(template, template_idx),
-        (LEARNED_TRAIN_FACTOR * dataset_size if learned else 0, dataset_size),
+        _ioi_prompt_file(template, template_idx, n_train + dataset_size),
+        (n_train, dataset_size),
         batch_size or dataset_size,
         prepend_bos,
         factorized,
@@ -143,7 +149,11 @@ def ioi_circuit_single_template_logit_diff_percent(
             train_loader,
             None,
             epochs=learned_epochs,
+            # From open gates on: through twelve layers of half-shut ones, no signal and no
+            # gradient would come.
+            init_val=-INIT_LOGIT,
             circuit_size=len(edges),
+            size_warmup=0.5,
             tree_optimisation=patch_type == PatchType.TREE_PATCH,
             faithfulness_target=learned_faithfulness_target,
             ablation_type=ablation_type,
@@ -192,7 +202,7 @@ def _single_template_graph(
     return model, train_loader, test_loader
 
 
-def _ioi_prompt_file(template: IoiOrder, template_idx: int) -> Path:
+def _ioi_prompt_file(template: IoiOrder, template_idx: int, n_prompts: int) -> Path:
     if template not in get_args(IoiOrder) or template_idx not in range(N_IOI_TEMPLATES):
         raise ConfigError(
             f"There is no IOI template {template!r} {template_idx!r}; expected one of "
@@ -200,9 +210,12 @@ def _ioi_prompt_file(template: IoiOrder, template_idx: int) -> Path:
         )
     name = f"ioi_{template}_template_{template_idx}_prompts"
     path = repo_path_to_abs_path(f"datasets/ioi/{name}.json")
-    if not path.exists():
+    n_found = len(json.loads(path.read_text())["prompts"]) if path.exists() else 0
+    if n_found < n_prompts:
         raise DataError(
-            f"There is no prompt file {path}. Write it with `python "
-            "datasets/ioi/ioi_generator.py --single-templates --n-prompts 100`."
+            f"The study needs {n_prompts} prompts, and the file {path} "
+            f"{f'has {n_found}' if n_found else 'does not exist'}. Write longer files with "
+            "`python datasets/ioi/ioi_generator.py --single-templates --n-prompts "
+            f"{n_prompts}`."
         )
     return path

@@ -169,9 +169,9 @@ def robustness_rows(
     another kind it is the *same* circuit: all edges of its nodes; or its edges, at every
     position at which (if positions are not told apart: if at any) they are in it.
 
-    Raises ConfigError without shares, and what the task raises for a graph that its
-    prompts do not allow (DataError: positions in prompts of different lengths), before
-    any score is computed.
+    Positions cannot be told apart in prompts of different lengths: of such a task, that
+    variation is left out. Raises ConfigError without shares, and if `choices` ask for
+    positions all the same, before any score is computed.
     """
     if not shares:
         raise ConfigError(
@@ -183,6 +183,14 @@ def robustness_rows(
         choices, token_positions=task.token_circuit if told_apart is None else told_apart
     )
     varied = variations(base)
+    if not _has_prompts_of_one_length(task):
+        if base.token_positions:
+            raise ConfigError(
+                f"The prompts of task {task.key!r} have different lengths, so positions "
+                "cannot be told apart. Set `token_positions` to False (--token-positions "
+                "False), or choose another task, such as 'Pocket IOI Tokens'."
+            )
+        varied = [v for v in varied if not v.choices.token_positions]
     base_task = chosen_task(task, base)
     model = base_task.model
     graphs = {
@@ -225,6 +233,25 @@ def robustness_rows(
                 )
             ]
     return rows
+
+
+def _has_prompts_of_one_length(task: Task) -> bool:
+    """Is nothing padded?"""
+    alike = chosen_task(task, Choices(token_positions=False))
+    return all(
+        mask is None
+        for loader in (alike.train_loader, alike.test_loader)
+        for batch in loader
+        for mask in (batch.clean_attention_mask, batch.corrupt_attention_mask)
+    )
+
+
+def values_by_choice(rows: Sequence[RobustnessRow]) -> list[tuple[str, str, bool]]:
+    """(choice, value, is_base) of all rows, choice by choice."""
+    # A choice's values need not come together: not every task has all of them.
+    choices = list(dict.fromkeys(row.choice for row in rows))
+    values = dict.fromkeys((row.choice, row.value, row.is_base) for row in rows)
+    return sorted(values, key=lambda value: choices.index(value[0]))
 
 
 def _graph_kind(choices: Choices) -> tuple[bool, bool | None]:

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from auto_circuit.robustness import RobustnessRow
+from auto_circuit.robustness import RobustnessRow, values_by_choice
 from auto_circuit.types import AlgoKey
 
 ROW_HEIGHT = 22
@@ -29,7 +29,7 @@ def robustness_fig(
     """
     tasks = list(dict.fromkeys(row.task for row in rows))
     algos = list(dict.fromkeys(row.algo for row in rows))
-    labels = list(dict.fromkeys(_label(row) for row in rows))
+    labels = [_label(choice, value) for choice, value, _ in values_by_choice(rows)]
     fig = make_subplots(
         rows=max(1, len(algos)),
         cols=max(1, len(tasks)),
@@ -85,8 +85,8 @@ def _draw_panel(
         fig.add_vline(x=base, line=line, **place)
 
 
-def _label(row: RobustnessRow) -> str:
-    return f"<b>{row.choice}</b>: {row.value}"
+def _label(choice: str, value: str) -> str:
+    return f"<b>{choice}</b>: {value}"
 
 
 def _borders(labels: Sequence[str]) -> list[float]:
@@ -101,7 +101,7 @@ def _dots(
     name = f"{100 * share:g} % of the edges"
     return go.Scatter(
         x=[row.verdict for row in rows],
-        y=[_label(row) for row in rows],
+        y=[_label(row.choice, row.value) for row in rows],
         mode="markers",
         name=name,
         legendgroup=name,

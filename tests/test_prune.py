@@ -14,7 +14,11 @@ from auto_circuit.errors import ConfigError, GraphError
 from auto_circuit.prune import run_circuits
 from auto_circuit.types import AblationType, PatchType, PruneScores
 from auto_circuit.utils.ablation_activations import batch_src_ablations, src_ablations
-from auto_circuit.utils.graph_utils import patch_mode, patchable_model, set_mask_batch_size
+from auto_circuit.utils.graph_utils import (
+    patch_mode,
+    patchable_model,
+    set_mask_batch_size,
+)
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import CLEAN, micro_loader, micro_model
 from tests.models import ARCHITECTURES, architectures, gpt2, llama, state_snapshot, tokens

@@ -11,7 +11,7 @@ import pytest
 import torch as t
 
 import experiments
-from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.prune_metrics.answer_diff_percent import (
     measure_answer_diff_percent,
 )
@@ -31,6 +31,7 @@ from auto_circuit.robustness import (
     chosen_task,
     robustness_rows,
     same_circuit,
+    values_by_choice,
     variations,
 )
 from auto_circuit.robustness_plot import robustness_fig
@@ -247,14 +248,37 @@ def test_what_cannot_be_tested_is_refused_before_any_score() -> None:
 
     with pytest.raises(ConfigError, match="give `circuit_shares`, for example 0.05"):
         robustness_rows(TASK, BASE, [], no_scores)
-    with pytest.raises(DataError, match="different lengths|same length|same number"):
-        robustness_rows(POCKET_IOI_TASK, Choices(), [0.1], no_scores)
+    with pytest.raises(ConfigError, match="different lengths.*--token-positions False"):
+        robustness_rows(POCKET_IOI_TASK, BASE, [0.1], no_scores)
     with pytest.raises(ConfigError, match="`token_positions` is None"):
         variations(Choices())
     with pytest.raises(ConfigError, match="leave `metrics` and `circuit_sizes` out"):
         run_robustness(replace(ROBUSTNESS, metrics=("Logit Diff",)))
     with pytest.raises(ConfigError, match="no prune algorithm 'EAPP'"):
         run_robustness(replace(ROBUSTNESS, algos=("EAPP",)))
+
+
+def test_prompts_of_different_lengths_have_no_positions() -> None:
+    task = replace(POCKET_IOI_TASK, batch_size=8, batch_count=1)
+    rows = robustness_rows(task, Choices(), (0.05,), eap)
+    values = [row.value for row in rows]
+    assert "told apart" not in values
+    assert len(rows) == len(variations(BASE)) - 1
+    (alike,) = [row for row in rows if row.choice == "Positions"]
+    assert alike.is_base and alike.verdict > 50
+
+
+def test_the_values_of_a_choice_stay_together() -> None:
+    rows = [
+        row("Positions", "all alike", 0.1, 50, True),
+        row("Average", "ratio of means", 0.1, 50, True),
+        row("Positions", "told apart", 0.1, 60),
+    ]
+    assert [value for _, value, _ in values_by_choice(rows)] == [
+        "all alike",
+        "told apart",
+        "ratio of means",
+    ]
 
 
 # --------------------------------------------------------------- the figure and the table

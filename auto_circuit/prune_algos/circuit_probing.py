@@ -165,6 +165,14 @@ CIRCUIT_TREE_PROBING_PRUNE_ALGO = _probing_algo("Tree Probing", "TP", 200, TREE_
 MSE_CIRCUIT_TREE_PROBING_PRUNE_ALGO = _probing_algo(
     "MSE Tree Probing", "TP (MSE)", 200, TREE_SIZES, faithfulness_target="mse"
 )
+MSE_CIRCUIT_PROBING_PRUNE_ALGO = _probing_algo(
+    "MSE Circuit Probing",
+    "CP (MSE)",
+    200,
+    ("true_size", 1000),
+    tree_optimisation=False,
+    faithfulness_target="mse",
+)
 OPPOSITE_TREE_PROBING_PRUNE_ALGO = _probing_algo(
     "Opposite Tree Probing",
     "OTP",

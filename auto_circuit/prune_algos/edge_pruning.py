@@ -51,6 +51,7 @@ from auto_circuit.utils.tensor_ops import (
     HARD_CONCRETE_LEFT,
     HARD_CONCRETE_RIGHT,
     HARD_CONCRETE_TEMP,
+    at_least_float32,
 )
 
 Warmup = Literal["linear", "geometric"]
@@ -157,7 +158,7 @@ def train_edge_pruning(
                 faithfulness_target, outputs, batch.batch, batch.clean_outputs
             )
             n_edges = t.stack(
-                [expected_gate(-mask).sum() for mask in masks.values()]
+                [expected_gate(at_least_float32(-mask)).sum() for mask in masks.values()]
             ).sum()
             sparsity = 1 - n_edges / model.n_edges
             progress = min(1.0, (step + 1) / (warmup_share * n_steps))

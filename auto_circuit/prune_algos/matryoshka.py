@@ -31,7 +31,11 @@ from auto_circuit.prune_algos.mask_training import (
     training_batches,
     training_steps,
 )
-from auto_circuit.prune_algos.objectives import answer_loss, check_choice
+from auto_circuit.prune_algos.objectives import (
+    FaithfulnessTarget,
+    check_choice,
+    faithfulness_loss,
+)
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.graph_utils import train_mask_mode
@@ -51,10 +55,19 @@ def matryoshka_prune_scores(
     sizes: SizeDistribution = "log_uniform",
     ablation_type: AblationType = AblationType.RESAMPLE,
     seed: int = 0,
+    faithfulness_target: FaithfulnessTarget = "logit_diff",
 ) -> PruneScores:
     """Each edge's score, shifted so that the lowest is 0. See `train_matryoshka`."""
     return train_matryoshka(
-        model, dataloader, n_steps, learning_rate, temperature, sizes, ablation_type, seed
+        model,
+        dataloader,
+        n_steps,
+        learning_rate,
+        temperature,
+        sizes,
+        ablation_type,
+        seed,
+        faithfulness_target,
     ).prune_scores
 
 
@@ -67,20 +80,23 @@ def train_matryoshka(
     sizes: SizeDistribution = "log_uniform",
     ablation_type: AblationType = AblationType.RESAMPLE,
     seed: int = 0,
+    faithfulness_target: FaithfulnessTarget = "logit_diff",
 ) -> MaskTraining:
-    """Learn scores whose soft top-k circuits keep the answers' logit difference.
+    """Learn scores whose soft top-k circuits do what the model does.
 
-    The higher a score, the smaller the circuits that the edge is in. The loss is minus the
-    mean difference between right and wrong answers' logits.
+    The higher a score, the smaller the circuits that the edge is in.
 
     temperature: T; the lower, the nearer to a sharp top-k.
     sizes: how k is drawn from 1..number of edges; "log_uniform" gives small circuits as
         many steps as large ones. seed: of these draws.
+    faithfulness_target: the loss, see `objectives.faithfulness_loss`; "logit_diff" is the
+        paper's, minus the mean difference between right and wrong answers' logits.
 
     Raises ConfigError for arguments that make no sense, TrainingError if the loss becomes
     NaN.
     """
     check_choice("sizes", sizes, SizeDistribution)
+    check_choice("faithfulness_target", faithfulness_target, FaithfulnessTarget)
     check_training(n_steps, learning_rate)
     if temperature <= 0:
         raise ConfigError(f"`temperature` is {temperature}; expected more than 0.")
@@ -104,7 +120,10 @@ def train_matryoshka(
             for mask, shares in zip(masks.values(), kept.split(lengths), strict=True):
                 mask.data = (1 - shares.view_as(mask)).to(mask.dtype)
                 mask.grad = None
-            loss = answer_loss(circuit_outputs(model, batch), batch.batch)
+            outputs = circuit_outputs(model, batch)
+            loss = faithfulness_loss(
+                faithfulness_target, outputs, batch.batch, batch.clean_outputs
+            )
             check_finite(loss, step, learning_rate)
             loss.backward()
             grad = t.cat([-_gradient(mask).flatten() for mask in masks.values()])

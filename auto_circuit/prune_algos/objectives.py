@@ -13,6 +13,7 @@ from auto_circuit.errors import ConfigError
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
     answer_margins,
+    answer_targets,
     batch_answer_diffs,
     batch_avg_answer_diff,
     batch_avg_answer_val,
@@ -65,8 +66,11 @@ def answer_loss(
     """The mean over a batch's prompts of a loss that is low when answers are right.
 
     avg_diff: -(answer - wrong answer), means where there are several. avg_val: -answer.
-    max_diff: -(the best answer - the best wrong answer). mse: the squared error to
-    `batch.answers` (for models whose outputs are the answers).
+    max_diff: -(the best answer - the best wrong answer). mse: the squared error to the
+    answers, for models whose outputs are the answers; of token ids, to 1 for the answer
+    and 0 for other words (with grad_function="prob" the Brier score, over the words).
+
+    Raises DataError for answers that do not fit the outputs or the function.
     """
     values = answer_values(outputs, grad_function)
     if answer_function == "avg_diff":
@@ -78,14 +82,7 @@ def answer_loss(
             batch_best_answer_val(values, batch, is_wrong) for is_wrong in (False, True)
         )
         return -(best - best_wrong).mean()
-    if not isinstance(batch.answers, Tensor):
-        raise ConfigError(
-            "The mean squared error needs the same number of answers for every prompt; "
-            "this data set has different numbers. Compare logits: the algorithm 'EAP' "
-            "(answer_function='avg_diff'), or in a training faithfulness_target='kl_div'."
-        )
-    targets = batch.answers.to(values.dtype)
-    return mse_loss(values, targets.expand_as(values))
+    return mse_loss(values, answer_targets(values, batch))
 
 
 def clean_loss_sum(
@@ -112,8 +109,8 @@ def faithfulness_loss(
     """How unlike the full model a circuit is: a mean over a batch's prompts, to lower.
 
     outputs, clean_outputs: logits of the circuit and of the full model [batch *pos vocab].
-    kl_div: KL(model || circuit), nats. mse: to `batch.answers`. answer, wrong_answer:
-    minus that logit. correct_percent: minus the share of prompts whose answer is the
+    kl_div: KL(model || circuit), nats. mse: to the answers, as in `answer_loss`. answer,
+    wrong_answer: minus that logit. correct_percent: minus the share of prompts whose answer is the
     likeliest word, smoothed to sigmoid(answer - best other), so that it has a gradient.
     logit_diff_percent: |100 - the circuit's answer difference in % of the model's|.
     logit_diff: minus the answer difference, logits: more than the model's is welcome.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
+from auto_circuit.errors import ConfigError
 from auto_circuit.types import AlgoKey, PruneScores
 
 
@@ -29,3 +32,28 @@ class PruneAlgo:
     def short_name(self) -> str:
         """The short name, or the name if there is none."""
         return self._short_name or self.name
+
+
+def with_squared_error(algo: PruneAlgo) -> PruneAlgo:
+    """The algorithm, made to lower the squared error to the answers.
+
+    For models whose output is a number (see `answer_loss`). Raises ConfigError for an
+    algorithm that has neither an `answer_function` nor a `faithfulness_target`.
+    """
+    parameters = inspect.signature(algo.func).parameters
+    if "answer_function" in parameters:
+        func = partial(algo.func, grad_function="logit", answer_function="mse")
+    elif "faithfulness_target" in parameters:
+        func = partial(algo.func, faithfulness_target="mse")
+    else:
+        raise ConfigError(
+            f"The algorithm {algo.key!r} has no `answer_function` and no "
+            "`faithfulness_target` that could be the squared error."
+        )
+    return PruneAlgo(
+        key=f"MSE {algo.key}",
+        name=f"MSE {algo.name}",
+        func=func,
+        _short_name=f"{algo.short_name} (MSE)",
+        needs_true_edges=algo.needs_true_edges,
+    )

@@ -12,6 +12,7 @@ from auto_circuit.prune_algos.activation_magnitude import ACT_MAG_PRUNE_ALGO
 from auto_circuit.prune_algos.circuit_probing import (
     CIRCUIT_PROBING_PRUNE_ALGO,
     CIRCUIT_TREE_PROBING_PRUNE_ALGO,
+    MSE_CIRCUIT_PROBING_PRUNE_ALGO,
     MSE_CIRCUIT_TREE_PROBING_PRUNE_ALGO,
     OPPOSITE_TREE_PROBING_PRUNE_ALGO,
 )
@@ -42,9 +43,10 @@ from auto_circuit.prune_algos.matryoshka import (
     MATRYOSHKA_PRUNE_ALGO,
     QUICK_MATRYOSHKA_PRUNE_ALGO,
 )
-from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.prune_algos.prune_algo import PruneAlgo, with_squared_error
 from auto_circuit.prune_algos.random_edges import RANDOM_PRUNE_ALGO
 from auto_circuit.prune_algos.subnetwork_probing import (
+    MSE_SUBNETWORK_EDGE_PROBING_PRUNE_ALGO,
     MSE_SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
     QUICK_SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
     SUBNETWORK_EDGE_PROBING_PRUNE_ALGO,
@@ -64,6 +66,23 @@ __all__ = [
     "find_prune_algo",
     "run_prune_algos",
 ]
+
+SQUARED_ERROR_PRUNE_ALGOS: tuple[PruneAlgo, ...] = tuple(
+    with_squared_error(algo)
+    for algo in (
+        EXACT_EDGE_PATCHING_PRUNE_ALGO,
+        INTEGRATED_EDGE_GRADS_LOGIT_DIFF_PRUNE_ALGO,
+        INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
+        ACTIVATION_INTEGRATED_GRADIENTS_PRUNE_ALGO,
+        SOURCE_INTEGRATED_GRADIENTS_PRUNE_ALGO,
+        CLEAN_CORRUPT_PRUNE_ALGO,
+        HEAD_IMPORTANCE_PRUNE_ALGO,
+        EDGE_PRUNING_PRUNE_ALGO,
+        MATRYOSHKA_PRUNE_ALGO,
+    )
+)
+"""For models whose output is a number. The others of that kind, by auto-circuit's names,
+are in the files of their algorithms."""
 
 PRUNE_ALGOS: tuple[PruneAlgo, ...] = (
     GROUND_TRUTH_PRUNE_ALGO,
@@ -88,7 +107,9 @@ PRUNE_ALGOS: tuple[PruneAlgo, ...] = (
     CIRCUIT_PROBING_PRUNE_ALGO,
     SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
     CIRCUIT_TREE_PROBING_PRUNE_ALGO,
+    MSE_SUBNETWORK_EDGE_PROBING_PRUNE_ALGO,
     MSE_SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
+    MSE_CIRCUIT_PROBING_PRUNE_ALGO,
     MSE_CIRCUIT_TREE_PROBING_PRUNE_ALGO,
     OPPOSITE_TREE_PROBING_PRUNE_ALGO,
     QUICK_SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
@@ -96,6 +117,7 @@ PRUNE_ALGOS: tuple[PruneAlgo, ...] = (
     QUICK_EDGE_PRUNING_PRUNE_ALGO,
     MATRYOSHKA_PRUNE_ALGO,
     QUICK_MATRYOSHKA_PRUNE_ALGO,
+    *SQUARED_ERROR_PRUNE_ALGOS,
 )
 PRUNE_ALGO_DICT: dict[AlgoKey, PruneAlgo] = {algo.key: algo for algo in PRUNE_ALGOS}
 

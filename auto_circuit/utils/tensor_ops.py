@@ -238,6 +238,35 @@ def batch_best_answer_val(
     return _per_prompt(indices_vals(vals, tokens).amax(-1))
 
 
+def answer_targets(
+    vals: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
+) -> Float[Tensor, "batch *pos vocab"]:
+    """What the output would be if it were right.
+
+    Answers that are numbers (floats) are the targets themselves. Of a token id, the target
+    is 1 for the answer and 0 for all other words. Raises DataError for several answers to
+    a prompt, and for answers that do not fit the values.
+    """
+    answers = batch.answers
+    is_numbers = isinstance(answers, Tensor) and answers.is_floating_point()
+    if is_numbers and answers.shape == vals.shape:
+        return answers.to(vals)
+    if is_numbers:
+        raise DataError(
+            f"The answers are numbers of shape {tuple(answers.shape)}, and the output has "
+            f"the shape {tuple(vals.shape)}; a squared error needs a number for each."
+        )
+    tokens, is_answer = _answer_tokens(vals, batch)
+    if is_answer is not None or tokens.shape[-1] != 1:
+        raise DataError(
+            "The mean squared error needs one answer for every prompt; this data set has "
+            "several. Compare logits: the algorithm 'EAP' (answer_function='avg_diff'), or "
+            "in a training faithfulness_target='kl_div'."
+        )
+    indices_vals(vals, tokens)  # raises for an answer that the output does not have
+    return t.zeros_like(vals).scatter(-1, tokens.to(vals.device), 1.0)
+
+
 def correct_answer_proportion(
     logits: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
 ) -> Float[Tensor, ""]:
@@ -313,8 +342,8 @@ def _check_answers(vals: Tensor, answers: Answers, name: str) -> None:
             raise DataError(
                 f"`{name}` are numbers ({row.dtype}), not token ids, so the output has "
                 "no entries for them. Compare with them by the mean squared error: the "
-                "metric 'Clean MSE', the algorithms 'EAP (MSE)', 'STP (MSE)', 'TP (MSE)', "
-                "or answer_function='mse'."
+                "metric 'Clean MSE', the algorithms whose names end in '(MSE)', such as "
+                "'EAP (MSE)', or answer_function='mse'."
             )
         if row.ndim == 0 or row.shape[-1] == 0:
             raise DataError(f"A prompt has no `{name}`; at least one is needed.")
@@ -358,8 +387,15 @@ def kl_divs(
     """KL(target || input) at every leading index, in nats.
 
     At least 0 but for rounding, 0 for equal distributions. A token that the target
-    never takes (log-probability -inf) adds nothing.
+    never takes (log-probability -inf) adds nothing. Raises DataError for an output of a
+    single entry, whose divergence is 0 whatever it is.
     """
+    if target_logprobs.shape[-1] == 1:
+        raise DataError(
+            "The model's output is a single number, no distribution over words, so every "
+            "KL divergence of it is 0. Compare the numbers: the metric 'Clean MSE', or "
+            "faithfulness_target='mse'."
+        )
     targets = at_least_float32(target_logprobs)
     terms = targets.exp() * (targets - at_least_float32(input_logprobs))
     return terms.masked_fill(targets == -t.inf, 0.0).sum(-1)

@@ -235,6 +235,11 @@ def test_faithfulness_losses() -> None:
     assert outputs.grad is not None
     assert -1 < loss.item() < 0
     assert (outputs.grad[:, 1] < 0).all()  # a higher answer lowers the loss
+    # The answer is word 1 of 40: the squared error to 1 there, and to 0 elsewhere.
+    error = clean.square().sum() + (1 - 2 * clean[:, 1]).sum()
+    assert float(faithfulness_loss("mse", clean, batch, clean)) == pytest.approx(
+        float(error / clean.numel())
+    )
     best = answer_loss(clean, batch, "logit", "max_diff")
     assert float(best) == pytest.approx(float((clean[:, 2] - clean[:, 1]).mean()))
 

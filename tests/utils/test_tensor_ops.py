@@ -13,6 +13,7 @@ from torch import Tensor
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.errors import DataError, GraphError
 from auto_circuit.utils.tensor_ops import (
+    answer_targets,
     UndefinedPercentWarning,
     batch_answer_diff_percents,
     batch_answer_diffs,
@@ -233,6 +234,33 @@ def test_kl_by_hand() -> None:
     t.testing.assert_close(kl_divs(circuit, target), expected)
     t.testing.assert_close(multibatch_kl_div(circuit, target), expected.mean())
     assert kl_divs(target, circuit)[1].item() == math.inf
+
+
+def test_kl_of_a_single_number() -> None:
+    logprobs = t.zeros(3, 1)
+    with pytest.raises(DataError, match="single number.*'Clean MSE'.*target='mse'"):
+        kl_divs(logprobs, logprobs)
+
+
+def test_targets_by_hand() -> None:
+    numbers = make_batch(t.tensor([[0.5, 1.5], [2.0, 3.0]]), t.zeros(2, 2))
+    assert answer_targets(t.zeros(2, 2), numbers).tolist() == [[0.5, 1.5], [2.0, 3.0]]
+    ids = make_batch(t.tensor([[2], [0]]), t.tensor([[1], [1]]))
+    assert answer_targets(t.ones(2, 3), ids).tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (t.tensor([[0.5], [1.5]]), r"numbers of shape \(2, 1\).*shape \(2, 3\)"),
+        (t.tensor([[0, 1], [1, 2]]), "needs one answer for every prompt"),
+        ([t.tensor([0]), t.tensor([1, 2])], "needs one answer for every prompt"),
+        (t.tensor([[3], [0]]), "from 0 to 3, but the output has the entries 0 to 2"),
+    ],
+)
+def test_targets_that_do_not_fit(answers: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        answer_targets(t.ones(2, 3), make_batch(answers, answers))
 
 
 def test_kl_averages_over_all_leading_dimensions() -> None:
