@@ -14,7 +14,9 @@ choices of Miller et al. 2024 is changed, and a figure shows how the verdict cha
     python experiments.py robustness --algos EAP IEG --circuit-shares 0.01 0.1
 
 `tracr-reverse` and `tracr-xproportion` are sweeps on compiled models, whose circuits are
-known exactly: their tables say how well each algorithm finds these (AUROC).
+known exactly: their tables say how well each algorithm finds these (AUROC). The published
+circuit of reverse leaves out the two edges of the middle token, which stays where it is but
+is carried all the same: a right ranking is at 0.998, not at 1.
 """
 
 from __future__ import annotations
@@ -54,8 +56,7 @@ from auto_circuit.metrics.prune_metrics.task_measurements import (
     nest_rows,
     task_measurement_rows,
 )
-from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO, MSE_ACDC_PRUNE_ALGO
-from auto_circuit.prune_algos.exact_edge_patching import EXACT_EDGE_PATCHING_PRUNE_ALGO
+from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO
 from auto_circuit.prune_algos.prune_algos import (
     PRUNE_ALGOS,
     PruneAlgo,
@@ -108,7 +109,7 @@ class ExperimentConfig(Choices):
     """Keys of tasks (see auto_circuit/tasks.py)."""
     algos: tuple[str, ...] = (
         *("GT", "Random", "Act Mag", "EAP", "EAP-IG inputs"),
-        *("ACDC after EAP", "STP quick", "EP quick", "MAttr quick"),
+        *("ACDC quick", "STP quick", "EP quick", "MAttr quick"),
     )
     """Names of prune algorithms (see auto_circuit/prune_algos/prune_algos.py). Those that
     need a known circuit are left out on tasks without one."""
@@ -515,11 +516,11 @@ def print_robustness(
 # -------------------------------------------------------------------- named experiments
 
 
-EDGE_BY_EDGE_PRUNE_ALGOS = (
-    ACDC_PRUNE_ALGO,
-    MSE_ACDC_PRUNE_ALGO,
-    EXACT_EDGE_PATCHING_PRUNE_ALGO,
+NUMBERS = tuple(
+    algo.short_name for algo in PRUNE_ALGOS if algo.short_name.endswith("(MSE)")
 )
+"""The algorithms that compare numbers, for models whose output is no word."""
+
 
 ROBUSTNESS = ExperimentConfig(
     name="robustness",
@@ -539,22 +540,22 @@ TRACR_REVERSE = ExperimentConfig(
     name="tracr-reverse",
     tasks=(TRACR_REVERSE_TOKEN_CIRCUIT_TASK.key,),
     algos=tuple(
-        algo.short_name for algo in PRUNE_ALGOS if algo not in EDGE_BY_EDGE_PRUNE_ALGOS
+        algo.short_name
+        for algo in PRUNE_ALGOS
+        if algo.short_name not in (*NUMBERS, ACDC_PRUNE_ALGO.short_name)
     ),
     metrics=("Clean KL Div", LOGIT_DIFF_PERCENT_METRIC.key),
 )
-"""Every algorithm against a circuit that is known exactly, but those that patch each edge."""
+"""Every algorithm that compares words, against a circuit that is known exactly (of the ACDCs
+the quick one, which here is ACDC with half of the thresholds)."""
 
 TRACR_XPROPORTION = ExperimentConfig(
     name="tracr-xproportion",
     tasks=(TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK.key,),
-    algos=(
-        *("GT", "Act Mag", "Random"),
-        *(algo.short_name for algo in PRUNE_ALGOS if algo.short_name.endswith("(MSE)")),
-    ),
+    algos=("GT", "Act Mag", "Random", *NUMBERS),
     metrics=("Clean MSE",),
 )
-"""Every algorithm that compares numbers: this program's output is no word."""
+"""Every algorithm that compares numbers."""
 
 EXPERIMENTS: dict[str, ExperimentConfig] = {
     "sweep": ExperimentConfig(),

@@ -55,7 +55,10 @@ def scored_edges(
     Makes Edges only of these, so it is fast on large graphs. Raises GraphError for
     scores that do not fit the graph, or are not numbers (NaN).
     """
-    _check_scores(model, prune_scores)
+    model.check_scores(prune_scores)
+    for name, scores in prune_scores.items():
+        if scores.isnan().any():
+            raise GraphError(f"The scores of {name!r} hold NaN, which has no rank.")
     dests = {(dest.module_name, dest.head_idx): dest for dest in model.dests}
     found = []
     for module_name, raw_scores in prune_scores.items():
@@ -68,24 +71,6 @@ def scored_edges(
             src = model.srcs[dest.min_src_idx + idx[-1]]
             found.append((Edge(src, dest, idx[0] if model.seq_len else None), value))
     return sorted(found)
-
-
-def _check_scores(model: PatchableModel, prune_scores: PruneScores) -> None:
-    shapes = {name: tuple(scores.shape) for name, scores in prune_scores.items()}
-    for name, mask in model.new_prune_scores().items():
-        shape = shapes.pop(name, None)
-        if shape != tuple(mask.shape):
-            raise GraphError(
-                f"The scores of {name!r} "
-                f"{'are missing' if shape is None else f'have shape {shape}'}; this "
-                f"graph needs {tuple(mask.shape)}, [position?, head?, source]. Were "
-                "they made for another model?"
-            )
-        if prune_scores[name].isnan().any():
-            raise GraphError(f"The scores of {name!r} hold NaN, which has no rank.")
-    if shapes:
-        name = next(iter(shapes))
-        raise GraphError(f"The scores name {name!r}, which is no destination.")
 
 
 class _EdgeFinder:
@@ -325,7 +310,10 @@ def save_mib_circuit(
     """
     suffix = _mib_suffix(path)
     graph = _mib_graph(model)
-    _check_scores(model, prune_scores)
+    model.check_scores(prune_scores)
+    for name, scores in prune_scores.items():
+        if scores.isnan().any():
+            raise GraphError(f"The scores of {name!r} hold NaN, which has no rank.")
     if any(not scores.isfinite().all() for scores in prune_scores.values()):
         raise GraphError(
             "The MIB format has no place for infinite scores: replace them by a number "

@@ -8,7 +8,7 @@ import torch as t
 from torch import Tensor
 
 from auto_circuit.data import PromptDataLoader
-from auto_circuit.errors import ConfigError, GraphError, near_matches
+from auto_circuit.errors import ConfigError
 from auto_circuit.types import AblationType, CircuitOutputs, PatchType, PruneScores
 from auto_circuit.utils.ablation_activations import (
     PER_BATCH_ABLATIONS,
@@ -60,7 +60,7 @@ def run_circuits(
             "`render_graph` is not supported by `run_circuits`; draw the scores with "
             "`auto_circuit.visualize`."
         )
-    _check_scores(model, prune_scores)
+    model.check_scores(prune_scores)
     masks = _circuit_masks(prune_scores, test_edge_counts, patch_type)
     clean_input = (patch_type == PatchType.TREE_PATCH) != reverse_clean_corrupt
     input_side: Side = "clean" if clean_input else "corrupt"
@@ -95,25 +95,3 @@ def _circuit_masks(
         is_tree = patch_type == PatchType.TREE_PATCH
         masks[n_edges] = {k: ~v for k, v in circuit.items()} if is_tree else circuit
     return masks
-
-
-def _check_scores(model: PatchableModel, prune_scores: PruneScores) -> None:
-    expected = {name: score.shape for name, score in model.new_prune_scores().items()}
-    for module_name, scores in prune_scores.items():
-        if module_name not in expected:
-            hint = near_matches(module_name, expected)
-            raise GraphError(
-                f"The scores name {module_name!r}, which is no destination.{hint}"
-            )
-        if scores.shape != expected[module_name]:
-            raise GraphError(
-                f"The scores of {module_name!r} have shape {tuple(scores.shape)}; the "
-                f"graph needs {tuple(expected[module_name])}, [position?, head?, source]."
-            )
-    missing = [name for name in expected if name not in prune_scores]
-    if missing:
-        raise GraphError(
-            f"The scores lack {len(missing)} of the graph's {len(expected)} destination "
-            f"modules, among them {missing[0]!r}. Start from "
-            "`model.new_prune_scores()`."
-        )

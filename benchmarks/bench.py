@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch as t
 import tyro
@@ -35,9 +36,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from auto_circuit.data import PromptDataLoader, PromptDataset
 from auto_circuit.prune import run_circuits, set_masks
 from auto_circuit.prune_algos.ACDC import removed_edges
+from auto_circuit.prune_algos.acdc_after_eap import acdc_after_eap_prune_scores
 from auto_circuit.prune_algos.activation_magnitude import (
     activation_magnitude_prune_scores,
 )
+from auto_circuit.prune_algos.circuit_probing import circuit_probing_prune_scores
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
@@ -51,10 +54,12 @@ from auto_circuit.prune_algos.integrated_gradients import (
 )
 from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
 from auto_circuit.prune_algos.matryoshka import matryoshka_prune_scores
+from auto_circuit.prune_algos.prompt_scores import mask_gradient_prompt_scores
 from auto_circuit.prune_algos.random_edges import random_prune_scores
 from auto_circuit.prune_algos.subnetwork_probing import subnetwork_probing_prune_scores
 from auto_circuit.types import Edge, PatchType
 from auto_circuit.utils.ablation_activations import src_ablations
+from auto_circuit.utils.backward_modifiers import gim_backward, relp_backward
 from auto_circuit.utils.graph_utils import (
     patch_mode,
     patchable_model,
@@ -96,7 +101,8 @@ class Case:
     run: Run
     plain: Plain
     budget: float | None = None
-    is_slow: bool = False
+    one_in: int = 1
+    """Slow cases are measured in one of so many rounds only."""
 
 
 class Bench:
@@ -142,6 +148,15 @@ class Bench:
 
         return run
 
+    def many_passes(self, n_forward_backward: int, n_timed: int = 20) -> Plain:
+        """Seconds of so many passes, as many times those of a few."""
+
+        def run(logits_to_keep: int) -> float:
+            few = partial(self.passes(0, n_timed), logits_to_keep)
+            return _seconds(few) * n_forward_backward / n_timed
+
+        return run
+
     # --------------------------------------------------------------------- the cases
 
     def patched(self, masks: dict[str, Tensor]) -> Run:
@@ -175,6 +190,13 @@ class Bench:
     def eap(self) -> None:
         edge_attribution_patching_prune_scores(self.model, self.loader, None)
 
+    def modified(self, modifier: Callable[[PatchableModel], Any]) -> Run:
+        def run() -> None:
+            with modifier(self.model):
+                self.eap()
+
+        return run
+
     def circuits(self) -> None:
         scores = random_prune_scores(self.model, None, None)
         sizes = [round(self.model.n_edges * 0.01 * 3**i) for i in range(N_SIZES)]
@@ -204,7 +226,9 @@ class Bench:
     def algorithms(self) -> list[Case]:
         """A row per algorithm: its time over that of the passes of its formula."""
         model, loader = self.model, self.loader
-        n_sublayers = len(model.src_wrappers)
+        n_sublayers, n_srcs = len(model.src_wrappers), len(model.srcs)
+
+        probing = {"epochs": N_STEPS, "circuit_sizes": (100, 1000)}
 
         def scores(func: Callable[..., object], **settings: object) -> Run:
             return lambda: func(model, loader, None, **settings) and None
@@ -214,6 +238,18 @@ class Bench:
                 "activation magnitude: F",
                 scores(activation_magnitude_prune_scores),
                 self.passes(1),
+            ),
+            Case(
+                "EAP of every prompt: 2 F + Bk",
+                lambda: mask_gradient_prompt_scores(model, loader, "logit", "avg_diff")
+                and None,
+                self.passes(1, 1),
+            ),
+            Case(
+                "EAP with GIM: 2 F + Bk", self.modified(gim_backward), self.passes(1, 1)
+            ),
+            Case(
+                "EAP with RelP: 2 F + Bk", self.modified(relp_backward), self.passes(1, 1)
             ),
             Case(
                 "head importance (HISP): 2 F + Bk",
@@ -249,7 +285,18 @@ class Bench:
                 ),
                 self.passes(1, n_sublayers),
                 1.9,
-                is_slow=True,
+                one_in=4,
+            ),
+            Case(
+                f"EAP-IG sources: {n_srcs} (F + Bk)",
+                scores(
+                    activation_integrated_gradients_prune_scores,
+                    integrated_grad_samples=1,
+                    share_passes=False,
+                ),
+                self.many_passes(n_srcs),
+                1.9,
+                one_in=20,
             ),
             Case(
                 "clean-corrupt: 2 F + 2 (F + Bk)",
@@ -260,6 +307,15 @@ class Bench:
             Case("exact patching, an edge: F", self.exact_edge, self.forward, 0.7),
             Case("ACDC, an edge: F", self.acdc_edge, self.forward, 0.7),
             Case(
+                f"ACDC after EAP: 2 F + Bk + {N_EDGES} F",
+                scores(
+                    acdc_after_eap_prune_scores, n_candidates=N_EDGES, thresholds=(1e-4,)
+                ),
+                self.passes(1 + N_EDGES, 1),
+                0.7,
+                one_in=4,
+            ),
+            Case(
                 f"subnetwork probing: 2 F + {N_STEPS} (F + Bk)",
                 scores(
                     subnetwork_probing_prune_scores,
@@ -267,6 +323,18 @@ class Bench:
                     tree_optimisation=True,
                 ),
                 self.passes(2, N_STEPS),
+                1.9,
+            ),
+            Case(
+                f"circuit probing, 2 sizes: 4 F + {2 * N_STEPS} (F + Bk)",
+                scores(circuit_probing_prune_scores, **probing, tree_optimisation=False),
+                self.passes(4, 2 * N_STEPS),
+                1.9,
+            ),
+            Case(
+                f"tree probing, 2 sizes: 4 F + {2 * N_STEPS} (F + Bk)",
+                scores(circuit_probing_prune_scores, **probing, tree_optimisation=True),
+                self.passes(4, 2 * N_STEPS),
                 1.9,
             ),
             Case(
@@ -325,9 +393,10 @@ def main(config: BenchConfig) -> None:
 
 
 def _measure(case: Case, rounds: int) -> dict[str, str | float | None]:
-    case.run()
+    if case.one_in == 1:
+        case.run()
     times, plain_times, lean_times = [], [], []
-    for _ in range(1 + (rounds // 4 if case.is_slow else rounds)):
+    for _ in range(1 + rounds // case.one_in):
         plain_times.append(_seconds(lambda: case.plain(0)))
         lean_times.append(_seconds(lambda: case.plain(1)))
         times.append(_seconds(case.run))

@@ -29,7 +29,7 @@ from auto_circuit.prune_algos.mask_gradient import (
     LOGPROB_DIFF_GRAD_PRUNE_ALGO,
     LOGPROB_GRAD_PRUNE_ALGO,
 )
-from auto_circuit.prune_algos.prune_algos import find_prune_algo
+from auto_circuit.prune_algos.prune_algos import PRUNE_ALGOS, find_prune_algo
 from auto_circuit.prune_algos.random_edges import random_prune_scores
 from auto_circuit.tasks import POCKET_IOI_TASK
 from auto_circuit.types import MeasurementRow, PatchType
@@ -107,7 +107,7 @@ def test_the_default_sweep_in_two_processes(tmp_path: Path) -> None:
         check_shown(path)
 
 
-QUICK_GRADIENT_ALGOS = ("EAP", "EAP (MSE)", "Clean-Corrupt", "HISP")
+QUICK_GRADIENT_ALGOS = ("EAP", "Clean-Corrupt", "HISP")
 LONG_GRADIENT_ALGOS = (
     *("IEG", "EAP-IG inputs", "EAP-IG activations", "EAP-IG sources"),
     LOGPROB_GRAD_PRUNE_ALGO.short_name,
@@ -149,8 +149,31 @@ def test_named_experiments_name_what_exists() -> None:
         tasks, algos, metrics = experiments._named(config)
         assert tasks and algos and metrics
     reverse = experiments.TRACR_REVERSE.algos
-    assert {"SEP", "STP", "CP", "TP", "EP", "MAttr"} <= set(reverse)
-    assert {*QUICK_GRADIENT_ALGOS, *LONG_GRADIENT_ALGOS} <= set(reverse)
+    found = {"SEP", "STP", "CP", "TP", "EP", "MAttr", "ACDC quick", "Exact"}
+    found |= {*QUICK_GRADIENT_ALGOS, *LONG_GRADIENT_ALGOS}
+    assert found <= set(reverse)
+    # Every algorithm is in one of the two reports.
+    proportion = experiments.TRACR_XPROPORTION.algos
+    left_out = {a.short_name for a in PRUNE_ALGOS} - {*reverse, *proportion}
+    assert left_out == {"ACDC"}
+
+
+@pytest.mark.slow
+def test_the_report_on_numbers(tmp_path: Path) -> None:
+    """`experiments.py tracr-xproportion` as it is: the circuit is found by all but three.
+
+    EAP's gradient is that of an error of nearly 0; HISP ranks nodes.
+    """
+    results = run_experiment(replace(experiments.TRACR_XPROPORTION, out=tmp_path))
+    summary = results.summary.set_index("algorithm")["auroc"]
+    assert set(summary.index) == set(experiments.TRACR_XPROPORTION.algos)
+    cannot = {"Act Mag", "Random", "EAP (MSE)", "HISP (MSE)"}
+    assert (summary.drop(list(cannot)) == 1.0).all()
+    assert summary["EAP (MSE)"] > 0.9
+    console = Console(record=True, width=120)
+    experiments.print_summary(results, console)
+    text = console.export_text()
+    assert "AUROC" in text and "logit diff" not in text
 
 
 def test_eap_finds_the_ioi_circuit_and_chance_does_not() -> None:

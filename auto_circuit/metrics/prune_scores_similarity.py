@@ -24,6 +24,7 @@ from auto_circuit.metrics.official_circuits.known_circuits import tasks_with_cir
 from auto_circuit.metrics.protocols import PrunableTask
 from auto_circuit.metrics.prune_scores_similarity_plot import Figure, similarity_fig
 from auto_circuit.types import AlgoKey, AlgoPruneScores, TaskKey, TaskPruneScores
+from auto_circuit.utils.edge_counts import listed_edge_counts
 from auto_circuit.utils.tensor_ops import (
     circuit_mask,
     desc_prune_scores,
@@ -35,13 +36,13 @@ AlgoSimilarities = dict[int, dict[AlgoKey, dict[AlgoKey, float]]]
 
 
 def prune_score_similarities(
-    algo_prune_scores: AlgoPruneScores, edge_counts: Sequence[int]
+    algo_prune_scores: AlgoPruneScores, edge_counts: Sequence[int | float]
 ) -> AlgoSimilarities:
     """The similarity, in [0, 1], of the circuits of each two algorithms; see the module.
 
     algo_prune_scores: algorithm key -> scores, all of one graph.
-    edge_counts: the sizes of the circuits that are compared. Circuits of 0 edges are
-        empty, so they are the same: 1.
+    edge_counts: the sizes of the circuits that are compared; a float is a share of all
+        edges. Circuits of 0 edges are empty, so they are the same: 1.
 
     Returns {size: {first: {second: similarity}}}: each pair once, the first before the
     second in `algo_prune_scores` or the same. Raises ConfigError without sizes,
@@ -53,13 +54,14 @@ def prune_score_similarities(
             "`edge_counts` is empty; give the sizes of the circuits to compare, such as "
             "[10, 100]."
         )
-    _check_same_graph(algo_prune_scores)
+    n_edges = _check_same_graph(algo_prune_scores)
+    sizes = listed_edge_counts(n_edges, edge_counts, "edge_counts")
     circuits = {
-        algo: _circuits(prune_scores, edge_counts)
+        algo: _circuits(prune_scores, sizes)
         for algo, prune_scores in algo_prune_scores.items()
     }
     similarities: AlgoSimilarities = {
-        edge_count: {algo: {} for algo in circuits} for edge_count in edge_counts
+        size: {algo: {} for algo in circuits} for size in sizes
     }
     for edge_count, by_algo in similarities.items():
         for first, second in combinations_with_replacement(circuits, 2):
@@ -71,7 +73,7 @@ def prune_score_similarities(
 
 def task_prune_scores_similarities(
     task_prune_scores: TaskPruneScores,
-    edge_counts: Sequence[int],
+    edge_counts: Sequence[int | float],
     true_edge_counts: bool = False,
     *,
     tasks: Sequence[PrunableTask] | None = None,
@@ -96,7 +98,7 @@ def task_prune_scores_similarities(
 
 def prune_score_similarities_plotly(
     task_prune_scores: TaskPruneScores,
-    edge_counts: Sequence[int],
+    edge_counts: Sequence[int | float],
     ground_truths: bool = False,
     *,
     tasks: Sequence[PrunableTask] | None = None,
@@ -136,7 +138,10 @@ def _similarity(first: Bool[Tensor, "edges"], second: Bool[Tensor, "edges"]) -> 
     return int(t.logical_and(first, second).sum()) / larger if larger > 0 else 1.0
 
 
-def _check_same_graph(algo_prune_scores: AlgoPruneScores) -> None:
+def _check_same_graph(algo_prune_scores: AlgoPruneScores) -> int:
+    """The number of edges of the graph that all scores are of."""
+    if not algo_prune_scores:
+        raise ConfigError("There are no scores to compare: `algo_prune_scores` is empty.")
     shapes = {
         algo: {name: tuple(scores.shape) for name, scores in prune_scores.items()}
         for algo, prune_scores in algo_prune_scores.items()
@@ -149,3 +154,4 @@ def _check_same_graph(algo_prune_scores: AlgoPruneScores) -> None:
                 "their modules or shapes differ. Compare algorithms on one model, made "
                 "patchable in one way."
             )
+    return flat_prune_scores(next(iter(algo_prune_scores.values()))).numel()

@@ -33,6 +33,7 @@ def acdc_after_eap_prune_scores(
     official_edges: Collection[Edge] | None,
     n_candidates: int = 200,
     thresholds: Sequence[float] = (1e-3, 1e-2),
+    all_edges_up_to: int = 0,
 ) -> PruneScores:
     """The lowest threshold at which each candidate is taken out; 0 for all other edges.
 
@@ -42,6 +43,8 @@ def acdc_after_eap_prune_scores(
 
     n_candidates: the edges with the largest |score| of edge attribution patching, and all
         that tie with the last of them; all edges, if there are no more.
+    all_edges_up_to: in a graph of no more edges than this, all are candidates: then it is
+        ACDC itself.
 
     Raises ConfigError for fewer than 1 candidate, and without thresholds above 0. Not in
     auto-circuit.
@@ -50,6 +53,8 @@ def acdc_after_eap_prune_scores(
         raise ConfigError(f"`n_candidates` is {n_candidates}; expected at least 1.")
     if not thresholds or min(thresholds) <= 0:
         raise ConfigError(f"The thresholds are {thresholds}; expected some, all above 0.")
+    if model.n_edges <= all_edges_up_to:
+        n_candidates = model.n_edges
     eap = edge_attribution_patching_prune_scores(model, dataloader, official_edges)
     chosen, _ = circuit_mask(eap, min(n_candidates, model.n_edges))
     candidates = [e for e in model.edges if chosen[e.dest.module_name][e.patch_idx]]
@@ -71,3 +76,10 @@ ACDC_AFTER_EAP_PRUNE_ALGO = PruneAlgo(
     _short_name="ACDC after EAP",
     func=partial(acdc_after_eap_prune_scores, n_candidates=200),
 )
+QUICK_ACDC_PRUNE_ALGO = PruneAlgo(
+    key="ACDC (quick)",
+    name="ACDC (quick)",
+    _short_name="ACDC quick",
+    func=partial(acdc_after_eap_prune_scores, n_candidates=200, all_edges_up_to=2000),
+)
+"""ACDC on all edges of a small graph, and on 200 candidates of a larger one."""

@@ -125,14 +125,7 @@ def node_scores(model: PatchableModel, prune_scores: PruneScores) -> NodeScores:
     For gradient scores in a factorized graph that is the score of patching the node as a
     whole, to first order. Raises GraphError for scores that do not fit the model.
     """
-    expected = {name: score.shape for name, score in model.new_prune_scores().items()}
-    found = {name: score.shape for name, score in prune_scores.items()}
-    if found != expected:
-        wrong = sorted(set(found.items()) ^ set(expected.items()))
-        raise GraphError(
-            f"The scores do not fit the model's graph; the first difference: {wrong[0]}. "
-            "Start from `model.new_prune_scores()`."
-        )
+    model.check_scores(prune_scores)
     return _sum_over_edges(model, prune_scores)
 
 

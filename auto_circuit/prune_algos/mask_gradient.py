@@ -12,6 +12,7 @@ point (F + points * (F + Bk)).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from functools import partial
 
@@ -92,9 +93,11 @@ def _mask_values(
             "`integrated_grad_samples` (for integrated gradients); got "
             f"mask_val={mask_val}, integrated_grad_samples={integrated_grad_samples}."
         )
-    if integrated_grad_samples is None:
-        assert mask_val is not None
+    if mask_val is not None:
+        if not math.isfinite(mask_val):
+            raise ConfigError(f"`mask_val` is {mask_val}; expected a finite number.")
         return [mask_val]
+    assert integrated_grad_samples is not None
     if integrated_grad_samples < 1:
         raise ConfigError(
             f"`integrated_grad_samples` is {integrated_grad_samples}; expected at least 1."

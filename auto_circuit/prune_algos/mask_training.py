@@ -145,13 +145,15 @@ def warm_start_logits(
     They fall with the logarithm of the rank, from `highest` for the edge with the largest
     |score| to minus that for the last one. Edges with the same |score| have the same logit.
 
-    warm_start: scores, or the algorithm that finds them, on the same prompts.
+    warm_start: scores, or the algorithm that finds them, on the same prompts. Raises
+        GraphError for scores of another graph.
 
     Source: Edge Pruning that EAP-IG warm-starts, arXiv 2510.06811. Differs from it: the
     ranks of the scores count, not their sizes.
     """
     if isinstance(warm_start, PruneAlgo):
         warm_start = warm_start.func(model, dataloader, None)
+    model.check_scores(warm_start)
     ascending = desc_prune_scores(warm_start).flip(0)
     n_edges = len(ascending)
     logits = {}

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from auto_circuit.errors import ConfigError
 from auto_circuit.types import AlgoKey, PruneScores
@@ -41,19 +42,23 @@ def with_squared_error(algo: PruneAlgo) -> PruneAlgo:
     algorithm that has neither an `answer_function` nor a `faithfulness_target`.
     """
     parameters = inspect.signature(algo.func).parameters
+    options: dict[str, Any] = {}
     if "answer_function" in parameters:
-        func = partial(algo.func, grad_function="logit", answer_function="mse")
+        options = {"grad_function": "logit", "answer_function": "mse"}
     elif "faithfulness_target" in parameters:
-        func = partial(algo.func, faithfulness_target="mse")
+        options = {"faithfulness_target": "mse"}
     else:
         raise ConfigError(
             f"The algorithm {algo.key!r} has no `answer_function` and no "
             "`faithfulness_target` that could be the squared error."
         )
+    warm_start = parameters["warm_start"].default if "warm_start" in parameters else None
+    if isinstance(warm_start, PruneAlgo):
+        options["warm_start"] = with_squared_error(warm_start)
     return PruneAlgo(
         key=f"MSE {algo.key}",
         name=f"MSE {algo.name}",
-        func=func,
+        func=partial(algo.func, **options),
         _short_name=f"{algo.short_name} (MSE)",
         needs_true_edges=algo.needs_true_edges,
     )

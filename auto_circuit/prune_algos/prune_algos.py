@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from auto_circuit.errors import ConfigError, near_matches
 from auto_circuit.metrics.protocols import PrunableTask
 from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO, MSE_ACDC_PRUNE_ALGO
-from auto_circuit.prune_algos.acdc_after_eap import ACDC_AFTER_EAP_PRUNE_ALGO
+from auto_circuit.prune_algos.acdc_after_eap import (
+    ACDC_AFTER_EAP_PRUNE_ALGO,
+    QUICK_ACDC_PRUNE_ALGO,
+)
 from auto_circuit.prune_algos.activation_magnitude import ACT_MAG_PRUNE_ALGO
 from auto_circuit.prune_algos.circuit_probing import (
     CIRCUIT_PROBING_PRUNE_ALGO,
@@ -92,6 +95,7 @@ PRUNE_ALGOS: tuple[PruneAlgo, ...] = (
     ACDC_PRUNE_ALGO,
     MSE_ACDC_PRUNE_ALGO,
     ACDC_AFTER_EAP_PRUNE_ALGO,
+    QUICK_ACDC_PRUNE_ALGO,
     EXACT_EDGE_PATCHING_PRUNE_ALGO,
     INTEGRATED_EDGE_GRADS_LOGIT_DIFF_PRUNE_ALGO,
     LOGPROB_GRAD_PRUNE_ALGO,

@@ -64,12 +64,15 @@ def _default_rule(n_edges: int, prune_scores: PruneScores | None) -> EdgeCounts:
     return EdgeCounts.LOGARITHMIC if n_edges > LOGARITHMIC_FROM else EdgeCounts.ALL
 
 
-def listed_edge_counts(n_edges: int, counts: Sequence[int | float]) -> list[int]:
+def listed_edge_counts(
+    n_edges: int, counts: Sequence[int | float], name: str = "test_counts"
+) -> list[int]:
     """Exactly the sizes of a list of numbers of edges and shares, ascending.
 
-    Raises as `edge_counts_util` does, which may also put in 0 and all edges.
+    Raises as `edge_counts_util` does, which may also put in 0 and all edges; `name` is what
+    errors call the list.
     """
-    return sorted({_listed_count(count, n_edges) for count in counts})
+    return sorted({_listed_count(count, n_edges, f"`{name}`") for count in counts})
 
 
 def _rule_counts(
@@ -110,14 +113,14 @@ def _group_counts(n_edges: int, prune_scores: PruneScores | None) -> list[int]:
     return group_sizes.cumsum(0).tolist()
 
 
-def _listed_count(count: int | float, n_edges: int) -> int:
+def _listed_count(count: int | float, n_edges: int, where: str) -> int:
     if isinstance(count, bool) or not isinstance(count, Real):
-        raise ConfigError(f"`test_counts` has {count!r}, which is not a number.")
+        raise ConfigError(f"{where} has {count!r}, which is not a number.")
     if isinstance(count, Integral):
-        return _checked_count(int(count), n_edges, "`test_counts`")
+        return _checked_count(int(count), n_edges, where)
     if not 0.0 <= count <= 1.0:
         raise ConfigError(
-            f"`test_counts` has {count!r}; a float is a share of all edges, from 0.0 "
+            f"{where} has {count!r}; a float is a share of all edges, from 0.0 "
             "to 1.0. Give a number of edges as an int."
         )
     # The tolerance undoes rounding in the product: 0.29 * 100 is 28.999...

@@ -204,6 +204,30 @@ class PatchableModel(Module):
             scores[wrapper.module_name] = t.full_like(one, init_val)
         return scores
 
+    def check_scores(self, prune_scores: PruneScores) -> None:
+        """Raise GraphError for scores that are not of this graph: other names or shapes."""
+        expected = {name: zero.shape for name, zero in self.new_prune_scores().items()}
+        for module_name, scores in prune_scores.items():
+            if module_name not in expected:
+                hint = near_matches(module_name, expected)
+                raise GraphError(
+                    f"The scores name {module_name!r}, which is no destination.{hint} "
+                    "Were they made for another model?"
+                )
+            if scores.shape != expected[module_name]:
+                raise GraphError(
+                    f"The scores of {module_name!r} have shape {tuple(scores.shape)}; the "
+                    f"graph needs {tuple(expected[module_name])}, [position?, head?, "
+                    "source]. Were they made for another model?"
+                )
+        missing = [name for name in expected if name not in prune_scores]
+        if missing:
+            raise GraphError(
+                f"The scores lack {len(missing)} of the graph's {len(expected)} "
+                f"destination modules, among them {missing[0]!r}. Start from "
+                "`model.new_prune_scores()`."
+            )
+
     def circuit_prune_scores(
         self,
         edges: Collection[Edge | str] | None = None,

@@ -248,10 +248,9 @@ def answer_targets(
     a prompt, and for answers that do not fit the values.
     """
     answers = batch.answers
-    is_numbers = isinstance(answers, Tensor) and answers.is_floating_point()
-    if is_numbers and answers.shape == vals.shape:
-        return answers.to(vals)
-    if is_numbers:
+    if isinstance(answers, Tensor) and answers.is_floating_point():
+        if answers.shape == vals.shape:
+            return answers.to(vals)
         raise DataError(
             f"The answers are numbers of shape {tuple(answers.shape)}, and the output has "
             f"the shape {tuple(vals.shape)}; a squared error needs a number for each."

@@ -68,6 +68,10 @@ def test_the_order_of_modules_does_not_matter() -> None:
     assert found[3]["One"]["Other"] == pytest.approx(2 / 3)
 
 
+def test_sizes_can_be_shares() -> None:
+    assert prune_score_similarities(ALGOS, [0.5]) == prune_score_similarities(ALGOS, [3])
+
+
 def test_random_circuits_share_what_is_expected() -> None:
     generator = t.Generator().manual_seed(0)
     algos = {name: {"a": t.rand(10_000, generator=generator)} for name in "ab"}
@@ -78,8 +82,12 @@ def test_random_circuits_share_what_is_expected() -> None:
 def test_what_cannot_be_compared() -> None:
     with pytest.raises(ConfigError, match="`edge_counts` is empty"):
         prune_score_similarities(ALGOS, [])
-    with pytest.raises(GraphError, match="from 0 to 6"):
+    with pytest.raises(ConfigError, match="`algo_prune_scores` is empty"):
+        prune_score_similarities({}, [1])
+    with pytest.raises(GraphError, match="`edge_counts` has 7, .* only 6 edges"):
         prune_score_similarities(ALGOS, [7])
+    with pytest.raises(ConfigError, match="`edge_counts` has 1.5; a float is a share"):
+        prune_score_similarities(ALGOS, [1.5])
     with pytest.raises(GraphError, match="are NaN"):
         prune_score_similarities({"One": scores(t.nan, 0, 0, 0, 0, 0)}, [1])
     with pytest.raises(GraphError, match="'One' and of 'Small' are of different graphs"):

@@ -47,10 +47,11 @@ SHORT = {
     "circuit_size": 5,
     "circuit_sizes": (5, 20),
     "n_candidates": 50,
+    "all_edges_up_to": 0,
 }
-# A forward pass for each edge: two graphs are enough.
-ONE_BY_ONE = ("ACDC", "MSE ACDC", "Exact Edge Patching")
-ONE_BY_ONE_GRAPHS = ("gpt2", "micro positions")
+# A forward pass for each edge: not on the largest graphs.
+ONE_BY_ONE = ("ACDC", "MSE ACDC", "Exact Edge Patching", "MSE Exact Edge Patching")
+ONE_BY_ONE_GRAPHS = ("gpt2", "nodes", "micro positions")
 QUICK = (
     "Official Circuit",
     "Random",

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch as t
 
+from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.official_circuits.measure_roc import measure_task_roc, roc_auc
 from auto_circuit.model_utils.micro_model_utils import MicroModel
+from auto_circuit.prune_algos.prune_algo import with_squared_error
 from auto_circuit.prune_algos.prune_algos import (
     PRUNE_ALGOS,
     PruneAlgo,
@@ -107,7 +109,13 @@ def test_the_circuit_is_found(algo: PruneAlgo) -> None:
     "name",
     [
         *("EAP", "IEG", "EAP-IG inputs", "Clean-Corrupt"),
-        pytest.param("EP quick", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                *("EAP-IG activations", "EAP-IG sources", "Exact", "ACDC quick"),
+                *("EP quick", "STP quick", "MAttr quick"),
+            )
+        ),
     ],
 )
 def test_the_compiled_program_is_found(name: str) -> None:
@@ -129,40 +137,18 @@ def test_the_compiled_program_is_found(name: str) -> None:
     assert roc_auc(points, pessimistic=True) == 1.0
 
 
-# Quick ones; of the trainings, a shorter one shows it too.
-OF_NUMBERS: dict[str, dict[str, Any]] = {
-    "IEG (MSE)": {"integrated_grad_samples": 5},
-    "EAP-IG inputs (MSE)": {},
-    "Clean-Corrupt (MSE)": {},
-}
-OF_NUMBERS_SLOW: dict[str, dict[str, Any]] = {
-    "EAP-IG activations (MSE)": {},
-    "EAP-IG sources (MSE)": {},
-    "Exact (MSE)": {},
-    "ACDC (MSE)": {},
-    "SEP (MSE)": {"epochs": 60},
-    "STP (MSE)": {"epochs": 60},
-    "CP (MSE)": {"epochs": 60, "circuit_sizes": ("true_size",)},
-    "TP (MSE)": {"epochs": 60, "circuit_sizes": ("true_size",)},
-    "EP (MSE)": {"n_steps": 1000},
-    "MAttr (MSE)": {"n_steps": 1000},
-}
-
-
 @pytest.mark.parametrize(
     ("name", "fewer"),
     [
-        *OF_NUMBERS.items(),
-        *(
-            pytest.param(*each, marks=pytest.mark.slow)
-            for each in OF_NUMBERS_SLOW.items()
-        ),
+        ("IEG (MSE)", {"integrated_grad_samples": 5}),
+        ("EAP-IG inputs (MSE)", {}),
+        ("Clean-Corrupt (MSE)", {}),
     ],
 )
 def test_the_compiled_program_of_numbers_is_found(
     name: str, fewer: dict[str, Any]
 ) -> None:
-    """With their own settings, but for a shorter training."""
+    """The others of this kind: tests/test_experiments.py, as one report."""
     task = TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK
     known = task.true_edges
     assert known is not None
@@ -171,8 +157,12 @@ def test_the_compiled_program_of_numbers_is_found(
     assert roc_auc(points, pessimistic=True) == 1.0
 
 
-def test_no_algorithm_of_numbers_is_left_out() -> None:
-    """EAP's gradient is that of an error which is nearly 0; HISP ranks nodes."""
-    others = {"EAP (MSE)", "HISP (MSE)"}
-    compare_numbers = {a.short_name for a in PRUNE_ALGOS if "(MSE)" in a.short_name}
-    assert compare_numbers == {*OF_NUMBERS, *OF_NUMBERS_SLOW, *others}
+def test_any_algorithm_with_an_objective_can_compare_numbers() -> None:
+    """Its warm start too."""
+    task = TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK
+    quick = with_squared_error(find_prune_algo("EP quick"))
+    assert (quick.short_name, quick.key) == ("EP quick (MSE)", "MSE Edge Pruning (quick)")
+    scores = quick.func(task.model, task.train_loader, None, n_steps=4)
+    assert any((values != 0).any() for values in scores.values())
+    with pytest.raises(ConfigError, match="'Random' has no `answer_function`"):
+        with_squared_error(find_prune_algo("Random"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -287,6 +288,7 @@ def test_ablation_type_and_side() -> None:
     "options,message",
     [
         ({"mask_val": None}, "Give exactly one of `mask_val`"),
+        ({"mask_val": math.nan}, "`mask_val` is nan; expected a finite number"),
         ({"integrated_grad_samples": 5}, "Give exactly one of `mask_val`"),
         ({"mask_val": None, "integrated_grad_samples": 0}, "expected at least 1"),
     ],

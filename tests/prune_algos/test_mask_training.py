@@ -12,7 +12,7 @@ import torch as t
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.errors import ConfigError, GraphError, TrainingError
 from auto_circuit.prune_algos.circuit_probing import circuit_probing_prune_scores
-from auto_circuit.prune_algos.edge_pruning import train_edge_pruning
+from auto_circuit.prune_algos.edge_pruning import expected_gate, train_edge_pruning
 from auto_circuit.prune_algos.mask_training import (
     circuit_outputs,
     training_batches,
@@ -39,6 +39,10 @@ from auto_circuit.prune_algos.subnetwork_probing import (
 from auto_circuit.types import AblationType
 from auto_circuit.utils.graph_utils import patchable_model, set_all_masks
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import (
+    hard_concrete_expected_l0,
+    sample_hard_concrete,
+)
 from tests.micro import micro_model
 from tests.models import gpt2, state_snapshot
 from tests.test_prune import token_loader
@@ -65,6 +69,23 @@ def test_open_gates_let_the_clean_signal_in(side: Any, open_mask: float) -> None
                 outputs = circuit_outputs(graph, batch)
             t.testing.assert_close(outputs, batch.clean_outputs, **EXACT)
     set_all_masks(graph, 0.0)
+
+
+def test_a_training_in_edge_direction_begins_at_the_model_if_gates_are_open() -> None:
+    """And at the corrupt prompts' outputs, if they are shut."""
+    graph, loader = model(), token_loader()
+    first = {}
+    for init_val in (-30.0, 30.0):
+        training = train_subnetwork(
+            graph, loader, epochs=1, init_val=init_val, tree_optimisation=False
+        )
+        first[init_val] = training.steps[0].faithfulness
+    batch, *_ = training_batches(graph, loader, AblationType.RESAMPLE, "corrupt")
+    with t.no_grad():
+        corrupt = graph.sliced(batch.inputs, **batch.kwargs)
+    shut = faithfulness_loss("kl_div", corrupt, batch.batch, batch.clean_outputs)
+    assert first[-30.0] == pytest.approx(0, abs=1e-6)
+    assert first[30.0] == pytest.approx(float(shut), rel=1e-3) and shut > 1e-4
 
 
 @pytest.mark.parametrize("tree", [pytest.param(True, marks=pytest.mark.slow), False])
@@ -100,7 +121,8 @@ def test_the_penalty_is_the_expected_number_of_edges() -> None:
 
 
 @pytest.mark.slow
-def test_avoided_edges_score_lower() -> None:
+@pytest.mark.parametrize("tree", [True, False])
+def test_avoided_edges_score_lower(tree: bool) -> None:
     graph = model()
     avoided = [edge for edge in graph.edges if edge.src.name == "Resid Start"]
     means = []
@@ -112,7 +134,7 @@ def test_avoided_edges_score_lower() -> None:
             epochs=25,
             regularize_lambda=0.1,
             init_val=0.0,
-            tree_optimisation=True,
+            tree_optimisation=tree,
             avoid_edges=avoided,
             avoid_lambda=weight,
         )
@@ -215,6 +237,41 @@ def test_matryoshka_learns() -> None:
     losses = [step.loss for step in training.steps]
     assert sum(losses[-20:]) < sum(losses[:20])
     assert len({step.n_edges for step in training.steps}) > 20
+
+
+@pytest.mark.slow
+def test_half_precision_counts_its_edges_exactly() -> None:
+    """A sum of bfloat16 numbers has three digits; a sparsity needs more."""
+    graph = patchable_model(gpt2().bfloat16(), True, "last_seq", separate_qkv=True)
+    loader = token_loader()
+    probing = train_subnetwork(graph, loader, epochs=1, regularize_lambda=0, init_val=0.0)
+    share = float(hard_concrete_expected_l0(t.zeros(())))
+    assert probing.steps[0].n_edges == pytest.approx(share * graph.n_edges, rel=1e-5)
+    pruning = train_edge_pruning(
+        graph,
+        loader,
+        target_sparsity=0.9,
+        n_steps=300,
+        multiplier_learning_rate=20,
+        warmup_share=0.5,
+        warmup="geometric",
+    )
+    sparsity = 1 - pruning.steps[-1].n_edges / graph.n_edges
+    assert sparsity == pytest.approx(0.9, abs=0.005)
+
+
+def test_the_expected_gate_is_the_mean_of_samples() -> None:
+    generator = t.Generator().manual_seed(0)
+    logits = t.tensor([-4.0, -1.0, 0.0, 0.5, 3.0])
+    samples = sample_hard_concrete(logits, 100_000, generator=generator)
+    t.testing.assert_close(expected_gate(logits), samples.mean(0), atol=4e-3, rtol=0)
+
+
+def test_a_warm_start_from_another_graph() -> None:
+    with pytest.raises(GraphError, match="The scores name .*, which is no destination"):
+        train_subnetwork(
+            model(), token_loader(), warm_start=micro_model().new_prune_scores()
+        )
 
 
 # ------------------------------------------------------------------- losses and bad input

@@ -218,6 +218,33 @@ def test_candidates_are_the_best_edges() -> None:
         acdc_after_eap_prune_scores(model, loader, None, thresholds=(0.0,))
 
 
+def test_the_quick_variant_is_acdc_on_small_graphs() -> None:
+    model, loader = micro_model(), micro_loader([0.1, 0.2], 2)
+    exps = {"tao_exps": (-3, -2), "tao_bases": (1,)}
+    expected = acdc_prune_scores(model, loader, None, **exps)
+    whole = acdc_after_eap_prune_scores(model, loader, None, 4, all_edges_up_to=13)
+    assert len({float(score) for v in whole.values() for score in v.flatten()}) > 1
+    for name, scores in whole.items():
+        t.testing.assert_close(scores, expected[name])
+    candidates = acdc_after_eap_prune_scores(model, loader, None, 4, all_edges_up_to=12)
+    assert sum(int((values > 0).sum()) for values in candidates.values()) == 4
+
+
+@pytest.mark.slow
+def test_several_edges_at_once_of_prompts_of_different_lengths() -> None:
+    task = replace(POCKET_IOI_TASK, batch_size=4, batch_count=1)
+    batch = next(iter(task.train_loader))
+    assert batch.clean_attention_mask is not None
+    edges = list(task.model.edges)[::40]
+    one, many = (
+        edge_effects(task.model, task.train_loader, edges, edges_at_once=n)
+        for n in (1, 7)
+    )
+    assert max(abs(effect) for effect in one.values()) > 0.03
+    assert many == pytest.approx(one, abs=1e-4)
+    task.free()
+
+
 def test_acdc_options() -> None:
     model, loader = micro_model(), micro_loader()
     with pytest.raises(ConfigError, match="`test_mode`.*not supported"):

@@ -31,7 +31,9 @@ from auto_circuit.tasks import (
     Task,
 )
 from auto_circuit.types import Measurements, PatchType, PruneScores
+from auto_circuit.utils.backward_modifiers import gim_backward, relp_backward
 from auto_circuit.utils.edge_counts import edge_counts_util
+from auto_circuit.utils.patchable_model import PatchableModel
 
 pytestmark = pytest.mark.slow
 
@@ -144,6 +146,11 @@ def test_matryoshka_attribution_beats_edge_attribution_patching(task: Task) -> N
 # ------------------------------------------------------- estimates and exact effects
 
 
+def modified_eap(modifier: Any, model: PatchableModel, *args: Any) -> PruneScores:
+    with modifier(model):
+        return find_prune_algo("EAP").func(model, *args)
+
+
 GRADIENT_METHODS: dict[str, Callable[..., PruneScores]] = {
     "EAP": find_prune_algo("EAP").func,
     "IEG": partial(find_prune_algo("IEG").func, integrated_grad_samples=10),
@@ -151,7 +158,16 @@ GRADIENT_METHODS: dict[str, Callable[..., PruneScores]] = {
     "EAP-IG activations": find_prune_algo("EAP-IG activations").func,
     "EAP-IG sources": find_prune_algo("EAP-IG sources").func,
     "Clean-Corrupt": find_prune_algo("Clean-Corrupt").func,
+    "EAP (log prob)": find_prune_algo("EAP (log prob)").func,
+    "EAP (log prob diff)": find_prune_algo("EAP (log prob diff)").func,
+    "EAP, GIM": partial(modified_eap, gim_backward),
+    "EAP, RelP": partial(modified_eap, relp_backward),
+    "HISP": find_prune_algo("HISP").func,
 }
+
+
+# They pick the edges whose exact effects are compared, besides the sample.
+FINDERS = ("EAP", "IEG", "EAP-IG inputs", "EAP-IG activations", "EAP-IG sources")
 
 
 @pytest.mark.parametrize("task", POCKET_TASKS, ids=lambda task: task.key)
@@ -176,7 +192,7 @@ def test_integrated_gradients_are_nearer_to_the_exact_effects(task: Task) -> Non
     # All, or a random sample, and those that any method takes to be the largest.
     generator = t.Generator().manual_seed(0)
     sample = t.randperm(len(edges), generator=generator)[:1519].tolist()
-    largest = [v.abs().topk(60).indices.tolist() for v in estimates.values()]
+    largest = [estimates[n].abs().topk(60).indices.tolist() for n in FINDERS]
     idxs = sorted({*sample, *sum(largest, [])})
     some = [edges[idx] for idx in idxs]
     effects = edge_effects(one_batch.model, one_batch.train_loader, some)

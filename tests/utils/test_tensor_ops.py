@@ -13,8 +13,8 @@ from torch import Tensor
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.errors import DataError, GraphError
 from auto_circuit.utils.tensor_ops import (
-    answer_targets,
     UndefinedPercentWarning,
+    answer_targets,
     batch_answer_diff_percents,
     batch_answer_diffs,
     batch_answer_vals,
@@ -258,7 +258,7 @@ def test_targets_by_hand() -> None:
         (t.tensor([[3], [0]]), "from 0 to 3, but the output has the entries 0 to 2"),
     ],
 )
-def test_targets_that_do_not_fit(answers: Any, message: str) -> None:
+def test_targets_that_do_not_fit(answers: Tensor | list[Tensor], message: str) -> None:
     with pytest.raises(DataError, match=message):
         answer_targets(t.ones(2, 3), make_batch(answers, answers))
 

@@ -18,7 +18,7 @@ import torch as t
 from jaxtyping import Int
 from torch import Tensor
 
-from auto_circuit.errors import ConfigError, GraphError
+from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.official_circuits.known_circuits import tasks_with_circuits
 from auto_circuit.metrics.protocols import PrunableTask
 from auto_circuit.types import (
@@ -134,7 +134,7 @@ def _true_counts(
     model: PatchableModel, official_edges: Collection[Edge], prune_scores: PruneScores
 ) -> tuple[Int[Tensor, "groups"], Int[Tensor, "groups"]]:
     """(edges of the known circuit, all edges) in each circuit, best tie group first."""
-    _check_scores(model, prune_scores)
+    model.check_scores(prune_scores)
     n_true = len(set(official_edges))
     if not 0 < n_true < model.n_edges:
         raise ConfigError(
@@ -151,18 +151,6 @@ def _true_counts(
     magnitudes = (flat_prune_scores(prune_scores).cpu() * 1.0).abs()
     order = magnitudes.argsort(descending=True)
     return is_true[order].cumsum(0)[sizes - 1], sizes
-
-
-def _check_scores(model: PatchableModel, prune_scores: PruneScores) -> None:
-    expected = {name: tuple(mask.shape) for name, mask in model.patch_masks.items()}
-    found = {name: tuple(scores.shape) for name, scores in prune_scores.items()}
-    if found != expected:
-        wrong = sorted(set(expected.items()) ^ set(found.items()))[0][0]
-        raise GraphError(
-            f"The scores do not fit the model's graph: for {wrong!r} it needs the shape "
-            f"{expected.get(wrong)} (None: no such destination), and the scores have "
-            f"{found.get(wrong)}. Start from `model.new_prune_scores()`."
-        )
 
 
 def _check_points(points: Measurements) -> None:
