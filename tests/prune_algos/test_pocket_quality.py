@@ -25,7 +25,6 @@ from auto_circuit.prune_algos.exact_edge_patching import edge_effects
 from auto_circuit.prune_algos.prune_algos import find_prune_algo
 from auto_circuit.prune_algos.subnetwork_probing import subnetwork_probing_prune_scores
 from auto_circuit.tasks import (
-    POCKET_DOCSTRING_TASK,
     POCKET_IOI_TASK,
     POCKET_TASKS,
     Task,
@@ -216,6 +215,6 @@ def test_integrated_gradients_are_nearer_to_the_exact_effects(task: Task) -> Non
         if name.startswith("EAP-IG"):
             assert better.loc[name, "Spearman, 100 largest"]
     assert better.loc["EAP-IG sources", "Pearson"]
-    # The docstring task has 51,646 edges: which of the two is ahead depends on the sample.
-    assert better.loc["EAP-IG sources", "Spearman"] or task is POCKET_DOCSTRING_TASK
+    # Of all 51,646 edges of the docstring task: 0.826, and 0.821 for EAP.
+    assert better.loc["EAP-IG sources", "Spearman"]
     one_batch.free()
