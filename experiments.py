@@ -484,8 +484,7 @@ def print_robustness(
     shares = " / ".join(f"{100 * share:g}" for share in sorted(config.circuit_shares))
     table = Table(
         title="Verdicts: % of the task that the same circuit does in other tests",
-        caption=f"Circuits of {shares} % of the edges. * The experiment's own choices.\n"
-        "- Not possible: the prompts differ in length.",
+        caption=f"Circuits of {shares} % of the edges. * The experiment's own choices.",
     )
     table.add_column("Choice")
     table.add_column("Value")
@@ -503,7 +502,7 @@ def print_robustness(
                 for row in rows
                 if (row.task, row.algo, row.choice, row.value) == (*column, choice, value)
             )
-            or "-"
+            or "no: prompts differ in length"
             for column in columns
         ]
         shown = choice if choice != last_choice else ""

@@ -183,7 +183,8 @@ def robustness_rows(
         choices, token_positions=task.token_circuit if told_apart is None else told_apart
     )
     varied = variations(base)
-    if not _has_prompts_of_one_length(task):
+    alike = chosen_task(task, replace(base, token_positions=False))
+    if _is_padded(alike):
         if base.token_positions:
             raise ConfigError(
                 f"The prompts of task {task.key!r} have different lengths, so positions "
@@ -191,19 +192,17 @@ def robustness_rows(
                 "False), or choose another task, such as 'Pocket IOI Tokens'."
             )
         varied = [v for v in varied if not v.choices.token_positions]
-    base_task = chosen_task(task, base)
-    model = base_task.model
+    # One model under all graphs: what it does unpatched is the same.
     graphs = {
         _graph_kind(variation.choices): replace(
-            chosen_task(task, variation.choices), _model_def=model.wrapped_model
+            chosen_task(task, variation.choices), _model_def=alike.model.wrapped_model
         )
         for variation in varied
-        if _graph_kind(variation.choices) != _graph_kind(base)
     }
     for graph in graphs.values():
         graph.model  # Loads now, so that errors come before the work.  # noqa: B018
-    graphs[_graph_kind(base)] = base_task
-    # One model under all graphs: what it does unpatched is the same.
+    base_task = graphs[_graph_kind(base)]
+    model = base_task.model
     full = FullModelOuts(model, base_task.test_loader)
     rows = []
     for algo, prune_scores in find_scores(base_task).items():
@@ -235,12 +234,11 @@ def robustness_rows(
     return rows
 
 
-def _has_prompts_of_one_length(task: Task) -> bool:
-    """Is nothing padded?"""
-    alike = chosen_task(task, Choices(token_positions=False))
-    return all(
-        mask is None
-        for loader in (alike.train_loader, alike.test_loader)
+def _is_padded(task: Task) -> bool:
+    """Do its prompts differ in length?"""
+    return any(
+        mask is not None
+        for loader in (task.train_loader, task.test_loader)
         for batch in loader
         for mask in (batch.clean_attention_mask, batch.corrupt_attention_mask)
     )
