@@ -29,6 +29,8 @@ def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
     if config.getoption("--runslow"):
+        # The longest one first, so that no process waits for it in the end.
+        items.sort(key=lambda item: "default_sweep_in_two" not in item.name)
         return
     for item in items:
         if "slow" in item.keywords:
