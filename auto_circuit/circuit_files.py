@@ -55,10 +55,7 @@ def scored_edges(
     Makes Edges only of these, so it is fast on large graphs. Raises GraphError for
     scores that do not fit the graph, or are not numbers (NaN).
     """
-    model.check_scores(prune_scores)
-    for name, scores in prune_scores.items():
-        if scores.isnan().any():
-            raise GraphError(f"The scores of {name!r} hold NaN, which has no rank.")
+    _check_ranked(model, prune_scores)
     dests = {(dest.module_name, dest.head_idx): dest for dest in model.dests}
     found = []
     for module_name, raw_scores in prune_scores.items():
@@ -71,6 +68,13 @@ def scored_edges(
             src = model.srcs[dest.min_src_idx + idx[-1]]
             found.append((Edge(src, dest, idx[0] if model.seq_len else None), value))
     return sorted(found)
+
+
+def _check_ranked(model: PatchableModel, prune_scores: PruneScores) -> None:
+    model.check_scores(prune_scores)
+    for name, scores in prune_scores.items():
+        if scores.isnan().any():
+            raise GraphError(f"The scores of {name!r} hold NaN, which has no rank.")
 
 
 class _EdgeFinder:
@@ -310,10 +314,7 @@ def save_mib_circuit(
     """
     suffix = _mib_suffix(path)
     graph = _mib_graph(model)
-    model.check_scores(prune_scores)
-    for name, scores in prune_scores.items():
-        if scores.isnan().any():
-            raise GraphError(f"The scores of {name!r} hold NaN, which has no rank.")
+    _check_ranked(model, prune_scores)
     if any(not scores.isfinite().all() for scores in prune_scores.values()):
         raise GraphError(
             "The MIB format has no place for infinite scores: replace them by a number "

@@ -377,11 +377,12 @@ class _PromptFile:
 def _read_files(paths: Sequence[Path]) -> _PromptFile:
     if not paths:
         raise ConfigError("`path` is an empty list; give at least one prompt file.")
-    files = [_read_file(path) for path in paths]
+    files = [read_prompt_file(path) for path in paths]
     return replace(files[0], prompts=[p for file in files for p in file.prompts])
 
 
-def _read_file(path: Path) -> _PromptFile:
+def read_prompt_file(path: Path) -> _PromptFile:
+    """The checked content of a prompt file. Raises DataError, which says what is wrong."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

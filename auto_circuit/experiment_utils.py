@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -11,7 +10,11 @@ from typing import Literal, NamedTuple, get_args
 import torch as t
 from transformer_lens.model_bridge import TransformerBridge
 
-from auto_circuit.data import PromptDataLoader, load_datasets_from_json
+from auto_circuit.data import (
+    PromptDataLoader,
+    load_datasets_from_json,
+    read_prompt_file,
+)
 from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.metrics.official_circuits.circuits.ioi_official import (
     ioi_head_based_official_edges,
@@ -210,7 +213,7 @@ def _ioi_prompt_file(template: IoiOrder, template_idx: int, n_prompts: int) -> P
         )
     name = f"ioi_{template}_template_{template_idx}_prompts"
     path = repo_path_to_abs_path(f"datasets/ioi/{name}.json")
-    n_found = len(json.loads(path.read_text())["prompts"]) if path.exists() else 0
+    n_found = len(read_prompt_file(path).prompts) if path.exists() else 0
     if n_found < n_prompts:
         raise DataError(
             f"The study needs {n_prompts} prompts, and the file {path} "

@@ -183,7 +183,8 @@ def robustness_rows(
         choices, token_positions=task.token_circuit if told_apart is None else told_apart
     )
     varied = variations(base)
-    alike = chosen_task(task, replace(base, token_positions=False))
+    all_alike = replace(base, token_positions=False)
+    alike = chosen_task(task, all_alike)
     if _is_padded(alike):
         if base.token_positions:
             raise ConfigError(
@@ -198,7 +199,7 @@ def robustness_rows(
             chosen_task(task, variation.choices), _model_def=alike.model.wrapped_model
         )
         for variation in varied
-    }
+    } | {_graph_kind(all_alike): alike}
     for graph in graphs.values():
         graph.model  # Loads now, so that errors come before the work.  # noqa: B018
     base_task = graphs[_graph_kind(base)]

@@ -227,7 +227,6 @@ class Bench:
         """A row per algorithm: its time over that of the passes of its formula."""
         model, loader = self.model, self.loader
         n_sublayers, n_srcs = len(model.src_wrappers), len(model.srcs)
-
         probing = {"epochs": N_STEPS, "circuit_sizes": (100, 1000)}
 
         def scores(func: Callable[..., object], **settings: object) -> Run:

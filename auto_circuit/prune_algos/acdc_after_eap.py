@@ -53,11 +53,10 @@ def acdc_after_eap_prune_scores(
         raise ConfigError(f"`n_candidates` is {n_candidates}; expected at least 1.")
     if not thresholds or min(thresholds) <= 0:
         raise ConfigError(f"The thresholds are {thresholds}; expected some, all above 0.")
-    if model.n_edges <= all_edges_up_to:
-        n_candidates = model.n_edges
-    eap = edge_attribution_patching_prune_scores(model, dataloader, official_edges)
-    chosen, _ = circuit_mask(eap, min(n_candidates, model.n_edges))
-    candidates = [e for e in model.edges if chosen[e.dest.module_name][e.patch_idx]]
+    if model.n_edges <= max(n_candidates, all_edges_up_to):
+        candidates = list(model.edges)
+    else:
+        candidates = _best_edges(model, dataloader, n_candidates)
     (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
     scores = model.new_prune_scores()
     for edge in candidates:
@@ -68,6 +67,14 @@ def acdc_after_eap_prune_scores(
         ):
             scores[edge.dest.module_name][edge.patch_idx] = threshold
     return scores
+
+
+def _best_edges(
+    model: PatchableModel, dataloader: PromptDataLoader, n_edges: int
+) -> list[Edge]:
+    eap = edge_attribution_patching_prune_scores(model, dataloader, None)
+    chosen, _ = circuit_mask(eap, n_edges)
+    return [e for e in model.edges if chosen[e.dest.module_name][e.patch_idx]]
 
 
 ACDC_AFTER_EAP_PRUNE_ALGO = PruneAlgo(

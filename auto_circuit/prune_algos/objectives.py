@@ -110,8 +110,8 @@ def faithfulness_loss(
 
     outputs, clean_outputs: logits of the circuit and of the full model [batch *pos vocab].
     kl_div: KL(model || circuit), nats. mse: to the answers, as in `answer_loss`. answer,
-    wrong_answer: minus that logit. correct_percent: minus the share of prompts whose answer is the
-    likeliest word, smoothed to sigmoid(answer - best other), so that it has a gradient.
+    wrong_answer: minus that logit. correct_percent: minus the share of prompts whose answer
+    is the likeliest word, smoothed to sigmoid(answer - best other), so that it has a gradient.
     logit_diff_percent: |100 - the circuit's answer difference in % of the model's|.
     logit_diff: minus the answer difference, logits: more than the model's is welcome.
 

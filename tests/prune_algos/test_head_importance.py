@@ -172,7 +172,9 @@ def test_other_graphs_and_state(factorized: bool) -> None:
 def test_wrong_shapes() -> None:
     model = micro_model()
     scores = model.new_prune_scores()
-    with pytest.raises(GraphError, match="'output'"):
+    with pytest.raises(
+        GraphError, match="'output' have shape .4,.; the graph needs .5,."
+    ):
         node_scores(model, scores | {"output": t.zeros(4)})
     with pytest.raises(GraphError, match=r"shape \(4,\); the graph needs \(5,\)"):
         edge_scores_of_nodes(model, t.zeros(4))

@@ -166,7 +166,7 @@ GRADIENT_METHODS: dict[str, Callable[..., PruneScores]] = {
 
 
 # They pick the edges whose exact effects are compared, besides the sample.
-FINDERS = ("EAP", "IEG", "EAP-IG inputs", "EAP-IG activations", "EAP-IG sources")
+FINDERS = tuple(GRADIENT_METHODS)[:6]
 
 
 @pytest.mark.parametrize("task", POCKET_TASKS, ids=lambda task: task.key)
