@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run robustness test lint format bench pocket-model datasets lock clean
+.PHONY: help run robustness test fuzz lint format bench pocket-model datasets lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -35,6 +35,11 @@ lint: $(VENV)/.stamp-dev  ## check format, lint, types, spelling, layers and loc
 	$(BIN)/codespell
 	$(BIN)/lint-imports
 	$(BIN)/poetry check --lock
+
+FUZZ_EXAMPLES ?= 10000
+fuzz: $(VENV)/.stamp-dev  ## try many random inputs on every public reader
+	FUZZ=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	  -o addopts= --import-mode=importlib -n 2 --dist worksteal tests/fuzz $(ARGS)
 
 format: $(VENV)/.stamp-dev  ## format the code and repair what ruff can
 	$(BIN)/ruff check --fix .

@@ -30,12 +30,12 @@ import torch as t
 from torch import Tensor
 
 from auto_circuit.errors import ConfigError, DataError, GraphError, near_matches
+from auto_circuit.files import path_in_folder
 from auto_circuit.model_utils.transformer_lens_utils import (
     has_parallel_attention,
     n_kv_heads,
 )
 from auto_circuit.types import DestNode, Edge, PruneScores, SrcNode
-from auto_circuit.utils.misc import path_in_folder
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import circuit_mask
 

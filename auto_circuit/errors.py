@@ -30,6 +30,10 @@ class ConfigError(AutoCircuitError, ValueError):
     """An argument or a configuration field has a value that makes no sense."""
 
 
+class FileError(AutoCircuitError, OSError):
+    """A file or folder cannot be read or written."""
+
+
 class TrainingError(AutoCircuitError, ArithmeticError):
     """A training of masks has diverged."""
 

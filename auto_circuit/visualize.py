@@ -22,8 +22,8 @@ import plotly.graph_objects as go
 
 from auto_circuit.circuit_files import ScoredEdge, scored_edges
 from auto_circuit.errors import ConfigError
+from auto_circuit.files import path_in_folder
 from auto_circuit.types import PruneScores
-from auto_circuit.utils.misc import path_in_folder
 from auto_circuit.utils.patchable_model import PatchableModel
 
 Orientation = Literal["h", "v"]

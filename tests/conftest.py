@@ -19,6 +19,10 @@ import torch  # noqa: E402
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+# Property tests run in processes of their own (see `tests/fuzz/conftest.py`).
+collect_ignore = [] if "FUZZ" in os.environ else ["fuzz"]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--runslow", action="store_true", default=False, help="run the slow tests too"

@@ -17,6 +17,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from auto_circuit.checks import check_choice
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.mask_training import (
@@ -24,7 +25,6 @@ from auto_circuit.prune_algos.mask_training import (
     check_positive,
     training_batches,
 )
-from auto_circuit.prune_algos.objectives import check_choice
 from auto_circuit.prune_algos.one_by_one import edges_from_the_end, trial
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores

@@ -10,13 +10,13 @@ from collections.abc import Collection
 import torch as t
 from torch import Tensor
 
+from auto_circuit.checks import check_choice
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.prune_algos.mask_training import TrainingBatch
 from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
     answer_loss,
-    check_choice,
 )
 from auto_circuit.prune_algos.one_by_one import chunks, edges_from_the_end, trial
 from auto_circuit.prune_algos.prune_algo import PruneAlgo

@@ -18,13 +18,13 @@ import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
+from auto_circuit.checks import check_choice
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.errors import GraphError
 from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
     answer_loss,
-    check_choice,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, DestNode, Edge, PruneScores, SrcNode

@@ -30,12 +30,12 @@ import torch as t
 from torch import Tensor
 from torch.nn import Module
 
+from auto_circuit.checks import check_choice
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
-    check_choice,
     clean_loss_sum,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo

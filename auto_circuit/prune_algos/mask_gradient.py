@@ -16,12 +16,12 @@ import math
 from collections.abc import Collection
 from functools import partial
 
+from auto_circuit.checks import check_choice
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
-    check_choice,
     clean_loss_sum,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo

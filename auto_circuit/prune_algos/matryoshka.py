@@ -19,6 +19,7 @@ import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
+from auto_circuit.checks import check_choice
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.mask_training import (
@@ -33,7 +34,6 @@ from auto_circuit.prune_algos.mask_training import (
 )
 from auto_circuit.prune_algos.objectives import (
     FaithfulnessTarget,
-    check_choice,
     faithfulness_loss,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch as t
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from auto_circuit.data import PromptPairBatch
-from auto_circuit.errors import ConfigError
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
     answer_margins,
@@ -32,13 +31,6 @@ FaithfulnessTarget = Literal[
     "logit_diff_percent",
     "logit_diff",
 ]
-
-
-def check_choice(name: str, value: object, choices: object) -> None:
-    """Raise ConfigError unless `value` is one of a Literal's values."""
-    if value not in get_args(choices):
-        known = ", ".join(repr(choice) for choice in get_args(choices))
-        raise ConfigError(f"`{name}` is {value!r}; expected one of {known}.")
 
 
 def answer_values(outputs: Tensor, grad_function: GradFunction) -> Tensor:

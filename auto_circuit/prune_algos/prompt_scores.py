@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import torch as t
 
+from auto_circuit.checks import check_choice
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
-    check_choice,
     clean_loss_sum,
 )
 from auto_circuit.types import AblationType, PruneScores

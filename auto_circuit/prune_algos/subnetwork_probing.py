@@ -20,6 +20,7 @@ from typing import Literal
 import torch as t
 from torch import Tensor
 
+from auto_circuit.checks import check_choice
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.integrated_gradients import (
@@ -43,7 +44,6 @@ from auto_circuit.prune_algos.mask_training import (
 )
 from auto_circuit.prune_algos.objectives import (
     FaithfulnessTarget,
-    check_choice,
     faithfulness_loss,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo

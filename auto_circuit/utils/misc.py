@@ -56,14 +56,6 @@ def repo_path_to_abs_path(path: Path | str) -> Path:
     return (root or Path.cwd()) / path
 
 
-def path_in_folder(path: Path | str) -> Path:
-    """A path to write to. Raises ConfigError if there is no such folder."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ConfigError(f"Cannot write {path}: there is no folder {path.parent}.")
-    return path
-
-
 def _checkout_root() -> Path | None:
     """The repository that this code is in, or None if the package is installed."""
     root = PACKAGE_DIR.parent

@@ -1,0 +1,83 @@
+"""Files that are written whole or not at all, inside the folder that was named."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from auto_circuit.errors import ConfigError, FileError
+
+MAX_NAME_BYTES = 200
+
+
+def path_in_folder(path: Path | str) -> Path:
+    """A path to write to. Raises ConfigError if there is no such folder."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ConfigError(f"Cannot write {path}: there is no folder {path.parent}.")
+    return path
+
+
+def checked_file_name(field: str, name: str) -> str:
+    """A name that can stand in a folder. Raises ConfigError if it would leave the folder.
+
+    field: what the error calls it.
+    """
+    is_one_part = name.isprintable() and name == name.strip() and not set(name) & {*"/\\"}
+    n_bytes = len(name.encode("utf-8", "surrogatepass"))
+    if not is_one_part or name in ("", ".", "..") or n_bytes > MAX_NAME_BYTES:
+        raise ConfigError(
+            f"`{field}` is {name[:80]!r}, which cannot be part of a file's name: expected 1 "
+            f"to {MAX_NAME_BYTES} bytes, without slashes, control characters and spaces at "
+            "the ends."
+        )
+    return name
+
+
+@contextmanager
+def written_whole(path: Path | str) -> Iterator[Path]:
+    """Yields a path to write to; what was written then takes the place of `path`, at once.
+
+    If the body raises, the disk is full or the process dies, a file that was at `path` is
+    still there, undamaged. Permissions are those of any new file. Raises ConfigError if
+    there is no such folder, and FileError where the system refuses.
+    """
+    final = path_in_folder(path)
+    if final.is_symlink():
+        final = final.resolve()
+    if final.exists() and not final.is_file():
+        raise FileError(f"Cannot write {path}: there is something that is no file.")
+    # In the same folder: to rename from one file system to another is not one step.
+    partial = final.parent / f".partial-{secrets.token_hex(8)}{final.suffix[-16:]}"
+    try:
+        partial.touch(exist_ok=False)
+        permissions = partial.stat().st_mode & 0o777
+        yield partial
+        # Some writers make a file of their own, with other permissions.
+        partial.chmod(permissions)
+        _sync(partial)
+        os.replace(partial, final)
+        _sync(final.parent)
+    except OSError as error:
+        raise FileError(f"Cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file (UTF-8) as `written_whole` does."""
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _sync(path: Path) -> None:
+    """Have the system put on the disk what was written to a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
