@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch as t
 from torch import Tensor
@@ -32,7 +32,7 @@ from torch.nn import Module
 
 from auto_circuit.checks import check_choice
 from auto_circuit.data import PromptDataLoader
-from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.integration_path import PathPoints, path_shares
 from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
@@ -48,13 +48,6 @@ from auto_circuit.utils.ablation_activations import (
 )
 from auto_circuit.utils.graph_utils import patch_mode, set_all_masks, train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
-
-PathPoints = Literal["midpoints", "clean_end", "corrupt_end"]
-"""Where a path of m steps from corrupt (0) to clean (1) is sampled.
-
-midpoints: (k + 1/2) / m for k = 0 ... m-1. clean_end: k / m for k = 1 ... m, so that the
-clean end is a point. corrupt_end: k / m for k = 0 ... m-1.
-"""
 
 
 def input_integrated_gradients_prune_scores(
@@ -73,7 +66,9 @@ def input_integrated_gradients_prune_scores(
     unit is its unit). The embeddings (the first source) are interpolated; tokens, and
     the attention mask of padded prompts, are those of the clean prompts.
 
-    integrated_grad_samples, path_points: how many points of the path, and which.
+    integrated_grad_samples, path_points: into how many steps the path is cut, and at which
+        points the gradients are taken, whose plain mean counts (see `PathPoints`).
+        "corrupt_end" is the rule of EAP-IG's published code, "clean_end" its paper's.
     ablation_type: what is patched in, and where the path begins: RESAMPLE, the corrupt
         prompts (as in the paper); ZERO, embeddings of zero.
 
@@ -83,7 +78,7 @@ def input_integrated_gradients_prune_scores(
     """
     check_choice("grad_function", grad_function, GradFunction)
     check_choice("answer_function", answer_function, AnswerFunction)
-    points = _path(integrated_grad_samples, path_points)
+    points = path_shares(integrated_grad_samples, path_points)
     loss = partial(
         clean_loss_sum, grad_function=grad_function, answer_function=answer_function
     )
@@ -114,7 +109,8 @@ def clean_corrupt_prune_scores(
     loss = partial(
         clean_loss_sum, grad_function=grad_function, answer_function=answer_function
     )
-    return _input_path_scores(model, dataloader, loss, [0.0, 1.0], ablation_type)
+    points = path_shares(1, "both_ends")
+    return _input_path_scores(model, dataloader, loss, points, ablation_type)
 
 
 def activation_integrated_gradients_prune_scores(
@@ -137,7 +133,9 @@ def activation_integrated_gradients_prune_scores(
     it. With many samples a source's scores add up to the effect of patching all of its
     edges (completeness).
 
-    integrated_grad_samples, path_points: how many points of each path, and which.
+    integrated_grad_samples, path_points: into how many steps each path is cut, and at
+        which points the gradients are taken, whose plain mean counts (see `PathPoints`).
+        "clean_end" is the rule of EAP-IG's published code.
     ablation_type, clean_corrupt: what is patched in.
     share_passes: move the heads of one attention layer together, which takes one path
         for each sublayer. Each head is still scored by its own difference; then the sum
@@ -150,7 +148,7 @@ def activation_integrated_gradients_prune_scores(
     """
     check_choice("grad_function", grad_function, GradFunction)
     check_choice("answer_function", answer_function, AnswerFunction)
-    points = _path(integrated_grad_samples, path_points)
+    points = path_shares(integrated_grad_samples, path_points)
     loss = partial(
         clean_loss_sum, grad_function=grad_function, answer_function=answer_function
     )
@@ -167,19 +165,6 @@ def activation_integrated_gradients_prune_scores(
                         loss(model, batch).backward()
                     _take_gradients(model, srcs, scores)
     return {name: score / (n_prompts * len(points)) for name, score in scores.items()}
-
-
-# ---------------------------------------------------------------------------- the paths
-
-
-def _path(n_points: int, path_points: PathPoints) -> list[float]:
-    check_choice("path_points", path_points, PathPoints)
-    if n_points < 1:
-        raise ConfigError(
-            f"`integrated_grad_samples` is {n_points}; expected at least 1."
-        )
-    first = {"midpoints": 0.5, "clean_end": 1.0, "corrupt_end": 0.0}[path_points]
-    return [(first + step) / n_points for step in range(n_points)]
 
 
 # ------------------------------------------------------------------- moving the inputs

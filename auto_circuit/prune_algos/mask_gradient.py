@@ -19,6 +19,7 @@ from functools import partial
 from auto_circuit.checks import check_choice
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.integration_path import PathPoints, path_shares
 from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
@@ -45,6 +46,7 @@ def mask_gradient_prune_scores(
     integrated_grad_samples: int | None = None,
     ablation_type: AblationType = AblationType.RESAMPLE,
     clean_corrupt: Side | None = "corrupt",
+    path_points: PathPoints = "midpoints",
 ) -> PruneScores:
     """d loss / d mask for every edge: the mean over prompts. The input is clean.
 
@@ -52,18 +54,22 @@ def mask_gradient_prune_scores(
     function (logits, probabilities, ...).
 
     mask_val: the mask's value where the gradient is taken; 0 is edge attribution
-        patching. integrated_grad_samples: instead, average the gradient over that many
-        masks between 0 and 1 (midpoints). Give exactly one of the two.
+        patching. integrated_grad_samples: instead, cut the path of masks from 1 (corrupt)
+        to 0 (clean) into so many steps, and average the gradient. Give exactly one.
+    path_points: at which masks the gradients are taken, whose plain mean counts:
+        "midpoints", (k + 1/2) / N; "both_ends", k / N for k = 0 ... N, one more, which
+        are auto-circuit's; others: see `PathPoints`. Only with integrated_grad_samples.
     ablation_type, clean_corrupt: what is patched in.
 
     Raises ConfigError for arguments that do not go together.
 
     Differs from auto-circuit: the mean over prompts and points, not the sum over
-    batches and points; midpoints, not end points, so that N samples cost N passes.
+    batches and points (with path_points="both_ends" its scores, divided by the number of
+    points); midpoints by default, not end points, so that N samples cost N passes.
     """
     check_choice("grad_function", grad_function, GradFunction)
     check_choice("answer_function", answer_function, AnswerFunction)
-    points = _mask_values(mask_val, integrated_grad_samples)
+    points = _mask_values(mask_val, integrated_grad_samples, path_points)
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
     n_prompts = 0
     batches = iter_src_ablations(model, dataloader, ablation_type, side)
@@ -85,7 +91,9 @@ def mask_gradient_prune_scores(
 
 
 def _mask_values(
-    mask_val: float | None, integrated_grad_samples: int | None
+    mask_val: float | None,
+    integrated_grad_samples: int | None,
+    path_points: PathPoints,
 ) -> list[float]:
     if (mask_val is None) == (integrated_grad_samples is None):
         raise ConfigError(
@@ -93,19 +101,19 @@ def _mask_values(
             "`integrated_grad_samples` (for integrated gradients); got "
             f"mask_val={mask_val}, integrated_grad_samples={integrated_grad_samples}."
         )
-    if mask_val is not None:
-        if not math.isfinite(mask_val):
-            raise ConfigError(f"`mask_val` is {mask_val}; expected a finite number.")
-        return [mask_val]
-    assert integrated_grad_samples is not None
-    if integrated_grad_samples < 1:
+    if mask_val is None:
+        assert integrated_grad_samples is not None
+        shares = path_shares(integrated_grad_samples, path_points)
+        return [1 - share for share in reversed(shares)]
+    if not math.isfinite(mask_val):
+        raise ConfigError(f"`mask_val` is {mask_val}; expected a finite number.")
+    check_choice("path_points", path_points, PathPoints)
+    if path_points != "midpoints":
         raise ConfigError(
-            f"`integrated_grad_samples` is {integrated_grad_samples}; expected at least 1."
+            f"`path_points` is {path_points!r}, but with `mask_val` there is no path; it "
+            "goes with `integrated_grad_samples`."
         )
-    return [
-        (point + 0.5) / integrated_grad_samples
-        for point in range(integrated_grad_samples)
-    ]
+    return [mask_val]
 
 
 def _gradient_algo(

@@ -110,7 +110,7 @@ def test_inputs_against_hooks(name: str) -> None:
 @pytest.mark.parametrize(
     "path_points,points",
     [("midpoints", [1 / 6, 0.5, 5 / 6]), ("clean_end", [1 / 3, 2 / 3, 1.0])]
-    + [("corrupt_end", [0.0, 1 / 3, 2 / 3])],
+    + [("corrupt_end", [0.0, 1 / 3, 2 / 3]), ("both_ends", [0.0, 1 / 3, 2 / 3, 1.0])],
 )
 def test_path_points(path_points: Any, points: list[float]) -> None:
     model = make()

@@ -11,16 +11,22 @@ import pytest
 import torch as t
 from torch import Tensor
 
+from auto_circuit.checks import check_choice
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
 from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
-from auto_circuit.prune_algos.objectives import GradFunction, answer_loss, check_choice
+from auto_circuit.prune_algos.objectives import GradFunction, answer_loss
 from auto_circuit.types import AblationType, PatchType, PruneScores
 from auto_circuit.utils.ablation_activations import src_ablations
-from auto_circuit.utils.graph_utils import patch_mode, patchable_model
+from auto_circuit.utils.graph_utils import (
+    patch_mode,
+    patchable_model,
+    preserved_masks,
+    set_all_masks,
+)
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import micro_loader, micro_model
 from tests.models import ARCHITECTURES, architectures, gpt2
@@ -198,6 +204,46 @@ def test_integrated_gradients_add_up_to_the_effect_of_all_edges(
     assert errors[1] < errors[0]
 
 
+MASKS_ON_THE_PATH: dict[Any, list[float]] = {
+    "midpoints": [1 / 6, 0.5, 5 / 6],
+    "clean_end": [0.0, 1 / 3, 2 / 3],
+    "corrupt_end": [1 / 3, 2 / 3, 1.0],
+    "both_ends": [0.0, 1 / 3, 2 / 3, 1.0],
+}
+
+
+def test_path_points() -> None:
+    """Against finite differences at each mask value: the plain mean over the points."""
+    bridge = ARCHITECTURES["gpt2"]().to(t.float64)
+    model = patchable_model(bridge, True, "last_seq", separate_qkv=True)
+    loader = token_loader(4, 4)
+    (batch,) = loader
+    patch = src_ablations(model, batch.corrupt)
+    (edge,) = model.find_edges("A0.1->A1.2.V")
+    slopes = {}
+    for value in {value for masks in MASKS_ON_THE_PATH.values() for value in masks}:
+        losses = []
+        for step in (1e-4, -1e-4):
+            with preserved_masks(model), t.no_grad(), patch_mode(model, patch):
+                set_all_masks(model, value)
+                edge.patch_mask(model).data[edge.patch_idx] += step
+                losses.append(-float(answer_diff(model(batch.clean))))
+        slopes[value] = (losses[0] - losses[1]) / 2e-4
+    for path_points, masks in MASKS_ON_THE_PATH.items():
+        scores = mask_gradient_prune_scores(
+            model,
+            loader,
+            None,
+            "logit",
+            "avg_diff",
+            integrated_grad_samples=3,
+            path_points=path_points,
+        )
+        expected = sum(slopes[value] for value in masks) / len(masks)
+        assert abs(expected) > 1e-5
+        assert edge.prune_score(scores).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_on_a_linear_model_scores_are_the_exact_effects() -> None:
     model, loader = micro_model(), micro_loader([1.0, 2.0, 5.0], batch_size=2)
     scores = edge_attribution_patching_prune_scores(model, loader, None)
@@ -291,6 +337,10 @@ def test_ablation_type_and_side() -> None:
         ({"mask_val": math.nan}, "`mask_val` is nan; expected a finite number"),
         ({"integrated_grad_samples": 5}, "Give exactly one of `mask_val`"),
         ({"mask_val": None, "integrated_grad_samples": 0}, "expected at least 1"),
+        (
+            {"path_points": "both_ends"},
+            "'both_ends', but with `mask_val` there is no path",
+        ),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
