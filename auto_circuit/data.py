@@ -254,7 +254,7 @@ def load_datasets_from_json(
     model: Any | None,
     path: Path | str | Sequence[Path | str],
     device: t.device | str = "cpu",
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = None,
     batch_size: int | tuple[int, int] = 32,
     train_test_size: tuple[int, int] = (128, 128),
     return_seq_length: bool = False,
@@ -270,6 +270,8 @@ def load_datasets_from_json(
         "seq_labels": [...], "word_idxs": {...}}`, the last two optional. Of several
         files, labels and word positions are the first one's.
     prepend_bos: put the tokenizer's BOS token first (once, also if the tokenizer does).
+        None: as the model's own `to_tokens` does (`cfg.default_prepend_bos`): models that
+        were trained without BOS, such as Qwen, get none.
     batch_size, train_test_size: numbers of prompts, for (train, test).
     return_seq_length: tell positions apart: all prompts must have the same length.
     tail_divergence: cut off the tokens that all prompts of both loaders start with, and
@@ -287,6 +289,10 @@ def load_datasets_from_json(
     global random state are left alone.
     """
     sizes = _checked_sizes(train_test_size, batch_size)
+    if prepend_bos and model is not None and getattr(model, "tokenizer", None):
+        _check_has_bos(model.tokenizer)
+    if prepend_bos is None:
+        prepend_bos = default_prepend_bos(model)
     if model is None and (prepend_bos or tail_divergence):
         raise ConfigError(
             "Without a model there is no tokenizer and no cache: `prepend_bos` and "
@@ -334,6 +340,23 @@ def load_datasets_from_json(
         for split, size in zip(splits, sizes.batch, strict=True)
     )
     return train_loader, test_loader
+
+
+def default_prepend_bos(model: Any | None) -> bool:
+    """Does the model's `to_tokens` put a BOS token first?
+
+    True for a model that does not say so, False without a model.
+    """
+    config = getattr(model, "cfg", None)
+    return model is not None and getattr(config, "default_prepend_bos", True) is not False
+
+
+def _check_has_bos(tokenizer: Any) -> None:
+    if tokenizer.bos_token_id is None:
+        raise ConfigError(
+            "`prepend_bos` is True, but this tokenizer has no BOS token. Leave it None, "
+            "or give the tokenizer a `bos_token`."
+        )
 
 
 @dataclass(frozen=True)

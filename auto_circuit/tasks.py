@@ -68,6 +68,8 @@ class Task:
     dtype: the type in which the model is loaded, if it is named.
     device: where it is loaded and run; a GPU if there is one, when None.
     seed: shuffles the prompts.
+    prepend_bos: does every prompt begin with the tokenizer's BOS token? None: as the
+        model's own `to_tokens` does (`cfg.default_prepend_bos`).
 
     Differs from auto-circuit: frozen, no global caches (`free` drops what was loaded),
     and a clear error for what cannot be had.
@@ -91,6 +93,7 @@ class Task:
     dtype: t.dtype = t.float32
     device: str | None = None
     seed: int = 42
+    prepend_bos: bool | None = None
 
     @cached_property
     def model(self) -> PatchableModel:
@@ -191,7 +194,7 @@ class Task:
             model=model if has_tokenizer else None,
             path=path,
             device=self._device,
-            prepend_bos=has_tokenizer,
+            prepend_bos=self.prepend_bos,
             batch_size=sizes,
             train_test_size=(sizes[0] * counts[0], sizes[1] * counts[1]),
             return_seq_length=self.token_circuit,

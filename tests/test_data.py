@@ -196,6 +196,29 @@ def test_keys_are_the_same_in_every_process(tmp_path: Path) -> None:
     assert len(printed) == 1 and json.loads(printed.pop())
 
 
+@pytest.mark.parametrize("default", [True, False])
+def test_bos_follows_the_model_by_default(tmp_path: Path, default: bool) -> None:
+    """Models trained without BOS, such as Qwen, were given one."""
+    model = text_model(word_tokenizer())
+    model.cfg.default_prepend_bos = default
+    path = write_prompts(tmp_path, name_prompts(2))
+    first_tokens = {}
+    for prepend_bos in (None, True, False):
+        train, _ = load(path, model, (2, 0), prepend_bos=prepend_bos)
+        first_tokens[prepend_bos] = int(next(iter(train)).clean[0, 0])
+    bos = model.tokenizer.bos_token_id
+    assert (first_tokens[None] == bos) is default
+    assert first_tokens[True] == bos and first_tokens[False] != bos
+
+
+def test_a_bos_that_the_tokenizer_does_not_have(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token = None
+    path = write_prompts(tmp_path, name_prompts(2))
+    with pytest.raises(ConfigError, match="this tokenizer has no BOS token"):
+        load(path, text_model(tokenizer), (2, 0), prepend_bos=True)
+
+
 # ---------------------------------------------------------------------- prefix, padding
 
 
@@ -394,7 +417,7 @@ def test_too_few_prompts_and_bad_sizes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`batch_size` is"):
         load_datasets_from_json(model, path, batch_size=0, train_test_size=(1, 1))
     with pytest.raises(ConfigError, match="Without a model"):
-        load(path, None, (1, 1))
+        load(path, None, (1, 1), prepend_bos=True)
     with pytest.raises(ConfigError, match="empty list"):
         load_datasets_from_json(model, [], train_test_size=(1, 1))
     with pytest.raises(DataError, match="There is no prompt file"):

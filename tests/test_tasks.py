@@ -77,6 +77,28 @@ def test_a_model_object_or_a_folder() -> None:
     assert replace(mine, _model_def=str(POCKET_MODEL)).model.n_edges == mine.model.n_edges
 
 
+@pytest.mark.parametrize(
+    ("default", "prepend_bos", "has_bos"),
+    [(True, None, True), (False, None, False), (False, True, True), (True, False, False)],
+)
+def test_bos_is_the_models_unless_the_task_says(
+    default: bool, prepend_bos: bool | None, has_bos: bool
+) -> None:
+    model = load_tl_model(POCKET_MODEL)
+    model.cfg.default_prepend_bos = default
+    mine = replace(
+        POCKET_IOI_TASK,
+        _model_def=model,
+        batch_size=2,
+        batch_count=1,
+        prepend_bos=prepend_bos,
+    )
+    batch = next(iter(mine.train_loader))
+    prefix = mine.train_loader.kv_cache
+    first = batch.clean[0] if prefix is None else prefix.tokens
+    assert (int(first[0]) == model.tokenizer.bos_token_id) is has_bos
+
+
 def test_two_tasks_can_share_a_model() -> None:
     """auto-circuit wrapped it twice, and the older graph then read the newer one's masks."""
     model = load_tl_model(POCKET_MODEL)
