@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import torch as t
 from rich.console import Console
 from safetensors.torch import load_file
 
-import experiments
+from auto_circuit import experiments
 from auto_circuit.errors import ConfigError
+from auto_circuit.experiments import ExperimentConfig, run_experiment
 from auto_circuit.metrics.prune_metrics.answer_diff_percent import (
     measure_answer_diff_percent,
 )
@@ -33,7 +35,6 @@ from auto_circuit.prune_algos.prune_algos import PRUNE_ALGOS, find_prune_algo
 from auto_circuit.prune_algos.random_edges import random_prune_scores
 from auto_circuit.tasks import POCKET_IOI_TASK
 from auto_circuit.types import MeasurementRow, PatchType
-from experiments import ExperimentConfig, run_experiment
 from tests.browser import check_shown
 from tests.prune_algos.test_known_circuits import TRAININGS_OF_NUMBERS
 
@@ -46,10 +47,16 @@ SMALL = [
 ]
 
 
-def run_process(folder: Path, hash_seed: int, *args: str) -> str:
+SCRIPT, MODULE = ["experiments.py"], ["-m", "auto_circuit.experiments"]
+
+
+def run_process(
+    folder: Path, hash_seed: int, *args: str, command: Sequence[str] = SCRIPT
+) -> str:
     environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, REPO / "experiments.py", *args, "--out", folder],
+        [sys.executable, *command, *args, "--out", folder],
+        cwd=REPO,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -65,7 +72,10 @@ def score_files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_small_sweep_in_two_processes(tmp_path: Path) -> None:
-    printed = [run_process(tmp_path / str(i), i, *SMALL) for i in (1, 2)]
+    printed = [
+        run_process(tmp_path / str(i), i, *SMALL, command=command)
+        for i, command in ((1, SCRIPT), (2, MODULE))
+    ]
     one, two = (score_files(tmp_path / str(i)) for i in (1, 2))
     assert list(one) == ["pocket-ioi.safetensors"]
     assert one == two

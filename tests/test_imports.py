@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import auto_circuit
 from auto_circuit.experiment_utils import load_tl_model
 from auto_circuit.tasks import POCKET_MODEL
 from auto_circuit.utils.graph_utils import patchable_model
@@ -51,6 +52,11 @@ def test_importing_everything_changes_and_prints_nothing(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_the_version_is_the_one_that_is_built() -> None:
+    project = (REPO / "pyproject.toml").read_text()
+    assert f'\nversion = "{auto_circuit.__version__}"\n' in project
 
 
 def test_a_patchable_model_hands_texts_and_tokens_to_its_model() -> None:

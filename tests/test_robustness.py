@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import torch as t
 
-import experiments
+from auto_circuit import experiments
 from auto_circuit.errors import ConfigError
+from auto_circuit.experiments import ROBUSTNESS, ExperimentConfig, run_robustness
 from auto_circuit.metrics.prune_metrics.answer_diff_percent import (
     measure_answer_diff_percent,
 )
@@ -39,7 +40,6 @@ from auto_circuit.tasks import POCKET_IOI_TASK, POCKET_IOI_TOKEN_TASK, Task
 from auto_circuit.types import AblationType, AlgoPruneScores, PatchType
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
-from experiments import ROBUSTNESS, ExperimentConfig, run_robustness
 from tests.browser import check_shown
 from tests.models import gpt2
 
