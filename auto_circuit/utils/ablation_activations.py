@@ -143,7 +143,12 @@ def _iter_src_ablations(
         mean = _dataset_mean(model, dataloader, ablation_type)
     for batch in dataloader:
         if mean is not None:
-            yield batch, mean.expand(-1, batch.clean.shape[0], -1, -1)
+            n_prompts = batch.clean.shape[0]
+            # The engine overwrites what lies in memory as its buffer does, as the mean
+            # for a single prompt may; no repeated one does.
+            yield batch, (
+                mean.clone() if n_prompts == 1 else mean.expand(-1, n_prompts, -1, -1)
+            )
         else:
             # ZERO needs an input only for its shape.
             tokens, kwargs = batch.model_input(clean_corrupt or "clean")

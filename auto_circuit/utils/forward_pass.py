@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,8 +61,10 @@ class ForwardPass:
     """The state of one forward pass.
 
     diff: [batch, seq, slot, d_model]; grad_buffer: the same, [token, slot, d_model];
-    slots: the slot of each source that has one. With gradients all sources have, and
-        source `i` has slot `i`.
+    holds_patches: in the slots of `diff` that are not written yet are the patches that
+        the differences will be made from.
+    slots: the slot of each source that has one.
+    is_dense: gradients may flow. All sources are recorded then, source `i` in slot `i`.
     recorded: the sources that this pass must record.
     patched_base: the ports at which the base is the patched-in run's residual stream.
     scratch: memory for the rows of one block of heads at a time.
@@ -73,11 +77,13 @@ class ForwardPass:
     recorded: frozenset[int]
     works: dict[EdgeBlock, BlockWork]
     patched_base: frozenset[DestPort]
+    is_dense: bool = False
+    holds_patches: bool = False
     grad_buffer: Tensor | None = None
     scratch: Tensor | None = None
     has_grad: bool = False
     awaits_backward: bool = False
-    is_in_backward: bool = False
+    backward_id: int | None = None
     residuals: dict[DestPort, Tensor] = field(default_factory=dict)
     head_outs: dict[DestPort, list[Tensor]] = field(default_factory=dict)
 
@@ -116,12 +122,10 @@ class ForwardPass:
         """The same, plus x at each row of heads: their inputs, in one product.
 
         to: memory for them.
-        x takes part as one more source, whose weight is 1 for heads. Its slot is that of a
-        source which has not written yet.
+        x takes part as one more source, whose weight is 1 for heads.
         """
-        assert self.diff is not None
-        self.diff[:, :, self.works[block].inputs_slot] = x.detach()
-        return self._multiply(*self._with_x(block), to)
+        with self._x_in_its_slot(block, x, keeps=self.holds_patches):
+            return self._multiply(*self._with_x(block), to)
 
     def add_inputs(
         self,
@@ -132,17 +136,31 @@ class ForwardPass:
     ) -> None:
         """Add to a tensor what `compute_inputs` gave, each row times a factor.
 
-        For the backward pass, so that inputs of heads need not be kept until then. The
-        slot that x takes for a moment is not needed any more, unless for another
-        backward pass.
+        For the backward pass, so that inputs of heads need not be kept until then.
+        """
+        # The slot holds a difference, which another backward pass may need.
+        with self._x_in_its_slot(block, x, keeps=True):
+            weights, columns = self._with_x(block)
+            to.baddbmm_(self._per_token(weights) * factor, self._columns(columns))
+
+    @contextmanager
+    def _x_in_its_slot(
+        self, block: EdgeBlock, x: Float[Tensor, "batch seq d_model"], keeps: bool
+    ) -> Iterator[None]:
+        """Inside, x is in the slot of the source after the block's.
+
+        In a forward pass that source has not written yet, so nothing of it is lost,
+        unless its patch is there. keeps: put back what was there.
         """
         assert self.diff is not None
         slot = self.diff[:, :, self.works[block].inputs_slot]
-        before = slot.clone()
-        slot.copy_(x)
-        weights, columns = self._with_x(block)
-        to.baddbmm_(self._per_token(weights) * factor, self._columns(columns))
-        slot.copy_(before)
+        before = slot.clone() if keeps else None
+        slot.copy_(x.detach())
+        try:
+            yield
+        finally:
+            if before is not None:
+                slot.copy_(before)
 
     def _with_x(self, block: EdgeBlock) -> tuple[Tensor, slice | Tensor]:
         """The block's weights and columns, with those of its heads' common input."""
@@ -208,14 +226,18 @@ class ForwardPass:
         self.has_grad = True
 
     def enter_backward(self) -> None:
-        """When the backward pass that is running ends, forget its gradients."""
-        if not self.is_in_backward:
-            self.is_in_backward = True
+        """When the backward pass that is running ends, forget its gradients.
+
+        If it fails it has no end; what it left is forgotten when the next one begins.
+        """
+        backward_id = t._C._current_graph_task_id()
+        if self.backward_id != backward_id:
+            self.backward_id, self.has_grad = backward_id, False
             Variable._execution_engine.queue_callback(self._leave_backward)
 
     def _leave_backward(self) -> None:
         self.has_grad = False
-        self.is_in_backward = False
+        self.backward_id = None
         self.awaits_backward = False
 
 
@@ -381,6 +403,7 @@ class _WriteSource(Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         run, port = ctx.run, ctx.port
+        run.enter_backward()
         if not run.has_grad:
             return grad_out, None, None
         sent_back = run.grad_buffer[:, port.srcs]

@@ -415,14 +415,16 @@ class _ProbeHeads(Function):
         run: ForwardPass,
         *outs: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.x, ctx.block, ctx.port, ctx.run = x.detach(), block, port, run
+        ctx.block, ctx.port, ctx.run = block, port, run
+        ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
         run.awaits_backward = True
         return (*(out.view_as(out) for out in outs), *new_handles(run, block))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        block, port, run, x = ctx.block, ctx.port, ctx.run, ctx.x
+        block, port, run = ctx.block, ctx.port, ctx.run
+        (x,) = ctx.saved_tensors
         run.enter_backward()
         n_outs = len(port.heads.linears)
         basis, inverse_scale = _projected_out(port.heads, x)

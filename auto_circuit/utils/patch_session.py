@@ -69,6 +69,11 @@ class PatchSession:
         differences: bool = False,
         keeps_layers: bool = False,
     ) -> None:
+        if overwrite_patch and keeps_layers:
+            raise GraphError(
+                "`keeps_layers` and `overwrite_patch` do not go together: a pass from the "
+                "middle needs the activations that the whole pass would overwrite."
+            )
         self.plan = plan
         self.patch = patch_src_outs
         self.curr_src_outs = curr_src_outs
@@ -81,8 +86,9 @@ class PatchSession:
         self._first_layer = 0
         self._overwritten_from = len(plan.layers)
         self._layer_outs: dict[int, Any] = {}
+        self._patch_version: int | None = None
         self._patch_sums: dict[tuple[int, int], Tensor] = {}
-        self._base_outs: dict[DestPort, list[Tensor]] = {}
+        self._base_outs: dict[DestPort, tuple[list[Tensor], list[int | None]]] = {}
         self._exit = ExitStack()
 
     def open(self) -> None:
@@ -129,7 +135,7 @@ class PatchSession:
     def _keep(self, idx: int, layer: Module) -> None:
         def keep(module: Module, args: Any, output: Any) -> None:
             if self._first_layer == 0:
-                self._layer_outs[idx] = output
+                self._layer_outs[idx] = _copied(output)
 
         self._exit.callback(layer.register_forward_hook(keep).remove)
 
@@ -164,7 +170,8 @@ class PatchSession:
             yield
 
     def _hand_on(self, idx: int) -> Callable[..., Any]:
-        return lambda *args, **kwargs: self._layer_outs[idx]
+        # A copy: somebody's hook in the next layer may change it in place.
+        return lambda *args, **kwargs: _copied(self._layer_outs[idx])
 
     def _continued(self, run: ForwardPass) -> ForwardPass:
         """A pass with the differences that the last one left."""
@@ -189,7 +196,7 @@ class PatchSession:
                 self.run = self._new_run(out)
             run = self._running()
             self._record(run, port, out.detach())
-            if t.is_grad_enabled() and out.requires_grad and not self.differences:
+            if _needs_grad(run, out) and not self.differences:
                 return write_source(run, port, out)
             return None
 
@@ -240,14 +247,23 @@ class PatchSession:
                 f"{(self.plan.n_srcs, batch, seq, d_model)}. Compute them with "
                 "`src_ablations` on inputs of the same size (and the same KV cache)."
             )
+        self._check_curr_src_outs()
+        if self.overwrite_patch and self.run is not None:
+            raise GraphError(
+                "A second forward pass in a `patch_mode` with `overwrite_patch=True`: "
+                "the first one has overwritten the activations to patch in."
+            )
+        self._forget_what_is_stale()
         weights = self._block_weights(batch, seq, list(self.plan.blocks))
         if t.is_grad_enabled() and (start.requires_grad or self.needs_grad()):
             works = self._dense_works(weights)
             slots = {src: src for src in range(self.plan.n_srcs)}
-            recorded, patched_base = frozenset(slots), frozenset[DestPort]()
+            run = ForwardPass(
+                None, slots, frozenset(slots), works, frozenset(), is_dense=True
+            )
         else:
             works, slots, recorded, patched_base = self._sparse_works(weights)
-        run = ForwardPass(None, slots, recorded, works, patched_base)
+            run = ForwardPass(None, slots, recorded, works, patched_base)
         self._overwritten_from = len(self.plan.layers)
         # A slot more: see `ForwardPass.compute_inputs`.
         n_slots = min(len(slots) + 1, self.plan.n_srcs)
@@ -263,19 +279,39 @@ class PatchSession:
                 run.diff, last.diff = last.diff, None
                 run.grad_buffer, last.grad_buffer = last.grad_buffer, None
                 run.scratch, last.scratch = last.scratch, None
-        if run.diff is None and self.overwrite_patch:
+        if self.overwrite_patch and run.is_dense:
             run.diff = self._patch_as_diff(shape)
+            run.holds_patches = run.diff is not None
         if run.diff is None:
             run.diff = self.patch.new_empty(shape)
 
     def _patch_as_diff(self, shape: tuple[int, ...]) -> Tensor | None:
-        if self.run is not None:
-            raise GraphError(
-                "A second forward pass in a `patch_mode` with `overwrite_patch=True`: "
-                "the first one has overwritten the activations to patch in."
-            )
         by_token = self.patch.movedim(0, 2)
         return by_token if by_token.shape == shape and by_token.is_contiguous() else None
+
+    def _check_curr_src_outs(self) -> None:
+        given = self.curr_src_outs
+        if given is None:
+            return
+        if given.shape != self.patch.shape:
+            raise GraphError(
+                f"`curr_src_outs` has shape {tuple(given.shape)}; it must have that of the "
+                f"activations to patch in, {tuple(self.patch.shape)}."
+            )
+        if given.untyped_storage().data_ptr() == self.patch.untyped_storage().data_ptr():
+            raise GraphError(
+                "`curr_src_outs` shares memory with the activations to patch in, which "
+                "it would overwrite before they are used. Give a tensor of its own: "
+                "`torch.empty_like(patch_src_outs)`."
+            )
+
+    def _forget_what_is_stale(self) -> None:
+        """Sums of patches, and what they lead to, are those of the patches as they were."""
+        version = _version(self.patch)
+        if version is None or version != self._patch_version:
+            self._patch_sums.clear()
+            self._base_outs.clear()
+        self._patch_version = version
 
     def _block_weights(
         self, batch: int, seq: int, blocks: list[EdgeBlock]
@@ -348,6 +384,7 @@ class PatchSession:
 
         def read(x: Tensor) -> Tensor | None:
             run = self._running()
+            _needs_grad(run, x)
             out = x
             if port in run.patched_base:
                 out = self._patched_base(port).to(x.dtype)
@@ -382,10 +419,10 @@ class PatchSession:
             run = self._running()
             if idx == 0:
                 x, base_outs = run.residuals.pop(port), None
+                _needs_grad(run, x)
                 if port in run.patched_base:
                     x = self._patched_base(port).to(x.dtype)
-                    base_outs = self._base_outs.get(port) or outputs_of(heads, x)
-                    self._base_outs[port] = base_outs
+                    base_outs = self._remembered(port, lambda: outputs_of(heads, x))
                 outs = head_outputs(run, block, port, x, normed, base_outs)
                 run.head_outs[port] = outs or []
             outs = run.head_outs[port]
@@ -395,21 +432,32 @@ class PatchSession:
 
     def _remember(self, port: DestPort, component: Module) -> None:
         """Compute a component once for all passes in which all its edges are patched."""
-        if any(module._forward_hooks for module in component.modules()):
-            return  # somebody wants to see, or to change, what is inside
         blocks, forward = self._blocks_of(port), component.forward
+        modules = list(component.modules())
 
         def remembering(*args: Any, **kwargs: Any) -> Any:
             run = self._running()
-            if port not in run.patched_base or any(
-                run.works[block].changes(block.rows(port))[1] for block in blocks
+            if (
+                port not in run.patched_base
+                or any(run.works[b].changes(b.rows(port))[1] for b in blocks)
+                # Somebody wants to see, or to change, what is inside.
+                or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
             ):
                 return forward(*args, **kwargs)
-            if port not in self._base_outs:
-                self._base_outs[port] = [forward(*args, **kwargs)]
-            return self._base_outs[port][0]
+            (out,) = self._remembered(port, lambda: [forward(*args, **kwargs)])
+            return out
 
         self._exit.enter_context(replaced_forward(component, remembering))
+
+    def _remembered(
+        self, port: DestPort, compute: Callable[[], list[Tensor]]
+    ) -> list[Tensor]:
+        """What it gave in an earlier pass, unless a hook has changed that in place."""
+        outs, versions = self._base_outs.get(port, ([], []))
+        if not outs or [_version(out) for out in outs] != versions:
+            outs = compute()
+            self._base_outs[port] = outs, [_version(out) for out in outs]
+        return [out.clone() if out.is_inference() else out for out in outs]
 
     def _patched_base(self, port: DestPort) -> Float[Tensor, "batch seq d_model"]:
         """What the port reads when all of its edges are patched."""
@@ -429,6 +477,32 @@ class PatchSession:
         return self._patch_sums[lo, hi]
 
 
+def _version(tensor: Tensor) -> int | None:
+    """How often it was changed in place; inference tensors do not count that (None)."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _copied(output: Any) -> Any:
+    """A layer's output, which may be a tuple, as tensors that nobody else has."""
+    if isinstance(output, tuple):
+        return tuple(_copied(part) for part in output)
+    return output.clone() if isinstance(output, Tensor) else output
+
+
+def _needs_grad(run: ForwardPass, x: Tensor) -> bool:
+    """Do gradients flow through x? Raises GraphError if the pass is not made for them."""
+    if not (t.is_grad_enabled() and x.requires_grad):
+        return False
+    if not run.is_dense:
+        raise GraphError(
+            "Gradients are asked for from the middle of a forward pass that began "
+            "without any, so that not all is recorded that they need. Let the masks need "
+            "gradients (`train_mask_mode`), or the model's weights, or what the first "
+            "source writes; or run it under `torch.no_grad()`."
+        )
+    return True
+
+
 def _stack_rows(block: EdgeBlock, masks: dict[PatchWrapperImpl, Tensor]) -> Tensor:
     """The rows of all the block's ports, for the block's sources."""
     parts = []
@@ -440,7 +514,8 @@ def _stack_rows(block: EdgeBlock, masks: dict[PatchWrapperImpl, Tensor]) -> Tens
                 mask = mask[:, :, list(port.mask_rows)]
             parts.append(mask[..., of_srcs])
     if len(parts) == 1:
-        return parts[0]
+        # The backward pass reads the weights again; the mask may have changed by then.
+        return parts[0].clone()
     leading = t.broadcast_shapes(*(part.shape[:2] for part in parts))
     return t.cat([part.expand(*leading, -1, -1) for part in parts], dim=2)
 
