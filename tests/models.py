@@ -54,10 +54,10 @@ def _bridge(model: PreTrainedModel) -> TransformerBridge:
     return bridge.eval().requires_grad_(False)
 
 
-def gpt2() -> TransformerBridge:
+def gpt2(n_layers: int = N_LAYERS, n_heads: int = N_HEADS) -> TransformerBridge:
     config = GPT2Config(
-        n_layer=N_LAYERS,
-        n_head=N_HEADS,
+        n_layer=n_layers,
+        n_head=n_heads,
         n_embd=D_MODEL,
         vocab_size=VOCAB,
         n_positions=N_CTX,

@@ -33,6 +33,7 @@ from tests.models import gpt2, llama, state_snapshot
 from tests.test_prune import token_loader
 
 GRAPHS = {
+    "small": lambda: patchable_model(gpt2(1, 2), True, "last_seq", separate_qkv=True),
     "gpt2": lambda: patchable_model(gpt2(), True, "last_seq", separate_qkv=True),
     "llama": lambda: patchable_model(llama(), True, "last_seq", separate_qkv=False),
     "positions": lambda: patchable_model(gpt2(), True, "last_seq", 5, separate_qkv=True),
@@ -45,22 +46,15 @@ SHORT = {
     "n_steps": 3,
     "integrated_grad_samples": 3,
     "circuit_size": 5,
-    "circuit_sizes": (5, 20),
+    "circuit_sizes": (5, 10),
     "n_candidates": 50,
     "all_edges_up_to": 0,
 }
 # A forward pass for each edge: not on the largest graphs.
 ONE_BY_ONE = ("ACDC", "MSE ACDC", "Exact Edge Patching", "MSE Exact Edge Patching")
-ONE_BY_ONE_GRAPHS = ("gpt2", "nodes", "micro positions")
-QUICK = (
-    "Official Circuit",
-    "Random",
-    "Act Mag",
-    "Edge Answer Logit Diff Gradient At Clean",
-    "Subnetwork Tree Probing",
-    "Edge Pruning",
-    "Matryoshka Attribution",
-)
+ONE_BY_ONE_GRAPHS = ("small", "gpt2", "nodes", "micro positions")
+# On the small graph every algorithm is tested without --runslow, but for these.
+SLOW = ("MSE ACDC",)
 on_all_algos = pytest.mark.parametrize("algo", PRUNE_ALGOS, ids=lambda algo: algo.key)
 
 
@@ -82,13 +76,13 @@ def is_transformer(model: PatchableModel) -> bool:
 
 
 def algos_and_graphs() -> list[Any]:
-    """All pairs; the quick ones without --runslow."""
+    """All pairs; without --runslow every fast algorithm on the small graph."""
     return [
         pytest.param(
             algo,
             graph,
             id=f"{algo.key}-{graph}",
-            marks=() if graph == "gpt2" and algo.key in QUICK else pytest.mark.slow,
+            marks=() if graph == "small" and algo.key not in SLOW else pytest.mark.slow,
         )
         for algo in PRUNE_ALGOS
         for graph in GRAPHS
@@ -160,7 +154,7 @@ def test_no_prompts(algo: PruneAlgo) -> None:
 @on_all_algos
 def test_masks_of_single_examples(algo: PruneAlgo) -> None:
     """One score per edge, or an error that says where to find scores of every prompt."""
-    model = GRAPHS["gpt2"]()
+    model = GRAPHS["small"]()
     before = state_snapshot(model)
     with set_mask_batch_size(model, 3):
         try:

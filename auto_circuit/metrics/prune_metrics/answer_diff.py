@@ -16,6 +16,7 @@ from auto_circuit.metrics.prune_metrics.full_model_outs import (
     apply_prob_func,
 )
 from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_means
+from auto_circuit.metrics.prune_metrics.prune_metric import PruneMetric
 from auto_circuit.types import CircuitOutputs, Measurements
 from auto_circuit.utils.tensor_ops import batch_answer_diffs
 
@@ -51,3 +52,29 @@ def prompt_answer_diffs(
 ) -> Float[Tensor, "batch"]:
     """Each prompt's correct answers minus its wrong ones."""
     return batch_answer_diffs(apply_prob_func(out, prob_func), batch)
+
+
+LOGIT_DIFF_METRIC = PruneMetric(
+    key="Logit Diff",
+    name="Logit Difference",
+    metric_func=partial(measure_answer_diff, prob_func="logits"),
+    log_x=True,
+    prompt_func=partial(prompt_answer_diffs, prob_func="logits"),
+)
+
+PROB_DIFF_METRIC = PruneMetric(
+    key="Prob Diff",
+    name="Probability Difference",
+    metric_func=partial(measure_answer_diff, prob_func="softmax"),
+    log_x=True,
+    prompt_func=partial(prompt_answer_diffs, prob_func="softmax"),
+    bounds=(-1.0, 1.0),
+)
+
+LOGPROB_DIFF_METRIC = PruneMetric(
+    key="LogProb Diff",
+    name="Log-Probability Difference",
+    metric_func=partial(measure_answer_diff, prob_func="log_softmax"),
+    log_x=True,
+    prompt_func=partial(prompt_answer_diffs, prob_func="log_softmax"),
+)

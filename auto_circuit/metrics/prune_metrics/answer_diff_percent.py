@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +18,7 @@ from auto_circuit.metrics.prune_metrics.full_model_outs import (
     apply_prob_func,
 )
 from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_vals
+from auto_circuit.metrics.prune_metrics.prune_metric import PruneMetric
 from auto_circuit.types import CircuitOutputs, Measurements
 from auto_circuit.utils.tensor_ops import (
     batch_answer_diff_percents,
@@ -101,3 +104,55 @@ def prompt_answer_diff_percents(
         return 100 * diffs / full.mean_answer_diff(prob_func)
     full_vals = full.vals(batch, "clean", prob_func)
     return batch_answer_diff_percents(vals, full_vals, batch)
+
+
+LOGIT_DIFF_PERCENT_METRIC = PruneMetric(
+    key="Logit Diff Percent",
+    name="Logit Difference (% of Model)",
+    metric_func=partial(measure_answer_diff_percent, prob_func="logits"),
+    log_x=True,
+    prompt_func=partial(prompt_answer_diff_percents, prob_func="logits"),
+)
+
+PROB_DIFF_PERCENT_METRIC = PruneMetric(
+    key="Prob Diff Percent",
+    name="Probability Difference (% of Model)",
+    metric_func=partial(measure_answer_diff_percent, prob_func="softmax"),
+    log_x=True,
+    prompt_func=partial(prompt_answer_diff_percents, prob_func="softmax"),
+)
+
+LOGPROB_DIFF_PERCENT_METRIC = PruneMetric(
+    key="LogProb Diff Percent",
+    name="Log-Probability Difference (% of Model)",
+    metric_func=partial(measure_answer_diff_percent, prob_func="log_softmax"),
+    log_x=True,
+    prompt_func=partial(prompt_answer_diff_percents, prob_func="log_softmax"),
+)
+
+LOBPROB_DIFF_PERCENT_METRIC = LOGPROB_DIFF_PERCENT_METRIC
+"""The name that auto-circuit gave to LOGPROB_DIFF_PERCENT_METRIC."""
+
+PERCENT_METRICS: tuple[PruneMetric, ...] = (
+    LOGIT_DIFF_PERCENT_METRIC,
+    PROB_DIFF_PERCENT_METRIC,
+    LOGPROB_DIFF_PERCENT_METRIC,
+)
+"""Those that are the ratio of a circuit's mean to the model's."""
+
+
+def with_mean_of_ratios(metric: PruneMetric) -> PruneMetric:
+    """A percentage as the mean over prompts of each one's; other metrics as they are.
+
+    Source: Miller et al. 2024 (arXiv 2407.08734), figure 4: the two differ.
+    """
+    if metric not in PERCENT_METRICS:
+        return metric
+    metric_func: Any = metric.metric_func
+    prompt_func: Any = metric.prompt_func
+    return replace(
+        metric,
+        name=f"{metric.name}, Mean over Prompts",
+        metric_func=partial(metric_func, diff_of_means=False),
+        prompt_func=partial(prompt_func, diff_of_means=False),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 
@@ -16,6 +17,7 @@ from auto_circuit.metrics.prune_metrics.full_model_outs import (
     apply_prob_func,
 )
 from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_means
+from auto_circuit.metrics.prune_metrics.prune_metric import PruneMetric
 from auto_circuit.types import CircuitOutputs, Measurements
 from auto_circuit.utils.tensor_ops import batch_answer_vals
 
@@ -54,3 +56,41 @@ def prompt_answer_vals(
 ) -> Float[Tensor, "batch"]:
     """The mean value of each prompt's answers."""
     return batch_answer_vals(apply_prob_func(out, prob_func), batch, wrong_answer)
+
+
+ANSWER_LOGIT_METRIC = PruneMetric(
+    key="Answer Logit",
+    name="Answer Logit",
+    metric_func=partial(measure_answer_val, prob_func="logits"),
+    log_x=True,
+    prompt_func=partial(prompt_answer_vals, prob_func="logits"),
+)
+
+WRONG_ANSWER_LOGIT_METRIC = PruneMetric(
+    key="Wrong Answer Logit",
+    name="Wrong Answer Logit",
+    metric_func=partial(measure_answer_val, prob_func="logits", wrong_answer=True),
+    log_x=True,
+    lower_better=True,
+    prompt_func=partial(prompt_answer_vals, prob_func="logits", wrong_answer=True),
+)
+
+ANSWER_PROB_METRIC = PruneMetric(
+    key="Answer Prob",
+    name="Answer Probability",
+    metric_func=partial(measure_answer_val, prob_func="softmax"),
+    log_x=True,
+    prompt_func=partial(prompt_answer_vals, prob_func="softmax"),
+    bounds=(0.0, 1.0),
+)
+
+# Log-probabilities are negative and logarithmic already: their y axis is linear, where
+# auto-circuit's was logarithmic and showed every point at 1e-6.
+ANSWER_LOGPROB_METRIC = PruneMetric(
+    key="Answer LogProb",
+    name="Answer Log-Probability",
+    metric_func=partial(measure_answer_val, prob_func="log_softmax"),
+    log_x=True,
+    prompt_func=partial(prompt_answer_vals, prob_func="log_softmax"),
+    bounds=(-math.inf, 0.0),
+)

@@ -12,6 +12,7 @@ from auto_circuit.data import PromptPairBatch
 from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_means
+from auto_circuit.metrics.prune_metrics.prune_metric import PruneMetric
 from auto_circuit.types import CircuitOutputs, Measurements
 from auto_circuit.utils.tensor_ops import batch_correct_answers, batch_greater_answers
 
@@ -54,3 +55,26 @@ def prompt_correct_percents(
         else batch_correct_answers
     )
     return 100 * is_correct(out, batch)
+
+
+CORRECT_ANSWER_PERCENT_METRIC = PruneMetric(
+    key="Correct Answer Percent",
+    name="Correct Answers (%)",
+    metric_func=measure_correct_ans_percent,
+    log_x=True,
+    prompt_func=prompt_correct_percents,
+    bounds=(0.0, 100.0),
+)
+
+CORRECT_ANSWER_GREATER_THAN_INCORRECT_PERCENT_METRIC = PruneMetric(
+    key="Correct Answer Greater Than Incorrect Percent",
+    name="Correct Answer Above Incorrect (%)",
+    metric_func=partial(
+        measure_correct_ans_percent, out_of_correct_and_incorrect_answers=True
+    ),
+    log_x=True,
+    prompt_func=partial(
+        prompt_correct_percents, out_of_correct_and_incorrect_answers=True
+    ),
+    bounds=(0.0, 100.0),
+)

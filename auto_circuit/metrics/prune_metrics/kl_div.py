@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 
@@ -17,6 +18,7 @@ from auto_circuit.metrics.prune_metrics.full_model_outs import (
     apply_prob_func,
 )
 from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_means
+from auto_circuit.metrics.prune_metrics.prune_metric import PruneMetric
 from auto_circuit.types import CircuitOutputs, Measurements
 from auto_circuit.utils.tensor_ops import kl_divs
 
@@ -68,3 +70,27 @@ def _position_weights(batch: PromptPairBatch, side: Side, full: FullModelOuts) -
     if mask is None:
         return t.ones(())
     return mask[full.model.out_slice]
+
+
+CLEAN_KL_DIV_METRIC = PruneMetric(
+    key="Clean KL Div",
+    name="KL(Clean || Circuit)",
+    metric_func=partial(measure_kl_div, compare_to_clean=True),
+    log_x=True,
+    log_y=True,
+    lower_better=True,
+    y_min=1e-2,
+    prompt_func=partial(prompt_kl_divs, compare_to_clean=True),
+    bounds=(0.0, math.inf),
+)
+
+CORRUPT_KL_DIV_METRIC = PruneMetric(
+    key="Corrupt KL Div",
+    name="KL(Corrupt || Circuit)",
+    metric_func=partial(measure_kl_div, compare_to_clean=False),
+    log_x=True,
+    log_y=True,
+    y_min=1e-6,
+    prompt_func=partial(prompt_kl_divs, compare_to_clean=False),
+    bounds=(0.0, math.inf),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from auto_circuit.data import PromptPairBatch
 from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_means
+from auto_circuit.metrics.prune_metrics.prune_metric import PruneMetric
 from auto_circuit.types import CircuitOutputs, Measurements
 from auto_circuit.utils.tensor_ops import at_least_float32
 
@@ -42,3 +44,18 @@ def prompt_squared_errors(
     """The mean squared difference of each prompt's outputs."""
     differences = at_least_float32(out) - at_least_float32(full.vals(batch, "clean"))
     return differences.square().flatten(1).mean(1)
+
+
+CLEAN_MSE_METRIC = PruneMetric(
+    key="Clean MSE",
+    name="Squared Difference to Clean",
+    metric_func=measure_mean_squared_error,
+    log_x=True,
+    log_y=True,
+    lower_better=True,
+    y_min=1e-6,
+    prompt_func=prompt_squared_errors,
+    bounds=(0.0, math.inf),
+    of_numbers=True,
+)
+"""For models whose output is a number; auto-circuit has no such metric."""

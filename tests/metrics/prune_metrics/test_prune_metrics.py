@@ -71,6 +71,29 @@ def test_metric_is_the_mean_of_its_prompts(
 
 
 @EACH_METRIC
+def test_metric_prefers_the_model_to_its_opposite(
+    metric: PruneMetric, model: Any, outs_of: Any
+) -> None:
+    """In the direction that it names: an absolute value or a wrong sign would not."""
+    right, wrong = t.eye(6).roll(1, dims=1)[:3], t.eye(6)[:3]
+    model.logits = t.cat([2 * right - wrong, wrong - 2 * right])
+    batch = PromptPairBatch(
+        key=0,
+        batch_diverge_idx=0,
+        clean=t.tensor([[0], [1], [2]]),
+        corrupt=t.tensor([[3], [4], [5]]),
+        answers=t.tensor([[1], [2], [3]]),
+        wrong_answers=t.tensor([[0], [1], [2]]),
+    )
+    outs = {0: outs_of(model, [batch], "corrupt"), 9: outs_of(model, [batch])}
+    at_opposite, at_model = (v for _, v in metric.metric_func(model, [batch], outs))
+    low, high = metric.bounds
+    assert low <= at_opposite <= high and low <= at_model <= high
+    sign = -1 if metric.lower_better else 1
+    assert sign * at_model > sign * at_opposite
+
+
+@EACH_METRIC
 def test_metric_does_not_depend_on_the_batches(
     metric: PruneMetric, model: Any, make_batches: Any, outs_of: Any
 ) -> None:
