@@ -10,6 +10,8 @@ from enum import Enum
 from numbers import Integral, Real
 from typing import Any, TypeVar, get_args
 
+import torch as t
+
 from auto_circuit.errors import ConfigError
 
 E = TypeVar("E", bound=Enum)
@@ -85,3 +87,16 @@ def check_number(
         between = f", {' and '.join(ends)}" if ends else ""
         raise ConfigError(f"`{name}` is {value!r}; expected a finite number{between}.")
     return number
+
+
+def check_device(name: str, value: Any) -> t.device:
+    """The value as a device that holds tensors. Raises ConfigError for all others."""
+    try:
+        device = t.device(value)
+        t.zeros(1, device=device).tolist()
+    except Exception as error:  # each kind of device has errors of its own
+        raise ConfigError(
+            f"`{name}` is {value!r:.100}, which cannot be used ({str(error):.200}). "
+            f"Expected 'cpu'{', or cuda' if t.cuda.is_available() else ''}."
+        ) from None
+    return device

@@ -1,7 +1,8 @@
-"""Prompts: from a JSON file to batches of tokens.
+"""Prompts: from a prompt file to batches of tokens.
 
-The way of the data: file -> parsed and checked prompts -> shuffled and cut to size ->
-tokens of equal length -> common prefix cut off -> train and test loader.
+The way of the data: file -> parsed and checked prompts (`prompt_files`) -> shuffled and
+cut to size -> tokens of equal length (`prompt_encoding`) -> common prefix cut off -> train
+and test loader.
 """
 
 from __future__ import annotations
@@ -10,32 +11,43 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch as t
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
+from auto_circuit.checks import check_count, check_device
 from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.prompt_encoding import (
+    EncodedPrompts,
+    Side,
+    check_pairs_differ,
+    encode_numbers,
+    encode_texts,
+)
+from auto_circuit.prompt_files import Prompt, PromptFile, read_prompt_files
 from auto_circuit.types import BatchKey
 
-Side = Literal["clean", "corrupt"]
 Answers = Tensor | list[Tensor]
 LOGGER = logging.getLogger(__name__)
-BOS_LABEL = "<|BOS|>"
+MAX_BATCH_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
 class PromptPair:
     """A clean prompt, a corrupt one of equal length, and what to answer to the clean one.
 
-    clean, corrupt: [seq ...] tokens (or numbers); answers, wrong_answers: [n ...].
+    clean, corrupt: [seq ...] tokens (or numbers); answers, wrong_answers: [n ...], which
+    is [0] if there are no wrong answers.
     The attention masks [seq] are 0 at padding; None if there is none. idx: the place of
     the pair in its data set.
+
+    Raises DataError for tensors that do not fit together.
     """
 
     clean: Tensor
@@ -45,6 +57,10 @@ class PromptPair:
     clean_attention_mask: Tensor | None = None
     corrupt_attention_mask: Tensor | None = None
     idx: int = 0
+
+    def __post_init__(self) -> None:
+        _check_sides(self, n_lead=1)
+        _check_answers([self.answers], [self.wrong_answers])
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +72,8 @@ class PromptPairBatch:
         corrupt one (0 if one of them is the same).
     clean, corrupt: [batch seq ...]. answers, wrong_answers: [batch n ...], or a list of
         [n ...] if the numbers differ. Attention masks: [batch seq], or None.
+
+    Raises DataError for tensors that do not fit together.
     """
 
     key: BatchKey
@@ -67,6 +85,15 @@ class PromptPairBatch:
     clean_attention_mask: Tensor | None = None
     corrupt_attention_mask: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        _check_sides(self, n_lead=2)
+        _check_answers(
+            *(
+                _answer_rows(name, getattr(self, name), len(self.clean))
+                for name in ("answers", "wrong_answers")
+            )
+        )
+
     def model_input(self, side: Side) -> tuple[Tensor, dict[str, Tensor]]:
         """What to call the model with: `model(tokens, **kwargs)`.
 
@@ -76,6 +103,78 @@ class PromptPairBatch:
         mask = self.clean_attention_mask if is_clean else self.corrupt_attention_mask
         tokens = self.clean if is_clean else self.corrupt
         return tokens, {} if mask is None else {"attention_mask": mask}
+
+
+def _check_sides(prompts: PromptPair | PromptPairBatch, n_lead: int) -> None:
+    """Clean and corrupt must be alike; n_lead: how many dimensions come before [...]."""
+    clean, corrupt = prompts.clean, prompts.corrupt
+    for name, side in (("clean", clean), ("corrupt", corrupt)):
+        _check_tensor(name, side, n_lead)
+    masks = {
+        "clean_attention_mask": prompts.clean_attention_mask,
+        "corrupt_attention_mask": prompts.corrupt_attention_mask,
+    }
+    if _kind(clean) != _kind(corrupt):
+        raise DataError(
+            f"`clean` is {_shown(clean)}, and `corrupt` {_shown(corrupt)}; expected the "
+            "same shape, type and device."
+        )
+    for name, mask in masks.items():
+        if mask is None:
+            continue
+        _check_tensor(name, mask, n_lead, is_mask=True)
+        if mask.shape != clean.shape[:n_lead] or mask.device != clean.device:
+            raise DataError(
+                f"`{name}` is {_shown(mask)}, and the prompts {_shown(clean)}; expected a "
+                "number for each token, on the same device."
+            )
+
+
+def _answer_rows(name: str, answers: Any, n_prompts: int) -> list[Any]:
+    """The answers of a batch: of all its prompts in one tensor, or a row for each."""
+    rows = answers if isinstance(answers, list) else [answers]
+    found = len(rows)
+    if isinstance(answers, Tensor):
+        _check_tensor(name, answers, 2)
+        found = len(answers)
+    if found != n_prompts:
+        raise DataError(
+            f"`{name}` has {found} rows, but the batch has {n_prompts} prompts; expected a "
+            "row for each."
+        )
+    return rows
+
+
+def _check_answers(answers: list[Any], wrong_answers: list[Any]) -> None:
+    for name, rows in (("answers", answers), ("wrong_answers", wrong_answers)):
+        for row in rows:
+            _check_tensor(name, row, 1)
+    rows = [row for row in (*answers, *wrong_answers) if row.numel()]
+    if len({(row.is_floating_point(), row.device) for row in rows}) > 1:
+        kinds = sorted({_shown(row) for row in rows})
+        raise DataError(
+            f"`answers` and `wrong_answers` are {kinds[0]} and {kinds[-1]}; expected token "
+            "ids (integers) in all of them, or other numbers in all, on one device."
+        )
+
+
+def _check_tensor(name: str, value: Any, n_dims: int, is_mask: bool = False) -> None:
+    if not isinstance(value, Tensor):
+        raise DataError(f"`{name}` is {value!r:.100}; expected a tensor.")
+    no_numbers = value.is_complex() or (value.dtype == t.bool and not is_mask)
+    if value.ndim < n_dims or no_numbers:
+        raise DataError(
+            f"`{name}` is {_shown(value)}; expected token ids or other numbers, with at "
+            f"least {n_dims} dimension{'s' if n_dims > 1 else ''}."
+        )
+
+
+def _kind(value: Tensor) -> tuple[t.Size, t.dtype, t.device]:
+    return value.shape, value.dtype, value.device
+
+
+def _shown(value: Tensor) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +208,11 @@ class PrefixCache:
 
 
 class PromptDataset(Dataset[PromptPair]):
-    """Prompt pairs by index. Raises DataError if the parts have different lengths."""
+    """Prompt pairs by index.
+
+    Raises DataError if the parts have different lengths, types or devices, and for pairs
+    whose tensors do not fit together. Without wrong answers, give empty tensors.
+    """
 
     def __init__(
         self,
@@ -120,17 +223,44 @@ class PromptDataset(Dataset[PromptPair]):
         clean_attention_masks: Tensor | None = None,
         corrupt_attention_masks: Tensor | None = None,
     ) -> None:
-        parts = (clean_prompts, corrupt_prompts, answers, wrong_answers)
-        lengths = [len(part) for part in parts]
-        if len(set(lengths)) != 1:
-            raise DataError(
-                "A data set needs as many clean prompts as corrupt prompts, answers and "
-                f"wrong answers; got {lengths}."
-            )
         self.clean_prompts, self.corrupt_prompts = clean_prompts, corrupt_prompts
         self.answers, self.wrong_answers = answers, wrong_answers
         self.clean_attention_masks = clean_attention_masks
         self.corrupt_attention_masks = corrupt_attention_masks
+        self._check()
+
+    def _check(self) -> None:
+        masks = (self.clean_attention_masks, self.corrupt_attention_masks)
+        parts = (
+            *(self.clean_prompts, self.corrupt_prompts, self.answers, self.wrong_answers),
+            *(mask for mask in masks if mask is not None),
+        )
+        for part in parts:
+            is_rows = isinstance(part, Sequence) and not isinstance(part, (str, bytes))
+            if not is_rows and not (isinstance(part, Tensor) and part.ndim):
+                raise DataError(
+                    "The parts of a data set are lists of tensors, or tensors of rows; one "
+                    f"is {part!r:.100}."
+                )
+        lengths = [len(part) for part in parts]
+        if len(set(lengths)) != 1:
+            raise DataError(
+                "A data set needs as many clean prompts as corrupt prompts, answers and "
+                f"wrong answers (and attention masks, if any); got {lengths}."
+            )
+        first, *others = (self[idx] for idx in range(len(self))) if len(self) else (None,)
+        for other in others:
+            assert first is not None
+            pairs = ((first.clean, other.clean), (first.answers, other.answers))
+            if any(
+                (one.dtype, one.device) != (another.dtype, another.device)
+                for one, another in pairs
+            ):
+                raise DataError(
+                    f"Prompt {other.idx} has prompts of {_shown(other.clean)} and answers "
+                    f"of {_shown(other.answers)}, and the first one {_shown(first.clean)} "
+                    f"and {_shown(first.answers)}; expected one type and device."
+                )
 
     def __len__(self) -> int:
         return len(self.clean_prompts)
@@ -152,7 +282,8 @@ class PromptDataset(Dataset[PromptPair]):
 
 
 def collate_fn(batch: list[PromptPair]) -> PromptPairBatch:
-    """Stack prompt pairs into a batch."""
+    """Stack prompt pairs into a batch. Raises DataError if their lengths differ."""
+    _check_same_shapes(pair.clean for pair in batch)
     clean = t.stack([pair.clean for pair in batch])
     corrupt = t.stack([pair.corrupt for pair in batch])
     answers = _stack_if_equal([pair.answers for pair in batch])
@@ -169,6 +300,15 @@ def collate_fn(batch: list[PromptPair]) -> PromptPairBatch:
         clean_attention_mask=_stack_masks([p.clean_attention_mask for p in batch]),
         corrupt_attention_mask=_stack_masks([p.corrupt_attention_mask for p in batch]),
     )
+
+
+def _check_same_shapes(prompts: Iterable[Tensor]) -> None:
+    shapes = {tuple(prompt.shape) for prompt in prompts}
+    if len(shapes) > 1:
+        raise DataError(
+            f"Prompts of shapes {sorted(shapes)[:4]} cannot be one batch. Pad them on the "
+            "left (with attention masks), or use batch_size=1."
+        )
 
 
 def _stack_if_equal(rows: list[Tensor]) -> Answers:
@@ -204,7 +344,8 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
         from the start of the uncut prompt.
 
     Differs from auto-circuit: the last batch may be smaller, where it was dropped.
-    Raises ConfigError for options that shuffle or drop.
+    Raises ConfigError for options that shuffle or drop, and that torch's loader refuses;
+    DataError for prompts of different lengths in one batch, or that are not `seq_len` long.
     """
 
     def __init__(
@@ -217,29 +358,54 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
         word_idxs: Mapping[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(prompt_dataset, PromptDataset):
+            raise ConfigError(
+                f"A PromptDataLoader loads a PromptDataset; got {prompt_dataset!r:.100}."
+            )
         for option in ("shuffle", "drop_last"):
             if kwargs.pop(option, False):
                 raise ConfigError(
                     f"A PromptDataLoader does not take `{option}`: prompts keep their "
                     "order and none is dropped. Shuffle when you load them."
                 )
+        diverge_idx = check_count("diverge_idx", diverge_idx, at_least=0)
         if kv_cache is not None and kv_cache.seq_len != diverge_idx:
             raise ConfigError(
                 f"`kv_cache` holds {kv_cache.seq_len} tokens but `diverge_idx` is "
                 f"{diverge_idx}; they must be equal."
             )
+        if kwargs.get("batch_size") is not None:
+            kwargs["batch_size"] = check_count(
+                "batch_size", kwargs["batch_size"], at_most=MAX_BATCH_SIZE
+            )
         # An iteration draws a seed for its workers: not from the global generator.
         kwargs.setdefault("generator", t.Generator())
-        super().__init__(
-            prompt_dataset,  # type: ignore[arg-type]
-            collate_fn=collate_fn,
-            **kwargs,
-        )
+        try:
+            super().__init__(
+                prompt_dataset,  # type: ignore[arg-type]
+                **{"collate_fn": collate_fn, **kwargs},
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"The loader's options do not fit: {error}.") from error
+        if seq_len is not None:
+            seq_len = check_count("seq_len", seq_len)
         self.seq_len = seq_len
         self.diverge_idx = diverge_idx
         self.kv_cache = kv_cache
         self.seq_labels = seq_labels
         self.word_idxs = dict(word_idxs or {})
+        self._check_lengths(prompt_dataset.clean_prompts)
+
+    def _check_lengths(self, prompts: Sequence[Tensor] | Tensor) -> None:
+        lengths = {len(prompt) for prompt in prompts}
+        if self.seq_len is not None and lengths - {self.seq_len}:
+            raise DataError(
+                f"`seq_len` is {self.seq_len}, but prompts have {sorted(lengths)[:8]} "
+                "tokens; expected that number in all of them."
+            )
+        if isinstance(self.sampler, SequentialSampler) and self.batch_sampler is not None:
+            for idxs in self.batch_sampler:
+                _check_same_shapes(prompts[idx] for idx in idxs)
 
     @property
     def n_prompts(self) -> int:
@@ -263,12 +429,10 @@ def load_datasets_from_json(
     random_seed: int = 42,
     pad: bool = True,
 ) -> tuple[PromptDataLoader, PromptDataLoader]:
-    """A train and a test loader from one or more prompt files.
+    """A train and a test loader from one or more prompt files, in the formats below.
 
     model: has the tokenizer, and computes the prefix cache. None for prompts of numbers.
-    path: JSON: `{"prompts": [{"clean", "corrupt", "answers", "wrong_answers"}],
-        "seq_labels": [...], "word_idxs": {...}}`, the last two optional. Of several
-        files, labels and word positions are the first one's.
+    path: of one or more files. Of several, labels and word positions are the first one's.
     prepend_bos: put the tokenizer's BOS token first (once, also if the tokenizer does).
         None: as the model's own `to_tokens` does (`cfg.default_prepend_bos`): models that
         were trained without BOS, such as Qwen, get none.
@@ -279,16 +443,35 @@ def load_datasets_from_json(
     shuffle, random_seed: once, before the prompts are split; no global seed is touched.
     pad: pad shorter prompts on the left; their attention masks are kept in the batches.
 
+    The suffix names the format:
+    .json: `{"prompts": [{"clean", "corrupt", "answers", "wrong_answers"}],
+        "seq_labels": [...], "word_idxs": {...}}`, the last two optional. clean, corrupt: a
+        text, or a list of token ids. answers, wrong_answers: a list of texts of one token
+        each, and of token ids (ints), for what no text can say, such as an answer that
+        continues a word. wrong_answers may be missing or empty: whatever compares with
+        them is then an error. Without a model, all are (nested) lists of numbers.
+    .jsonl: one such prompt per line. seq_labels and word_idxs may be in the first line.
+    .csv: a first line with these names, then a prompt per line. A cell is a text, or a
+        JSON list: `[" Bob", 29946]`. The answers may also have several columns, answers_1,
+        answers_2 ...; empty cells are left out. seq_labels and word_idxs (JSON) may be in
+        the first prompt's line.
+
     Raises DataError, with file, prompt and field, for anything that is not as it must be:
     unequal lengths of clean and corrupt, an answer that is not one token of the
-    vocabulary, too few prompts; ConfigError for options that do not go together.
+    vocabulary, token ids that the model does not have, more tokens than its context, too
+    few prompts, pairs that are all degenerate (clean equals corrupt, or the answers the
+    wrong ones); a DegeneratePromptsWarning if some are. ConfigError for options of other
+    types and values, and for those that do not go together.
 
     Differs from auto-circuit: attention masks are kept; the prefix is common to all
     prompts (not only to the two of a pair) and its cache fits every batch size; without a
     model, positions are told apart only if `return_seq_length`; the tokenizer and the
     global random state are left alone.
     """
-    sizes = _checked_sizes(train_test_size, batch_size)
+    batch_sizes = per_split("batch_size", batch_size, at_most=MAX_BATCH_SIZE)
+    n_train, n_test = sizes = _checked_sizes(train_test_size)
+    check_count("random_seed", random_seed, at_least=0)
+    device = check_device("device", device)
     if prepend_bos and model is not None and getattr(model, "tokenizer", None):
         _check_has_bos(model.tokenizer)
     if prepend_bos is None:
@@ -298,38 +481,28 @@ def load_datasets_from_json(
             "Without a model there is no tokenizer and no cache: `prepend_bos` and "
             "`tail_divergence` must be False."
         )
-    paths = [Path(path)] if isinstance(path, (str, Path)) else [Path(p) for p in path]
-    file = _read_files(paths)
-    prompts = list(file.prompts)
-    if shuffle:
-        random.Random(random_seed).shuffle(prompts)
-    n_prompts = sum(sizes.prompts)
-    if n_prompts > len(prompts):
-        raise DataError(
-            f"{paths[0]} has {len(prompts)} prompts, but train_test_size="
-            f"{train_test_size} needs {n_prompts}. Ask for fewer, or write more with the "
-            "file's generator (`--n-prompts`)."
-        )
-    prompts = prompts[:n_prompts]
+    file = read_prompt_files(path)
+    prompts = _picked(file.prompts, sizes, random_seed if shuffle else None)
     if model is None:
-        encoded = _encode_numbers(prompts)
+        encoded = encode_numbers(prompts)
     else:
-        encoded = _encode_texts(prompts, model.tokenizer, prepend_bos, pad)
-        if prepend_bos and encoded.has_bos:
+        encoded = encode_texts(prompts, model, prepend_bos, pad)
+        if encoded.has_bos:
             file = file.with_bos()
-    encoded = encoded.to(device)
+    check_pairs_differ(encoded)
     if return_seq_length:
         _check_positions(encoded, file)
+    encoded = encoded.to(device)
     seq_len = encoded.clean.shape[1] if return_seq_length else None
     prefix = None
     if tail_divergence:
         prefix = _prefix_cache(model, encoded)
     diverge_idx = 0 if prefix is None else prefix.seq_len
     LOGGER.info("prefix of %d tokens, prompts of %s", diverge_idx, encoded.clean.shape)
-    splits = (slice(0, sizes.prompts[0]), slice(sizes.prompts[0], n_prompts))
+    splits = (slice(0, n_train), slice(n_train, n_train + n_test))
     train_loader, test_loader = (
         PromptDataLoader(
-            encoded.dataset(split, diverge_idx),
+            _dataset(encoded, split, diverge_idx),
             seq_len=None if seq_len is None else seq_len - diverge_idx,
             diverge_idx=diverge_idx,
             kv_cache=prefix,
@@ -337,7 +510,7 @@ def load_datasets_from_json(
             word_idxs=file.word_idxs,
             batch_size=size,
         )
-        for split, size in zip(splits, sizes.batch, strict=True)
+        for split, size in zip(splits, batch_sizes, strict=True)
     )
     return train_loader, test_loader
 
@@ -359,253 +532,67 @@ def _check_has_bos(tokenizer: Any) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    prompts: tuple[int, int]
-    batch: tuple[int, int]
+def per_split(
+    name: str, value: Any, at_least: int = 1, at_most: int | None = None
+) -> tuple[int, int]:
+    """Numbers for (train, test), given as one for both or as two.
 
-
-def _checked_sizes(
-    train_test_size: tuple[int, int], batch_size: int | tuple[int, int]
-) -> _Sizes:
-    batch = (batch_size, batch_size) if isinstance(batch_size, int) else batch_size
-    if min(batch) < 1:
-        raise ConfigError(f"`batch_size` is {batch_size}; expected at least 1.")
-    if min(train_test_size) < 0 or sum(train_test_size) == 0:
+    Raises ConfigError, with the argument's name, for anything else.
+    """
+    parts = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(parts) != 2:
         raise ConfigError(
-            f"`train_test_size` is {train_test_size}; expected two numbers of prompts, "
-            "not both 0."
+            f"`{name}` is {value!r:.100}; expected a number, or two: (train, test)."
         )
-    return _Sizes(train_test_size, batch)
+    first, second = (check_count(name, part, at_least, at_most) for part in parts)
+    return first, second
 
 
-# ------------------------------------------------------------------- reading and checking
-
-Prompt = dict[str, Any]
-FIELDS = ("clean", "corrupt", "answers", "wrong_answers")
-
-
-@dataclass(frozen=True)
-class _PromptFile:
-    prompts: list[Prompt]
-    seq_labels: list[str] | None = None
-    word_idxs: dict[str, int] = field(default_factory=dict)
-
-    def with_bos(self) -> _PromptFile:
-        labels = self.seq_labels and [BOS_LABEL, *self.seq_labels]
-        idxs = {word: idx + 1 for word, idx in self.word_idxs.items()}
-        return replace(self, seq_labels=labels, word_idxs=idxs)
-
-
-def _read_files(paths: Sequence[Path]) -> _PromptFile:
-    if not paths:
-        raise ConfigError("`path` is an empty list; give at least one prompt file.")
-    files = [read_prompt_file(path) for path in paths]
-    return replace(files[0], prompts=[p for file in files for p in file.prompts])
-
-
-def read_prompt_file(path: Path) -> _PromptFile:
-    """The checked content of a prompt file. Raises DataError, which says what is wrong."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"There is no prompt file {path}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(content, dict) or not isinstance(content.get("prompts"), list):
-        raise DataError(f'{path} must hold an object with a list "prompts".')
-    if not content["prompts"]:
-        raise DataError(f"{path} has no prompts.")
-    for i, prompt in enumerate(content["prompts"]):
-        _check_prompt(prompt, f"{path}, prompt {i}")
-    labels, idxs = content.get("seq_labels"), content.get("word_idxs") or {}
-    if labels is not None and not _is_list_of(labels, str):
-        raise DataError(f'{path}: "seq_labels" must be a list of texts.')
-    if not isinstance(idxs, dict) or not _is_list_of(list(idxs.values()), int):
-        raise DataError(f'{path}: "word_idxs" must map words to positions.')
-    return _PromptFile(content["prompts"], labels, idxs)
-
-
-def _check_prompt(prompt: Any, where: str) -> None:
-    if not isinstance(prompt, dict):
-        raise DataError(f"{where} is a {type(prompt).__name__}; expected an object.")
-    for name in FIELDS:
-        if name not in prompt:
-            raise DataError(f"{where} has no field {name!r}; it needs {list(FIELDS)}.")
-    is_text = isinstance(prompt["clean"], str)
-    for name in ("clean", "corrupt"):
-        if not (isinstance(prompt[name], str) if is_text else _is_numbers(prompt[name])):
-            raise DataError(
-                f"{where}, field {name!r}: expected "
-                + ("a text, as the clean prompt is." if is_text else "a list of numbers.")
-            )
-    for name in ("answers", "wrong_answers"):
-        values = prompt[name]
-        if not (_is_list_of(values, str) if is_text else _is_numbers(values)):
-            kind = "texts" if is_text else "numbers"
-            raise DataError(f"{where}, field {name!r}: expected a list of {kind}.")
-        if not values:
-            raise DataError(f"{where}, field {name!r}: the list is empty.")
-
-
-def _is_list_of(values: Any, kind: type) -> bool:
-    return isinstance(values, list) and all(isinstance(v, kind) for v in values)
-
-
-def _is_numbers(values: Any) -> bool:
-    """A list of numbers, or of lists of numbers, and so on."""
-    return isinstance(values, list) and all(
-        (
-            _is_numbers(v)
-            if isinstance(v, list)
-            else isinstance(v, (int, float)) and not isinstance(v, bool)
-        )
-        for v in values
+def _checked_sizes(train_test_size: Any) -> tuple[int, int]:
+    if isinstance(train_test_size, (tuple, list)):
+        sizes = per_split("train_test_size", train_test_size, at_least=0)
+        if sum(sizes):
+            return sizes
+    raise ConfigError(
+        f"`train_test_size` is {train_test_size!r:.100}; expected two numbers of prompts, "
+        "not both 0."
     )
 
 
-# ------------------------------------------------------------------------------ encoding
-
-
-@dataclass(frozen=True, eq=False)
-class _Encoded:
-    """All prompts, as tokens of one length. Masks are None if nothing is padded."""
-
-    clean: Tensor
-    corrupt: Tensor
-    answers: list[Tensor]
-    wrong_answers: list[Tensor]
-    mask: Tensor | None = None
-    has_bos: bool = False
-
-    def to(self, device: t.device | str) -> _Encoded:
-        return replace(
-            self,
-            clean=self.clean.to(device),
-            corrupt=self.corrupt.to(device),
-            answers=[row.to(device) for row in self.answers],
-            wrong_answers=[row.to(device) for row in self.wrong_answers],
-            mask=None if self.mask is None else self.mask.to(device),
-        )
-
-    def dataset(self, split: slice, start: int) -> PromptDataset:
-        """Some of the prompts, without their first `start` tokens."""
-        mask = None if self.mask is None else self.mask[split, start:]
-        return PromptDataset(
-            self.clean[split, start:],
-            self.corrupt[split, start:],
-            self.answers[split],
-            self.wrong_answers[split],
-            mask,
-            mask,
-        )
-
-
-def _encode_numbers(prompts: list[Prompt]) -> _Encoded:
-    if any(isinstance(prompt["clean"], str) for prompt in prompts):
-        raise ConfigError("These prompts are texts: `model` must have a tokenizer.")
-    try:
-        sides = [t.tensor([prompt[side] for prompt in prompts]) for side in FIELDS[:2]]
-    except ValueError as error:
-        raise DataError(f"Prompts of numbers must all have one shape: {error}.") from None
-    clean, corrupt = sides
-    if clean.shape != corrupt.shape:
+def _picked(
+    prompts: list[Prompt], sizes: tuple[int, int], seed: int | None
+) -> list[Prompt]:
+    """As many as are needed, from the start, after shuffling if there is a seed."""
+    n_prompts = sum(sizes)
+    if n_prompts > len(prompts):
         raise DataError(
-            f"Clean prompts have shape {tuple(clean.shape)}, corrupt ones "
-            f"{tuple(corrupt.shape)}; they must be equal."
+            f"{prompts[0].where.rpartition(', ')[0]} has {len(prompts)} prompts, but "
+            f"train_test_size={sizes} needs {n_prompts}. Ask for fewer, or write more with the "
+            "file's generator (`--n-prompts`)."
         )
-    answers, wrong = (
-        [t.tensor(prompt[name]) for prompt in prompts] for name in FIELDS[2:]
+    picked = list(prompts)
+    if seed is not None:
+        random.Random(seed).shuffle(picked)
+    return picked[:n_prompts]
+
+
+def _dataset(encoded: EncodedPrompts, split: slice, start: int) -> PromptDataset:
+    """Some of the prompts, without their first `start` tokens."""
+    mask = None if encoded.mask is None else encoded.mask[split, start:]
+    return PromptDataset(
+        encoded.clean[split, start:],
+        encoded.corrupt[split, start:],
+        encoded.answers[split],
+        encoded.wrong_answers[split],
+        mask,
+        mask,
     )
-    return _Encoded(clean, corrupt, answers, wrong)
-
-
-def _encode_texts(
-    prompts: list[Prompt], tokenizer: Any, prepend_bos: bool, pad: bool
-) -> _Encoded:
-    if tokenizer is None or not isinstance(prompts[0]["clean"], str):
-        raise ConfigError(
-            "Texts need a model with a tokenizer; prompts of numbers need model=None."
-        )
-    bos = tokenizer.bos_token_id if prepend_bos else None
-    clean = _encode_side(prompts, "clean", tokenizer, bos)
-    corrupt = _encode_side(prompts, "corrupt", tokenizer, bos)
-    for prompt, ids, other_ids in zip(prompts, clean, corrupt, strict=True):
-        if len(ids) != len(other_ids):
-            raise DataError(
-                "Clean and corrupt prompt must have the same number of tokens: "
-                f"{prompt['clean']!r} has {len(ids)} "
-                f"({tokenizer.convert_ids_to_tokens(ids)}), {prompt['corrupt']!r} has "
-                f"{len(other_ids)} ({tokenizer.convert_ids_to_tokens(other_ids)})."
-            )
-    lengths = [len(ids) for ids in clean]
-    is_padded = len(set(lengths)) > 1
-    if is_padded and not pad:
-        raise DataError(
-            f"The prompts have {min(lengths)} to {max(lengths)} tokens; with pad=False "
-            "all must have the same number."
-        )
-    answers, wrong = (
-        [_encode_answers(prompt, name, tokenizer) for prompt in prompts]
-        for name in FIELDS[2:]
-    )
-    pad_id = _first_not_none(tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return _Encoded(
-        _left_padded(clean, pad_id),
-        _left_padded(corrupt, pad_id),
-        answers,
-        wrong,
-        _left_padded([[1] * length for length in lengths], 0) if is_padded else None,
-        has_bos=bos is not None,
-    )
-
-
-def _first_not_none(*values: int | None) -> int:
-    return next(value for value in values if value is not None)
-
-
-def _encode_side(
-    prompts: list[Prompt], side: Side, tokenizer: Any, bos: int | None
-) -> list[list[int]]:
-    """Tokens, with exactly one BOS in front if asked for, whatever the tokenizer does."""
-    texts = [prompt[side] for prompt in prompts]
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    unk = tokenizer.unk_token_id
-    for text, ids in zip(texts, rows, strict=True):
-        if not ids:
-            raise DataError(f"The {side} prompt {text!r} has no tokens.")
-        if unk is not None and unk in ids and unk != tokenizer.bos_token_id:
-            raise DataError(
-                f"The {side} prompt {text!r} has words that the tokenizer does not know: "
-                f"{tokenizer.convert_ids_to_tokens(ids)}."
-            )
-    if bos is None:
-        return rows
-    return [ids if ids[0] == bos else [bos, *ids] for ids in rows]
-
-
-def _encode_answers(prompt: Prompt, name: str, tokenizer: Any) -> Int[Tensor, "n"]:
-    rows = tokenizer(prompt[name], add_special_tokens=False)["input_ids"]
-    unk = tokenizer.unk_token_id
-    for text, ids in zip(prompt[name], rows, strict=True):
-        where = f"Prompt {prompt['clean']!r}, field {name!r}: {text!r}"
-        if len(ids) != 1:
-            tokens = tokenizer.convert_ids_to_tokens(ids)
-            raise DataError(f"{where} must be one token, but it is {tokens}.")
-        if unk is not None and ids[0] == unk and text != tokenizer.unk_token:
-            raise DataError(f"{where} is not in the tokenizer's vocabulary.")
-    return t.tensor([ids[0] for ids in rows])
-
-
-def _left_padded(rows: list[list[int]], pad_id: int) -> Int[Tensor, "prompt seq"]:
-    length = max(len(row) for row in rows)
-    return t.tensor([[pad_id] * (length - len(row)) + row for row in rows])
 
 
 # ----------------------------------------------------------------- positions and prefixes
 
 
-def _check_positions(encoded: _Encoded, file: _PromptFile) -> None:
+def _check_positions(encoded: EncodedPrompts, file: PromptFile) -> None:
     if encoded.mask is not None:
         lengths = encoded.mask.sum(1)
         raise DataError(
@@ -627,16 +614,16 @@ def _check_positions(encoded: _Encoded, file: _PromptFile) -> None:
             )
 
 
-def _common_prefix_len(encoded: _Encoded) -> int:
-    """How many tokens all prompts start with; at least one is left over."""
+def _common_prefix_len(encoded: EncodedPrompts) -> int:
+    """How many tokens all prompts start with: not all, since some pair differs."""
     rows = t.cat([encoded.clean, encoded.corrupt])
     is_common = (rows == rows[0]).all(dim=0)
     if encoded.mask is not None:
         is_common &= (encoded.mask == 1).all(dim=0)
-    return min(int(is_common.int().cumprod(0).sum()), rows.shape[1] - 1)
+    return int(is_common.int().cumprod(0).sum())
 
 
-def _prefix_cache(model: Any, encoded: _Encoded) -> PrefixCache | None:
+def _prefix_cache(model: Any, encoded: EncodedPrompts) -> PrefixCache | None:
     """The model's keys and values for the common prefix; None if there is none."""
     tokens = encoded.clean[0, : _common_prefix_len(encoded)]
     if len(tokens) == 0:

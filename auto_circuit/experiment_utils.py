@@ -10,11 +10,7 @@ from typing import Literal, NamedTuple, get_args
 import torch as t
 from transformer_lens.model_bridge import TransformerBridge
 
-from auto_circuit.data import (
-    PromptDataLoader,
-    load_datasets_from_json,
-    read_prompt_file,
-)
+from auto_circuit.data import PromptDataLoader, load_datasets_from_json
 from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.metrics.official_circuits.circuits.ioi_official import (
     ioi_head_based_official_edges,
@@ -23,6 +19,7 @@ from auto_circuit.metrics.official_circuits.circuits.ioi_official import (
 )
 from auto_circuit.metrics.prune_metrics.answer_diff_percent import answer_diff_percent
 from auto_circuit.model_utils.load_model import load_transformer
+from auto_circuit.prompt_files import read_prompt_file
 from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.objectives import FaithfulnessTarget
 from auto_circuit.prune_algos.subnetwork_probing import (

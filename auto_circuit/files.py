@@ -1,14 +1,20 @@
-"""Files that are written whole or not at all, inside the folder that was named."""
+"""Files that are written whole or not at all, inside the folder that was named.
+
+JSON is read strictly: what the standard does not know is an error.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from auto_circuit.errors import ConfigError, FileError
+from auto_circuit.errors import ConfigError, DataError, FileError
 
 MAX_NAME_BYTES = 200
 
@@ -81,3 +87,36 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """What a JSON text holds. Raises DataError where Python would take what JSON has not.
+
+    Those are NaN and infinite numbers; also keys that are there twice, of which Python
+    keeps the last, and lists that are nested too deeply. where: the file, for the error.
+    """
+
+    def refused(constant: str) -> Any:
+        raise DataError(f"{where} is not JSON: it has the number {constant}.")
+
+    def finite(digits: str) -> float:
+        return float(digits) if math.isfinite(float(digits)) else refused(digits[:40])
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            keys = [key for key, _ in pairs]
+            doubled = next(key for key in keys if keys.count(key) > 1)
+            raise DataError(f"{where} has the key {doubled!r:.100} twice in one object.")
+        return content
+
+    try:
+        return json.loads(
+            text, object_pairs_hook=once, parse_constant=refused, parse_float=finite
+        )
+    except DataError:
+        raise
+    except RecursionError:
+        raise DataError(f"{where}: lists or objects are nested too deeply.") from None
+    except ValueError as error:  # also a number of more than 4300 digits
+        raise DataError(f"{where} is not JSON: {error}.") from None

@@ -12,7 +12,8 @@ import torch as t
 from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
 
-from auto_circuit.data import PromptDataLoader, load_datasets_from_json
+from auto_circuit.checks import check_count
+from auto_circuit.data import PromptDataLoader, load_datasets_from_json, per_split
 from auto_circuit.errors import ConfigError, DataError, near_matches
 from auto_circuit.metrics.official_circuits.circuits.docstring_official import (
     docstring_node_based_official_edges,
@@ -39,6 +40,7 @@ from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import
     sae_model,
 )
 from auto_circuit.model_utils.tracr_model_utils import TRACR_TASK_KEY, get_tracr_model
+from auto_circuit.prompt_files import READERS, read_prompt_file
 from auto_circuit.types import AutoencoderInput, Edge, OutputSlice, TaskKey
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.misc import repo_path_to_abs_path
@@ -56,7 +58,8 @@ class Task:
     token_circuit: does each token position have edges of its own?
     _model_def: a model (TransformerBridge, MicroModel), a Hugging Face hub name, or a
         local folder.
-    _dataset_name: a prompt file: `datasets/<name>.json`, or a path to one.
+    _dataset_name: a prompt file: `datasets/<name>.json`, or a path to one, which ends in
+        .json, .jsonl or .csv (see `load_datasets_from_json`).
     factorized, separate_qkv, slice_output: see `patchable_model`.
     autoencoder_input: see each MLP's output ("resid_delta_mlp") or neurons
         ("mlp_post_act") through a published sparse autoencoder, see `load_autoencoder`.
@@ -186,10 +189,13 @@ class Task:
 
     @cached_property
     def _loaders(self) -> tuple[PromptDataLoader, PromptDataLoader]:
+        sizes = per_split("batch_size", self.batch_size)
+        counts = per_split("batch_count", self.batch_count, at_least=0)
+        check_count("seed", self.seed, at_least=0)
         path = self._dataset_path()
+        read_prompt_file(path)  # what is wrong with it is said before the model loads
         model: Any = self._bare_model
         has_tokenizer = getattr(model, "tokenizer", None) is not None
-        sizes, counts = _per_split(self.batch_size), _per_split(self.batch_count)
         return load_datasets_from_json(
             model=model if has_tokenizer else None,
             path=path,
@@ -203,9 +209,14 @@ class Task:
         )
 
     def _dataset_path(self) -> Path:
+        if not isinstance(self._dataset_name, (str, Path)):
+            raise ConfigError(
+                f"The task {self.key!r} has `_dataset_name` {self._dataset_name!r:.100}; "
+                "expected a name or a path."
+            )
         name = str(self._dataset_name)
         path = Path(name)
-        if path.suffix != ".json":
+        if path.suffix.lower() not in READERS:
             path = repo_path_to_abs_path(f"datasets/{name}.json")
         if not path.exists() and name in GENERATORS:
             raise DataError(
@@ -238,10 +249,6 @@ GENERATORS: dict[str, str] = {
     "capital_cities_pythia-70m-deduped_prompts": "datasets/capital_cities_generator.py",
 }
 """Prompt files that cannot be written offline -> the script that writes them."""
-
-
-def _per_split(value: PerSplit) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
 
 
 POCKET_MODEL = Path(__file__).parent / "pocket_model"

@@ -21,6 +21,8 @@ from auto_circuit.data import (
     load_datasets_from_json,
 )
 from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.prompt_encoding import DegeneratePromptsWarning
+from auto_circuit.prompt_files import read_prompt_file
 from auto_circuit.types import AblationType
 from auto_circuit.utils.ablation_activations import batch_src_ablations, src_ablations
 from auto_circuit.utils.graph_utils import patchable_model
@@ -135,7 +137,7 @@ def test_no_global_state_is_touched(tmp_path: Path) -> None:
 
 
 def test_numbers_need_no_model(tmp_path: Path) -> None:
-    prompts = [prompt([[i, 1.0]] * 3, [[-i, 1.0]] * 3, [1], [0]) for i in range(4)]
+    prompts = [prompt([[i, 1.0]] * 3, [[-i, 1.0]] * 3, [1], [0]) for i in range(1, 5)]
     path = write_prompts(tmp_path, prompts, seq_labels=["a", "b", "c"])
     train, _ = load(path, None, (4, 0), prepend_bos=False)
     assert next(iter(train)).clean.shape == (2, 3, 2)
@@ -257,11 +259,11 @@ def test_the_prefix_is_common_to_all_prompts_not_only_to_a_pair(tmp_path: Path) 
     )
 
 
-def test_something_is_left_of_identical_prompts(tmp_path: Path) -> None:
+def test_the_last_token_is_no_prefix(tmp_path: Path) -> None:
     model = text_model(word_tokenizer())
-    path = write_prompts(tmp_path, [prompt(corrupt=prompt()["clean"])] * 3)
+    path = write_prompts(tmp_path, [prompt("Ann met Bob", "Ann met Eve")] * 3)
     train, test = load(path, model, (2, 1), tail_divergence=True)
-    assert train.diverge_idx == 6
+    assert train.diverge_idx == 3
     assert next(iter(train)).clean.shape == (2, 1)
     whole, _ = load(path, model, (2, 1))
     t.testing.assert_close(
@@ -336,6 +338,106 @@ def test_a_tokenizer_that_adds_bos_by_itself_gets_one(tmp_path: Path) -> None:
     assert tokenizer.decode(batch.clean[0]) == "Ann met Bob at the store"
 
 
+# ------------------------------------------------------------- token ids, and formats
+
+
+def test_token_ids_say_what_no_text_can(tmp_path: Path) -> None:
+    """As in Llama's vocabulary, where '4' is two tokens: a space, and the one meant."""
+    tokenizer = bpe_tokenizer()
+    letter: Any = tokenizer.convert_tokens_to_ids("b")
+    model = text_model(tokenizer)
+    ids = tokenizer("Ann met Bob", add_special_tokens=False)["input_ids"]
+    prompts = [
+        prompt("Ann met Bob", "Ann met Eve", [" zebra"]),
+        prompt(ids, "Ann met Eve", [" Bob", letter], [letter + 1]),
+    ]
+    with pytest.raises(DataError, match="one token.* give its token id"):
+        load(write_prompts(tmp_path, prompts[:1]), model, (1, 0))
+    path = write_prompts(tmp_path, [prompts[1], {**prompts[1], "clean": "Ann met Bob"}])
+    (batch,), _ = load(path, model, (2, 0), shuffle=False)
+    assert t.equal(batch.clean[0], batch.clean[1])
+    assert batch.clean[0].tolist() == [tokenizer.bos_token_id, *ids]
+    (bob,) = tokenizer(" Bob", add_special_tokens=False)["input_ids"]
+    assert batch.answers[0].tolist() == [bob, letter]
+    assert batch.wrong_answers[0].tolist() == [letter + 1]
+
+
+CSV = """clean,corrupt,answers,wrong_answers_1,wrong_answers_2,seq_labels,word_idxs
+Ann met Bob,Dan met Eve, Bob, Ann,,"[""A"", ""met"", ""B""]","{""A"": 0}"
+"[3, 8, 4]",Dan met Eve,"["" Bob"", 5]", Ann,"[6, 7]",,
+"""
+
+
+def test_csv_and_json_lines_say_the_same_as_json(tmp_path: Path) -> None:
+    prompts = [
+        prompt("Ann met Bob", "Dan met Eve"),
+        prompt([3, 8, 4], "Dan met Eve", [" Bob", 5], [" Ann", 6, 7]),
+    ]
+    fields: dict[str, Any] = {"seq_labels": ["A", "met", "B"], "word_idxs": {"A": 0}}
+    as_json = write_prompts(tmp_path, prompts, **fields)
+    lines = [json.dumps({**prompts[0], **fields}), "", json.dumps(prompts[1])]
+    as_lines, as_csv = tmp_path / "prompts.jsonl", tmp_path / "prompts.CSV"
+    as_lines.write_text("\n".join(lines))
+    as_csv.write_text("\ufeff" + CSV, encoding="utf-8")
+
+    def loaded(path: Path) -> Any:
+        model = text_model(word_tokenizer())
+        train, _ = load(path, model, (2, 0), return_seq_length=True)
+        (batch,) = train
+        return batch.key, train.seq_labels, train.word_idxs
+
+    assert loaded(as_json) == loaded(as_lines) == loaded(as_csv)
+
+
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("x.csv", "clean,clean\na,b", "several columns .'clean'.*answers_1"),
+        ("x.csv", "clean,corrupt,answers\na,b", "line 2 has 2 cells, but .* 3 columns"),
+        ("x.csv", 'clean,corrupt,answers\na,b,"c', "line 2 is not CSV"),
+        ("x.csv", "clean,corrupt,answers\na,b,[1;2]", "line 2, 'answers' is not JSON"),
+        ("x.csv", "clean;corrupt;answers\na;b;c", "prompt 0 has no field 'clean'"),
+        ("x.csv", "clean,corrupt,answers\n", "has no prompts"),
+        ("x.csv", "", "has no prompts"),
+        ("x.jsonl", "[]", "line 1 is a list; expected an object"),
+        ("x.jsonl", '{"clean": 1}\n{', "line 2 is not JSON"),
+        ("x.jsonl", '{"seq_labels": ["a"]}\n{"seq_labels": ["b"]}', "differs from line"),
+    ],
+)
+def test_malformed_lines(tmp_path: Path, name: str, content: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        file = read_prompt_file(path)
+        load(path, text_model(word_tokenizer()), (len(file.prompts), 0))
+
+
+# ------------------------------------------------------------------- degenerate pairs
+
+
+def test_pairs_that_show_nothing(tmp_path: Path) -> None:
+    model = text_model(word_tokenizer())
+    same = prompt(corrupt=prompt()["clean"])
+    same_answers = prompt(answers=[" Bob", " Ann"], wrong_answers=[" Ann", " Bob"])
+    shared = prompt(answers=[" Bob", " Dan"], wrong_answers=[" Dan"])
+    for all_bad in ([same] * 2, [same_answers], [same, same_answers]):
+        with pytest.raises(DataError, match=f"All {len(all_bad)} prompt pairs are degen"):
+            load(write_prompts(tmp_path, all_bad), model, (len(all_bad), 0))
+    path = write_prompts(tmp_path, [same, same, same_answers, shared, prompt()])
+    text = "clean equals corrupt in 2 of 5, and an answer is also a wrong .* in 2 of 5"
+    with pytest.warns(DegeneratePromptsWarning, match=text) as warned:
+        load(path, model, (3, 2))
+    assert len(warned) == 1
+
+
+def test_targets_may_be_equal(tmp_path: Path) -> None:
+    """Numbers are compared with, and wrong ones are not."""
+    prompts = [prompt([1, 2], [3, 4], [[0.5], [1]], [[0.5], [1]])] * 2
+    path = write_prompts(tmp_path, prompts)
+    (batch,), _ = load(path, None, (2, 0), prepend_bos=False)
+    assert batch.answers.dtype == t.float32
+
+
 # ------------------------------------------------------------------------------ bad input
 
 
@@ -348,21 +450,84 @@ def test_a_tokenizer_that_adds_bos_by_itself_gets_one(tmp_path: Path) -> None:
         ('{"prompts": []}', "has no prompts"),
         ('{"prompts": [3]}', "prompt 0 is a int; expected an object"),
         ('{"prompts": [{"clean": "Ann"}]}', "prompt 0 has no field 'corrupt'"),
+        ('{"prompts": [], "prompts": []}', "has the key 'prompts' twice"),
+        ('{"prompts": [NaN]}', "it has the number NaN"),
+        ('{"prompts": [-Infinity]}', "it has the number -Infinity"),
+        ('{"prompts": [1e999]}', "it has the number 1e999"),
+        ('{"prompts": [' + "1" * 5000 + "]}", "is not JSON: Exceeds the limit"),
+        ("[" * 100000, "nested too deeply"),
+        ('{"prompts": [1], "seq_label": []}', "unknown field 'seq_label'"),
+        (b"\xff\xfe{", "is not a text in UTF-8"),
+        ("", "prompts.json is not JSON"),
     ],
 )
-def test_malformed_files(tmp_path: Path, content: str, message: str) -> None:
+def test_malformed_files(tmp_path: Path, content: str | bytes, message: str) -> None:
     path = tmp_path / "prompts.json"
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):
-        load(path, text_model(word_tokenizer()), (1, 0))
+        read_prompt_file(path)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    """A read of a pipe would wait for ever."""
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    for name in ("pipe", "folder", "device"):
+        with pytest.raises(DataError, match="is a folder, a pipe or a device"):
+            read_prompt_file(tmp_path / f"{name}.json")
+    with pytest.raises(DataError, match="Cannot read the prompt file"):
+        read_prompt_file(tmp_path / f"{'x' * 300}.json")
+    with pytest.raises(DataError, match="There is no prompt file|Cannot read"):
+        read_prompt_file(tmp_path / "a\0b.json")
+    with pytest.raises(DataError, match="'.yaml'; expected one of .json, .jsonl, .csv"):
+        read_prompt_file(tmp_path / "prompts.yaml")
+
+
+@pytest.mark.parametrize(
+    "bad,message",
+    [
+        (prompt([[1], [2, 3]], [1, 2], [1], [0]), "prompt 1, .*ragged"),
+        (prompt([1, [2]], [1, 2], [1], [0]), "prompt 1, .*ragged"),
+        (prompt([1, 2, 3], [1, 2, 3], [1], [0]), "prompt 1 has numbers of shape .3,."),
+        (prompt([], [], [1], [0]), "prompt 1, field 'clean': expected a list of numbers"),
+        (prompt([[], []], [[], []], [1], [0]), "prompt 1 has numbers of shape .2, 0."),
+        (prompt([True, 2], [1, 2], [1], [0]), "True is no number"),
+        (prompt([1, "a"], [1, 2], [1], [0]), "'a' is no number"),
+        (prompt([1e39, 2], [1, 2], [1], [0]), "too large for float32"),
+        (prompt([10**30, 2], [1, 2], [1], [0]), "is too large a number"),
+        (prompt([1, 2], [3, 4], [[1], 2], [0]), "'answers': .*ragged"),
+    ],
+)
+def test_bad_prompts_of_numbers(
+    tmp_path: Path, bad: dict[str, Any], message: str
+) -> None:
+    good = prompt([1, 2], [3, 4], [1], [0])
+    path = write_prompts(tmp_path, [good, bad])
+    with pytest.raises(DataError, match=message):
+        load(path, None, (2, 0), prepend_bos=False, shuffle=False)
 
 
 @pytest.mark.parametrize(
     "bad,message",
     [
         (prompt(corrupt=3), "prompt 1, field 'corrupt': expected a text"),
-        (prompt(answers=[3]), "prompt 1, field 'answers': expected a list of texts"),
-        (prompt(wrong_answers=[]), "field 'wrong_answers': the list is empty"),
+        (prompt(corrupt=[1.5]), "corrupt prompt .* must be a list of token ids"),
+        (prompt(corrupt=[[1]]), "corrupt prompt .* must be a list of token ids"),
+        (prompt(answers=[3.0]), "'answers': expected a list of texts and token ids; 3.0"),
+        (prompt(answers=[True]), "prompt 1, field 'answers': .*; True is neither"),
+        (prompt(answers=[99]), "prompt 1 has the token id 99, but .* words 0 to 19"),
+        (prompt(wrong_answers=[-1]), "prompt 1 has the token id -1"),
+        (prompt([10**30] * 6, [1] * 6), "prompt 1 has the token id 1000000"),
+        (prompt(answers=[]), "prompt 1, field 'answers': the list is empty"),
+        (prompt("Ann " * 33, "Bob " * 33), "prompt 1 has 34 tokens .* context has 32"),
+        (prompt(clean="Ann \ud800"), "'clean': the text .* lone surrogate"),
+        (prompt(answers=["\ud800"]), "'answers': the text .* lone surrogate"),
+        ({**prompt(), "corrupt": None}, "'corrupt': expected a text"),
+        (
+            {"clean": "Ann", "corrupt": "Bob", "answers": ["Ann"], "wrong_answer": []},
+            "prompt 1 has the unknown field 'wrong_answer'. Did you mean 'wrong_answers'",
+        ),
         (prompt(corrupt="Ann met Bob"), "same number of tokens: .* has 7 .* has 4 "),
         (prompt(answers=[" Bob met"]), "' Bob met' must be one token, but it is"),
         (prompt(answers=[" Zoe"]), "' Zoe' is not in the tokenizer's vocabulary"),
@@ -394,8 +559,9 @@ def test_bad_labels_and_positions(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match='"seq_labels" must be a list of texts'):
         load_with(seq_labels=[3])
-    with pytest.raises(DataError, match='"word_idxs" must map words to positions'):
-        load_with(word_idxs={"A": "x"})
+    for wrong in ("x", True, 1.0, None):
+        with pytest.raises(DataError, match='"word_idxs" must map words to positions'):
+            load_with(word_idxs={"A": wrong})
     with pytest.raises(DataError, match="3 `seq_labels`, but its prompts have 7 tokens"):
         load_with(seq_labels=["a", "b"])
     with pytest.raises(DataError, match="'A' at position 10"):
