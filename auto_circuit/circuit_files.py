@@ -31,10 +31,7 @@ from torch import Tensor
 
 from auto_circuit.errors import ConfigError, DataError, GraphError, near_matches
 from auto_circuit.files import path_in_folder
-from auto_circuit.model_utils.transformer_lens_utils import (
-    has_parallel_attention,
-    n_kv_heads,
-)
+from auto_circuit.model_utils.transformer_lens_utils import has_parallel_attention
 from auto_circuit.types import DestNode, Edge, PruneScores, SrcNode
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import circuit_mask
@@ -303,10 +300,10 @@ def save_mib_circuit(
     circuit touches it; `logits` always is.
 
     With grouped-query attention MIB gives every query head a key and a value input of
-    its own; ours has one per key-value head. Its score is split evenly among its query
+    its own, as `patchable_model(..., ungroup=True)` does: then every score has its place.
+    Without, ours has one per key-value head, whose score is split evenly among its query
     heads, so that they add up to it (attribution is a sum); `load_mib_circuit` adds them
-    up again. How MIB's own files rank such edges, we could not check against a file of
-    theirs.
+    up again. Such circuits have other sizes than MIB's.
 
     Raises ConfigError for a graph that the format cannot hold: with positions,
     unfactorized, without separate q/k/v or MLPs, or with heads that are not sources
@@ -403,7 +400,11 @@ def _mib_graph(model: PatchableModel) -> _MibGraph:
     _check_mib_can_hold(model)
     bridge: Any = model.wrapped_model
     config = bridge.cfg
-    group = config.n_heads // n_kv_heads(bridge)
+    # With `ungroup=True` every query head has a key of its own.
+    n_keys = sum(
+        re.fullmatch(r"A0\.\d+\.K", dest.name) is not None for dest in model.dests
+    )
+    group = config.n_heads // n_keys
     dests = {
         name: dest for dest in model.dests for name in _mib_dest_names(dest.name, group)
     }

@@ -120,6 +120,8 @@ class ExperimentConfig(Choices):
     """Exactly these numbers of edges, instead of `edge_counts`."""
     circuit_shares: tuple[float, ...] = ()
     """Exactly these shares of all edges (0.05 is 5 %), instead of `edge_counts`."""
+    ungroup: bool = False
+    """With grouped-query attention, a key and a value for every query head (EAP-IG, MIB)?"""
     seed: int = 42
     """Which prompts are picked from each task's file, and in which order."""
     device: str | None = None
@@ -241,7 +243,9 @@ def _make_out_folder(config: ExperimentConfig) -> None:
 
 
 def _task(key: TaskKey, config: ExperimentConfig) -> Task:
-    task = replace(find_task(key), seed=config.seed, device=config.device)
+    task = find_task(key)
+    ungroup = task.ungroup or config.ungroup
+    task = replace(task, seed=config.seed, device=config.device, ungroup=ungroup)
     return chosen_task(task, config)
 
 

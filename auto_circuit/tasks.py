@@ -71,6 +71,8 @@ class Task:
     dtype: the type in which the model is loaded, if it is named.
     device: where it is loaded and run; a GPU if there is one, when None.
     seed: shuffles the prompts.
+    ungroup: see `patchable_model`. True gives the graph of EAP-IG and the MIB benchmark,
+        with a key and a value for every query head.
     prepend_bos: does every prompt begin with the tokenizer's BOS token? None: as the
         model's own `to_tokens` does (`cfg.default_prepend_bos`).
 
@@ -96,6 +98,7 @@ class Task:
     dtype: t.dtype = t.float32
     device: str | None = None
     seed: int = 42
+    ungroup: bool = False
     prepend_bos: bool | None = None
 
     @cached_property
@@ -108,6 +111,7 @@ class Task:
             slice_output=self.slice_output,
             seq_len=train_loader.seq_len if self.token_circuit else None,
             separate_qkv=self.separate_qkv,
+            ungroup=self.ungroup,
             kv_caches=(train_loader.kv_cache, test_loader.kv_cache),
         )
 

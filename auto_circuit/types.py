@@ -122,7 +122,8 @@ class Node:
     `layer` orders the graph: an edge always goes to a higher layer. `head_idx` is the
     index along `head_dim` of the module's activation, or None when the module is one
     node. For the keys and values of grouped-query attention it is the index of the
-    key-value head. `weight` and `weight_head_dim` name the node's weight matrix.
+    key-value head, or, ungrouped, of the query head. `weight` and `weight_head_dim` name
+    the node's weight matrix.
     """
 
     name: str

@@ -28,7 +28,7 @@ def source_site(name: str) -> Site:
     return f"blocks.{match[1]}.mlp.hook_out", None
 
 
-def dest_sites(bridge: TransformerBridge, name: str) -> list[Site]:
+def dest_sites(bridge: TransformerBridge, name: str, ungroup: bool = False) -> list[Site]:
     if name == "Resid End":
         return [(f"blocks.{bridge.cfg.n_layers - 1}.hook_out", None)]
     if match := re.fullmatch(r"MLP (\d+)", name):
@@ -36,6 +36,8 @@ def dest_sites(bridge: TransformerBridge, name: str) -> list[Site]:
     match = re.fullmatch(r"A(\d+)\.(\d+)(?:\.([QKV]))?", name)
     assert match, name
     block, head, letter = f"blocks.{match[1]}.attn", int(match[2]), match[3]
+    if letter in ("K", "V") and ungroup:
+        head //= bridge.cfg.n_heads // (bridge.cfg.n_key_value_heads or 1)
     if letter:
         return [(f"{block}.hook_{letter.lower()}_input", head)]
     # One input for the three: a key-value head, and all the query heads that share it.
@@ -71,12 +73,16 @@ def patch_each_edge(
     clean: Tensor,
     corrupt: Tensor,
     edges: Sequence[tuple[str, str, int | None]],
+    ungroup: bool = False,
 ) -> Tensor:
     """[edge, seq, vocab]: the output on `clean` [1 seq] with one edge from `corrupt`.
 
     edges: (source, destination, position or None). A single patched edge changes nothing
     upstream of its destination, so its patch is what the source writes on `corrupt`
     minus what it writes on `clean`.
+
+    ungroup: "A0.1.K" is the key that query head 1 reads: its whole group's is patched, and
+    what the group's other heads make of it is set back to what they make on `clean`.
     """
     set_switches(bridge, True)
     names = sorted({src for src, _, _ in edges})
@@ -88,7 +94,7 @@ def patch_each_edge(
         if position is not None:
             keep = t.arange(change.shape[0]) == position
             change = change * keep[:, None]
-        for hook_name, head in dest_sites(bridge, dest):
+        for hook_name, head in dest_sites(bridge, dest, ungroup):
             additions.setdefault(hook_name, []).append((i, head, change))
 
     def add(hook_name: str) -> Callable[[Tensor, Any], Tensor]:
@@ -101,9 +107,39 @@ def patch_each_edge(
 
         return hook_function
 
-    output = bridge.run_with_hooks(
-        clean.expand(len(edges), -1),
-        fwd_hooks=[(name, add(name)) for name in additions],
-    )
+    hooks: list[Any] = [(name, add(name)) for name in additions]
+    if ungroup:
+        hooks += heads_set_back(bridge, clean, [dest for _, dest, _ in edges])
+    output = bridge.run_with_hooks(clean.expand(len(edges), -1), fwd_hooks=hooks)
     set_switches(bridge, False)
     return output
+
+
+def heads_set_back(
+    bridge: TransformerBridge, clean: Tensor, dests: Sequence[str]
+) -> list[tuple[str, Callable[[Tensor, Any], Tensor]]]:
+    """Hooks: of row i, all heads but that of a patched key or value are as on `clean`."""
+    by_block: dict[str, list[tuple[int, int]]] = {}
+    for i, dest in enumerate(dests):
+        if match := re.fullmatch(r"A(\d+)\.(\d+)\.[KV]", dest):
+            name = f"blocks.{match[1]}.attn.hook_z"
+            by_block.setdefault(name, []).append((i, int(match[2])))
+    on_clean: dict[str, Tensor] = {}
+
+    def save(name: str) -> Callable[[Tensor, Any], None]:
+        return lambda z, hook: on_clean.update({name: z.clone()})
+
+    bridge.run_with_hooks(clean, fwd_hooks=[(name, save(name)) for name in by_block])
+
+    def set_back(name: str) -> Callable[[Tensor, Any], Tensor]:
+        def hook_function(z: Tensor, hook: Any) -> Tensor:
+            z = z.clone()
+            for i, head in by_block[name]:
+                own = z[i, :, head].clone()
+                z[i] = on_clean[name][0]
+                z[i, :, head] = own
+            return z
+
+        return hook_function
+
+    return [(name, set_back(name)) for name in by_block]

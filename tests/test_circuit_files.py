@@ -321,6 +321,34 @@ def test_mib_grouped_query_attention(tmp_path: Path, llama_model: PatchableModel
     assert loaded["blocks.0.hook_k_input"].tolist() == [[0.0], [2.5]]
 
 
+@pytest.mark.parametrize("suffix", [".json", ".pt"])
+def test_mib_ungrouped_attention(tmp_path: Path, suffix: str) -> None:
+    """Every key has its own score, and circuits are as large as the benchmark's."""
+    model = patchable_model(llama(), factorized=True, separate_qkv=True, ungroup=True)
+    scores, path = random_scores(model), tmp_path / f"circuit{suffix}"
+    scores["blocks.0.hook_k_input"][:, 0] = t.tensor([10.0, 20.0, 30.0, 40.0])
+    save_mib_circuit(path, model, scores, edge_count=3)
+    assert_equal(load_mib_circuit(path, model), scores)
+    circuit = load_mib_circuit(path, model, in_graph=True)
+    assert circuit["blocks.0.hook_k_input"].tolist() == [[0.0], [1.0], [1.0], [1.0]]
+    assert sum(edges.sum() for edges in circuit.values()) == 3
+    if suffix == ".json":
+        edges = json.loads(path.read_text())["edges"]
+        assert len(edges) == model.n_edges == 110
+        assert edges["input->a0.h2<k>"] == {"score": 30.0, "in_graph": True}
+
+
+def test_a_circuit_of_groups_is_not_one_of_heads(
+    tmp_path: Path, llama_model: PatchableModel
+) -> None:
+    """The node "A0.1.K" is another one in each."""
+    path = tmp_path / "c.json"
+    save_circuit(path, llama_model, ["Resid Start->A0.1.K"])
+    model = patchable_model(llama(), factorized=True, separate_qkv=True, ungroup=True)
+    with pytest.raises(GraphError, match="n_edges is 82, here 110"):
+        load_circuit(path, model)
+
+
 def test_mib_circuit_without_scores(tmp_path: Path, gpt2_model: PatchableModel) -> None:
     path = tmp_path / "c.json"
     content = {

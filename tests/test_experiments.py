@@ -66,6 +66,13 @@ def run_process(
     return done.stdout
 
 
+def test_ungroup_reaches_the_tasks() -> None:
+    config = ExperimentConfig(ungroup=True)
+    assert experiments._task("Pocket IOI", config).ungroup
+    assert not experiments._task("Pocket IOI", ExperimentConfig()).ungroup
+    assert config.folder != ExperimentConfig().folder
+
+
 def score_files(folder: Path) -> dict[str, bytes]:
     (results,) = folder.iterdir()
     return {path.name: path.read_bytes() for path in (results / "scores").iterdir()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from auto_circuit.tasks import (
     TASKS,
     find_task,
 )
-from tests.models import randomize
+from tests.models import llama, randomize
 
 N_COMPONENT_EDGES = 1519
 REPO = Path(__file__).parents[1]
@@ -75,6 +76,20 @@ def test_a_model_object_or_a_folder() -> None:
     assert [len(batch.clean) for batch in mine.train_loader] == [3, 3]
     assert [len(batch.clean) for batch in mine.test_loader] == [2]
     assert replace(mine, _model_def=str(POCKET_MODEL)).model.n_edges == mine.model.n_edges
+
+
+def test_ungrouped_keys_and_values(tmp_path: Path) -> None:
+    prompt = {"clean": [1, 2], "corrupt": [1, 3], "answers": [4], "wrong_answers": [5]}
+    (tmp_path / "p.json").write_text(json.dumps({"prompts": [prompt] * 2}))
+    mine = replace(
+        POCKET_IOI_TASK,
+        _model_def=llama(),
+        _dataset_name=tmp_path / "p.json",
+        batch_size=1,
+        batch_count=1,
+    )
+    assert mine.model.n_edges == 82
+    assert replace(mine, ungroup=True).model.n_edges == 110
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,11 @@ measured at *budgets*, shares k of all edges: the circuit has int(k * n_edges) e
   |score|, since what lowers the metric is part of the mechanism too. 0 is best.
 
 Both areas are sums of trapezoids from the smallest budget to the largest.
+
+The benchmark counts keys and values for every query head. With grouped-query attention the
+numbers are therefore its own only on a graph made with `patchable_model(..., ungroup=True)`;
+else the graph has fewer edges, and each budget is another circuit.
+
 Source: Mueller et al. 2025, MIB (arXiv 2504.13151).
 """
 
@@ -215,7 +220,9 @@ def circuit_performance_ratio(curve: FaithfulnessCurve, log_scale: bool = False)
     """CPR: the area under f(k). Higher is better; it has no bounds.
 
     A model's own faithfulness, f = 1 everywhere, has 0.999 at MIB's budgets, and
-    nothing has 0. Rank by signed score. log_scale: over ln(k) instead of k.
+    nothing has 0. Rank by signed score. log_scale: over ln(k) instead of k. With
+    grouped-query attention it differs from the benchmark's unless the model was made
+    patchable with `ungroup=True`.
     Raises ConfigError for fewer than two budgets.
     """
     return _area(curve, lambda point: point.faithfulness, log_scale)
@@ -224,7 +231,9 @@ def circuit_performance_ratio(curve: FaithfulnessCurve, log_scale: bool = False)
 def circuit_model_distance(curve: FaithfulnessCurve, log_scale: bool = False) -> float:
     """CMD: the area under |1 - f(k)|. 0 (all circuits do as the model) or more.
 
-    Nothing has 0.999 at MIB's budgets. Rank by |score|. log_scale: over ln(k).
+    Nothing has 0.999 at MIB's budgets. Rank by |score|. log_scale: over ln(k). With
+    grouped-query attention it differs from the benchmark's unless the model was made
+    patchable with `ungroup=True`.
     Raises ConfigError for fewer than two budgets.
     """
     return _area(curve, lambda point: abs(1 - point.faithfulness), log_scale)

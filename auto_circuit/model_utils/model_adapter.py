@@ -8,7 +8,7 @@ a new architecture, write one of these in a file of its own and either add it to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch as t
@@ -73,12 +73,23 @@ class HeadInputs:
     linears: torch's `Linear`s with the number of heads that each serves, in the order in
         which the model calls them. If `share_rows`, all of them read the same inputs (a
         head's query, key and value are one destination); else each has its own.
+    called: the modules that the model calls for these, if they are others; what the
+        `linears` give then takes the place of what those would.
+    opened: a context in which the model can use what the `linears` give, if that is not
+        what it uses as it is.
     """
 
     norm: Module | None
     closed_form: Norm | None
     linears: tuple[tuple[Module, int], ...]
     share_rows: bool = False
+    called: tuple[Module, ...] | None = None
+    opened: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @property
+    def called_modules(self) -> tuple[Module, ...]:
+        """The module that the model calls for each linear."""
+        return self.called or tuple(linear for linear, _ in self.linears)
 
     @property
     def n_rows(self) -> int:
@@ -143,6 +154,9 @@ class ModelAdapter:
         called with it as the first argument; empty if there are none. Blocks before the
         first changed edge need not run again.
     is_transformer: do its nodes need `separate_qkv`, and may it have a KV cache?
+    ungrouped: model -> the adapter for the graph in which every query head has a key and a
+        value of its own (`patchable_model(..., ungroup=True)`), which is this one if it
+        always has; raises ModelError if that cannot be. None: no model of the family can.
     """
 
     name: str
@@ -155,3 +169,4 @@ class ModelAdapter:
     find_unembed: Callable[[Module], Module | None]
     blocks: Callable[[Module], Sequence[Module]]
     is_transformer: bool
+    ungrouped: Callable[[Module], ModelAdapter] | None = None

@@ -33,6 +33,11 @@ from transformers.pytorch_utils import Conv1D
 
 from auto_circuit.errors import ModelError
 from auto_circuit.model_utils.model_adapter import HeadInputs, Norm, Port, SrcSite
+from auto_circuit.model_utils.ungrouped_heads import (
+    UngroupedLinear,
+    keeps_heads_apart,
+    ungrouped_attention,
+)
 from auto_circuit.utils.misc import replaced_forward
 
 HEAD_INPUTS = ("hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in")
@@ -183,9 +188,15 @@ def src_site(model: Module, module_name: str) -> SrcSite:
 
 
 def ports(
-    model: Module, module_names: Sequence[str], separate_qkv: bool | None
+    model: Module,
+    module_names: Sequence[str],
+    separate_qkv: bool | None,
+    ungroup: bool = False,
 ) -> tuple[Port, ...]:
-    """Where the patches of all destinations enter."""
+    """Where the patches of all destinations enter.
+
+    ungroup: with a key and a value for every query head; see `check_can_ungroup`.
+    """
     assert isinstance(model, TransformerBridge)
     by_weights = heads_by_weights(model)
     found: list[Port] = []
@@ -194,7 +205,7 @@ def ports(
         if not reads_heads:
             found += [_port(model, name) for name in names]
         elif by_weights:
-            found.append(_weights_port(model, block, names))
+            found.append(_weights_port(model, block, names, ungroup))
         else:
             found += [port for name in names for port in _split_ports(model, name)]
     return tuple(replace(port, layer=_layer(port)) for port in found)
@@ -224,15 +235,17 @@ def _port(model: TransformerBridge, name: str) -> Port:
     return Port((name,), hook_point(model, name), component=component)
 
 
-def _weights_port(model: TransformerBridge, name: str, dests: tuple[str, ...]) -> Port:
+def _weights_port(
+    model: TransformerBridge, name: str, dests: tuple[str, ...], ungroup: bool
+) -> Port:
     """All heads of a block, by the weights of their queries, keys and values."""
     block: Any = model.get_submodule(name)
     is_shared = dests == (f"{name}.hook_attn_in",)
-    n_kv = n_kv_heads(model)
-    n_queries = n_kv if is_shared else model.cfg.n_heads
-    linears = tuple(
-        (_inner_linear(block.attn, part), n_heads)
-        for part, n_heads in (("q", n_queries), ("k", n_kv), ("v", n_kv))
+    n_kv, n_heads = n_kv_heads(model), model.cfg.n_heads
+    called = tuple(_inner_linear(block.attn, part) for part in "qkv")
+    n_queries = n_kv if is_shared else n_heads
+    linears: tuple[tuple[Module, int], ...] = tuple(
+        zip(called, (n_queries, n_kv, n_kv), strict=True)
     )
     norm = _norm_before_heads(block)
     heads = HeadInputs(
@@ -241,8 +254,32 @@ def _weights_port(model: TransformerBridge, name: str, dests: tuple[str, ...]) -
         linears=linears,
         share_rows=is_shared,
     )
+    if ungroup:
+        group = n_heads // n_kv
+        query, *keys_values = called
+        ungrouped = [UngroupedLinear(linear, n_kv, group) for linear in keys_values]
+        heads = replace(
+            heads,
+            linears=tuple((linear, n_heads) for linear in (query, *ungrouped)),
+            called=called,
+            opened=partial(ungrouped_attention, block.attn, group),
+        )
     residual = block.attn.hook_in if norm is None else norm.hook_in
     return Port(dests, residual, heads=heads)
+
+
+def check_can_ungroup(model: TransformerBridge) -> None:
+    """Raise ModelError unless query heads can have keys and values of their own."""
+    problem = None
+    if not heads_by_weights(model):
+        problem = "its heads cannot be told apart by their weights"
+    elif not all(keeps_heads_apart(block.attn) for block in model.blocks):
+        problem = "a norm over keys has weights for each key-value head, or mixes them"
+    if problem:
+        raise ModelError(
+            f"The key-value heads of this {model.cfg.architecture} model cannot be "
+            f"ungrouped (`ungroup=True`): {problem}. Use `ungroup=False`."
+        )
 
 
 def _split_ports(model: TransformerBridge, name: str) -> list[Port]:

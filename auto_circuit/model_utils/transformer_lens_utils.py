@@ -7,11 +7,15 @@ auto-circuit's; the modules themselves are TransformerLens hook points.
 
 With grouped-query attention several query heads share one key-value head: `A0.1.K` is
 then the input of key-value head 1, and with `separate_qkv=False` the node `A0.g` is the
-input of the whole group g: its query heads, its key and its value.
+input of the whole group g: its query heads, its key and its value. With `ungroup=True`
+every query head has a key and a value of its own instead, `A0.1.K` being those that query
+head 1 reads, as in the graphs of EAP-IG and the MIB benchmark.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch as t
@@ -32,6 +36,7 @@ from transformer_lens.model_bridge.sources.native import NativeModel
 from auto_circuit.errors import ConfigError
 from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter
 from auto_circuit.model_utils.transformer_lens_sites import (
+    check_can_ungroup,
     has_mlps,
     has_post_norm,
     n_kv_heads,
@@ -115,14 +120,15 @@ def factorized_src_nodes(model: TransformerBridge) -> list[SrcNode]:
 
 
 def _attention_dests(
-    model: TransformerBridge, block: int, separate_qkv: bool
+    model: TransformerBridge, block: int, separate_qkv: bool, ungroup: bool
 ) -> list[DestNode]:
+    n_heads = model.cfg.n_heads
+    n_kv = n_heads if ungroup else n_kv_heads(model)
     if separate_qkv:
-        inputs = [("q", ".Q", model.cfg.n_heads)]
-        inputs += [("k", ".K", n_kv_heads(model)), ("v", ".V", n_kv_heads(model))]
+        inputs = [("q", ".Q", n_heads), ("k", ".K", n_kv), ("v", ".V", n_kv)]
         modules = [(f"hook_{name}_input", suffix, n) for name, suffix, n in inputs]
     else:
-        modules = [("hook_attn_in", "", n_kv_heads(model))]
+        modules = [("hook_attn_in", "", n_kv)]
     return [
         DestNode(
             name=f"A{block}.{head}{suffix}",
@@ -138,11 +144,13 @@ def _attention_dests(
     ]
 
 
-def factorized_dest_nodes(model: TransformerBridge, separate_qkv: bool) -> list[DestNode]:
+def factorized_dest_nodes(
+    model: TransformerBridge, separate_qkv: bool, ungroup: bool = False
+) -> list[DestNode]:
     """Inputs of heads and MLPs, and the end, in the order in which they run."""
     dests: list[DestNode] = []
     for block in range(model.cfg.n_layers):
-        dests += _attention_dests(model, block, separate_qkv)
+        dests += _attention_dests(model, block, separate_qkv, ungroup)
         if has_mlps(model):
             dests.append(
                 DestNode(
@@ -197,7 +205,7 @@ def simple_graph_nodes(model: TransformerBridge) -> GraphNodes:
 
 
 def _graph_nodes(
-    model: Module, factorized: bool, separate_qkv: bool | None
+    model: Module, factorized: bool, separate_qkv: bool | None, ungroup: bool = False
 ) -> GraphNodes:
     assert isinstance(model, TransformerBridge)
     if separate_qkv is None:
@@ -207,7 +215,8 @@ def _graph_nodes(
         )
     if not factorized:
         return simple_graph_nodes(model)
-    return factorized_src_nodes(model), factorized_dest_nodes(model, separate_qkv)
+    dests = factorized_dest_nodes(model, separate_qkv, ungroup)
+    return factorized_src_nodes(model), dests
 
 
 def _probe_input(model: Module) -> Int[Tensor, "batch seq"]:
@@ -222,6 +231,23 @@ def _blocks(model: Module) -> list[Module]:
     return list(model.blocks)
 
 
+def has_grouped_queries(model: TransformerBridge) -> bool:
+    """Do several query heads share one key-value head?"""
+    return n_kv_heads(model) != model.cfg.n_heads
+
+
+def _ungrouped(model: Module) -> ModelAdapter:
+    assert isinstance(model, TransformerBridge)
+    if not has_grouped_queries(model):
+        return TRANSFORMER_BRIDGE_ADAPTER
+    check_can_ungroup(model)
+    return replace(
+        TRANSFORMER_BRIDGE_ADAPTER,
+        graph_nodes=partial(_graph_nodes, ungroup=True),
+        ports=partial(ports, ungroup=True),
+    )
+
+
 TRANSFORMER_BRIDGE_ADAPTER = ModelAdapter(
     name="TransformerBridge",
     handles=lambda model: isinstance(model, TransformerBridge),
@@ -233,6 +259,7 @@ TRANSFORMER_BRIDGE_ADAPTER = ModelAdapter(
     find_unembed=lambda model: getattr(model, "unembed", None),
     blocks=_blocks,
     is_transformer=True,
+    ungrouped=_ungrouped,
 )
 
 

@@ -55,6 +55,7 @@ def patchable_model(
     kv_caches: Sequence[PrefixCache | None] = (None,),
     device: t.device | str | None = None,
     adapter: ModelAdapter | None = None,
+    ungroup: bool = False,
 ) -> PatchableModel:
     """Compute a model's graph, and make its edges patchable.
 
@@ -68,6 +69,10 @@ def patchable_model(
     separate_qkv: do queries, keys and values have inputs of their own? Transformers only.
     kv_caches: prefix caches of the dataloaders that will be used (`loader.kv_cache`).
     device: where the masks are; the model's device if None.
+    ungroup: with grouped-query attention, do keys and values have an input for every query
+        head (True), as in EAP-IG and the MIB benchmark, or one for each group, as in the
+        model (False)? A score of a group is the sum of its heads'. Without grouped
+        queries both are the same graph.
 
     Runs the model once on a small input to check that every node is seen, and that what
     a destination reads is the sum of its sources and a constant. Raises ModelError if
@@ -83,6 +88,8 @@ def patchable_model(
     if seq_len is not None and seq_len < 1:
         raise ConfigError(f"`seq_len` is {seq_len}; expected at least 1 position.")
     adapter = adapter or find_adapter(model)
+    if ungroup:
+        adapter = _ungrouped(adapter, model)
     srcs, dests = adapter.graph_nodes(model, factorized, separate_qkv)
     wrappers = _make_wrappers(model, srcs, dests, factorized, seq_len, device)
     src_wrappers = OrderedSet(w for w in wrappers if w.is_src)
@@ -107,6 +114,16 @@ def patchable_model(
     )
     _check_graph(patchable)
     return patchable
+
+
+def _ungrouped(adapter: ModelAdapter, model: Module) -> ModelAdapter:
+    if adapter.ungrouped is None:
+        raise ConfigError(
+            "`ungroup=True` gives every query head of grouped-query attention keys and "
+            f"values of its own, which the adapter {adapter.name!r} cannot. Use "
+            "`ungroup=False`, or give the adapter an `ungrouped`."
+        )
+    return adapter.ungrouped(model)
 
 
 def unpatch(model: PatchableModel) -> Module:
@@ -138,6 +155,7 @@ def graph_edges(
     separate_qkv: bool | None = None,
     seq_len: int | None = None,
     adapter: ModelAdapter | None = None,
+    ungroup: bool = False,
 ) -> tuple[
     OrderedSet[Node],
     OrderedSet[SrcNode],
@@ -149,7 +167,13 @@ def graph_edges(
 ]:
     """(nodes, srcs, dests, edge_dict, edges, seq_dim, seq_len) of a model's graph."""
     graph = patchable_model(
-        model, factorized, None, seq_len, separate_qkv, adapter=adapter
+        model,
+        factorized,
+        None,
+        seq_len,
+        separate_qkv,
+        adapter=adapter,
+        ungroup=ungroup,
     )
     return (
         graph.nodes,

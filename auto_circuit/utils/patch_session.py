@@ -405,9 +405,11 @@ class PatchSession:
         # Nothing of a pass may hold a tensor of its graph for longer than needed: the
         # graph holds the pass, and the circle would keep both.
         self._hook(port.module, lambda x: self._running().residuals.update({port: x}))
-        for idx, (linear, _) in enumerate(port.heads.linears):
+        self._exit.enter_context(port.heads.opened())
+        for idx, called in enumerate(port.heads.called_modules):
+            linear, _ = port.heads.linears[idx]
             forward = self._head_forward(port, block, idx, linear)
-            self._exit.enter_context(replaced_forward(linear, forward))
+            self._exit.enter_context(replaced_forward(called, forward))
 
     def _head_forward(
         self, port: DestPort, block: EdgeBlock, idx: int, linear: Module

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch as t
@@ -216,7 +217,7 @@ def _check(model: AutoencoderTransformer) -> None:
 
 
 def _graph_nodes(
-    model: Module, factorized: bool, separate_qkv: bool | None
+    model: Module, factorized: bool, separate_qkv: bool | None, ungroup: bool = False
 ) -> GraphNodes:
     assert isinstance(model, AutoencoderTransformer)
     if not factorized or separate_qkv is None:
@@ -229,7 +230,7 @@ def _graph_nodes(
     for node in factorized_src_nodes(model.wrapped_model):
         for part in _parts(model, node):
             srcs.append(replace(part, src_idx=len(srcs)))
-    return srcs, factorized_dest_nodes(model.wrapped_model, separate_qkv)
+    return srcs, factorized_dest_nodes(model.wrapped_model, separate_qkv, ungroup)
 
 
 def _parts(model: AutoencoderTransformer, node: SrcNode) -> list[SrcNode]:
@@ -267,12 +268,13 @@ def _src_site(model: Module, module_name: str) -> SrcSite:
 
 
 def _ports(
-    model: Module, module_names: Sequence[str], separate_qkv: bool | None
+    model: Module,
+    module_names: Sequence[str],
+    separate_qkv: bool | None,
+    bridge_adapter: ModelAdapter = TRANSFORMER_BRIDGE_ADAPTER,
 ) -> tuple[Port, ...]:
     assert isinstance(model, AutoencoderTransformer)
-    return TRANSFORMER_BRIDGE_ADAPTER.ports(
-        model.wrapped_model, module_names, separate_qkv
-    )
+    return bridge_adapter.ports(model.wrapped_model, module_names, separate_qkv)
 
 
 @contextmanager
@@ -317,6 +319,17 @@ def _open_sites(model: Module, separate_qkv: bool | None) -> Iterator[None]:
         yield
 
 
+def _ungrouped(model: Module) -> ModelAdapter:
+    assert isinstance(model, AutoencoderTransformer)
+    assert TRANSFORMER_BRIDGE_ADAPTER.ungrouped is not None
+    bridge_adapter = TRANSFORMER_BRIDGE_ADAPTER.ungrouped(model.wrapped_model)
+    return replace(
+        AUTOENCODER_TRANSFORMER_ADAPTER,
+        graph_nodes=partial(_graph_nodes, ungroup=True),
+        ports=partial(_ports, bridge_adapter=bridge_adapter),
+    )
+
+
 AUTOENCODER_TRANSFORMER_ADAPTER = ModelAdapter(
     name="AutoencoderTransformer",
     handles=lambda model: isinstance(model, AutoencoderTransformer),
@@ -332,4 +345,5 @@ AUTOENCODER_TRANSFORMER_ADAPTER = ModelAdapter(
         model.wrapped_model  # type: ignore[arg-type]
     ),
     is_transformer=True,
+    ungrouped=_ungrouped,
 )
