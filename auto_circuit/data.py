@@ -408,9 +408,37 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
                 _check_same_shapes(prompts[idx] for idx in idxs)
 
     @property
+    def prompt_dataset(self) -> PromptDataset:
+        """The data set that it loads."""
+        return self.dataset  # type: ignore[return-value]
+
+    @property
     def n_prompts(self) -> int:
         """The number of prompts in all batches."""
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.prompt_dataset)
+
+
+NEED_NO_WRONG_ANSWERS = (
+    "the metrics 'Clean KL Div', 'Corrupt KL Div', 'Clean MSE', 'Answer Logit', 'Answer "
+    "Prob', 'Answer LogProb', 'Correct Answer Percent'; the algorithms 'EAP (log prob)', "
+    "'Act Mag', 'ACDC', 'SEP', 'STP', 'CP', 'TP', 'EP' and those whose names end in "
+    "'(MSE)'; of the options answer_function='avg_val' and 'mse', faithfulness_target="
+    "'kl_div', 'mse', 'answer' and 'correct_percent'"
+)
+
+
+def check_wrong_answers(prompts: Iterable[PromptPairBatch], who: str) -> None:
+    """Raise DataError if some prompt has no wrong answers, which `who` compares with."""
+    if isinstance(prompts, PromptDataLoader):
+        rows = prompts.prompt_dataset.wrong_answers
+    else:
+        rows = [row for batch in prompts for row in batch.wrong_answers]
+    n_without = sum(not row.numel() for row in rows)
+    if n_without:
+        raise DataError(
+            f"{n_without} of {len(rows)} prompts have no `wrong_answers`, which {who} "
+            f"compares with. These need none: {NEED_NO_WRONG_ANSWERS}."
+        )
 
 
 # ------------------------------------------------------------------------------ loading

@@ -183,6 +183,8 @@ def run_experiment(config: ExperimentConfig) -> ExperimentResults:
     seconds: Numbers = {}
     aurocs: Numbers = {}
     for task in tqdm(tasks, desc="Tasks"):
+        for metric in metrics:
+            metric.check_prompts(task.test_loader)
         scores[task.key] = _timed_scores(task, algos, seconds)
         rows += _measure(task, scores[task.key], metrics, config)
         if task.true_edges is not None:
@@ -263,6 +265,8 @@ def _timed_scores(
 ) -> AlgoPruneScores:
     scores: AlgoPruneScores = {}
     task.model  # loads now, so that no algorithm's time includes it  # noqa: B018
+    for algo in algos:
+        algo.check_prompts(task.train_loader)
     for algo in tqdm(algos, desc=task.key, leave=False):
         if algo.needs_true_edges and task.true_edges is None:
             continue

@@ -185,6 +185,7 @@ def robustness_rows(
     varied = variations(base)
     all_alike = replace(base, token_positions=False)
     alike = chosen_task(task, all_alike)
+    LOGIT_DIFF_PERCENT_METRIC.check_prompts(alike.test_loader)
     if _is_padded(alike):
         if base.token_positions:
             raise ConfigError(

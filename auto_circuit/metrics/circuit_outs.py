@@ -120,6 +120,7 @@ def circuit_prompt_vals(
             f"The metric {metric.key!r} has no value for single prompts. Give one with "
             "a `prompt_func`, such as LOGIT_DIFF_METRIC."
         )
+    metric.check_prompts(dataloader)
     full = FullModelOuts(model, dataloader)
     vals: list[list[Tensor]] = [[] for _ in circuits]
     for batch, idx, out in iter_circuit_outs(model, dataloader, circuits, ablation_type):

@@ -108,6 +108,7 @@ def faithfulness_curve(
     GraphError for scores of another graph or NaN. Cost: a forward pass per budget.
     """
     _check_budgets(budgets)
+    metric.check_prompts(dataloader)
     ranks = edge_ranks(prune_scores, ranking)
     n_edges = model.n_edges
     sizes = {share: int(share * n_edges) for share in sorted(budgets)}

@@ -142,7 +142,7 @@ def bootstrap_loader(
         raise DataError("The dataloader has no prompts, so none can be drawn from it.")
     idxs = t.randint(n_prompts, (n_prompts,), generator=generator).tolist()
     return PromptDataLoader(
-        _selected(dataloader.dataset, idxs),  # type: ignore[arg-type]
+        _selected(dataloader.prompt_dataset, idxs),
         seq_len=dataloader.seq_len,
         diverge_idx=dataloader.diverge_idx,
         kv_cache=dataloader.kv_cache,

@@ -82,11 +82,13 @@ ACDC_AFTER_EAP_PRUNE_ALGO = PruneAlgo(
     name="ACDC after Edge Attribution Patching",
     _short_name="ACDC after EAP",
     func=partial(acdc_after_eap_prune_scores, n_candidates=200),
+    needs_wrong_answers=True,
 )
 QUICK_ACDC_PRUNE_ALGO = PruneAlgo(
     key="ACDC (quick)",
     name="ACDC (quick)",
     _short_name="ACDC quick",
     func=partial(acdc_after_eap_prune_scores, n_candidates=200, all_edges_up_to=2000),
+    needs_wrong_answers=True,
 )
 """ACDC on all edges of a small graph, and on 200 candidates of a larger one."""

@@ -14,7 +14,10 @@ from typing import Literal
 
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
-from auto_circuit.prune_algos.objectives import FaithfulnessTarget
+from auto_circuit.prune_algos.objectives import (
+    COMPARE_WITH_WRONG_ANSWERS,
+    FaithfulnessTarget,
+)
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.prune_algos.subnetwork_probing import (
     INIT_LOGIT,
@@ -144,6 +147,7 @@ def _probing_algo(
         name=key,
         _short_name=short_name,
         needs_true_edges="true_size" in circuit_sizes,
+        needs_wrong_answers=faithfulness_target in COMPARE_WITH_WRONG_ANSWERS,
         func=partial(
             circuit_probing_prune_scores,
             learning_rate=0.1,

@@ -49,4 +49,5 @@ EDGE_ATTR_PATCH_PRUNE_ALGO = PruneAlgo(
     name="Edge Attribution Patching",
     _short_name="EAP (alias)",
     func=edge_attribution_patching_prune_scores,
+    needs_wrong_answers=True,
 )

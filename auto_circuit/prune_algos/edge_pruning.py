@@ -41,6 +41,7 @@ from auto_circuit.prune_algos.mask_training import (
 )
 from auto_circuit.prune_algos.objectives import (
     FaithfulnessTarget,
+    check_objective,
     faithfulness_loss,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
@@ -130,6 +131,7 @@ def train_edge_pruning(
     check_training(n_steps, learning_rate)
     check_positive("multiplier_learning_rate", multiplier_learning_rate)
     _check(target_sparsity, warmup_share)
+    check_objective(dataloader, faithfulness_target)
     batches = training_batches(model, dataloader, ablation_type, "clean")
     first_logits = (
         {}
@@ -233,6 +235,7 @@ QUICK_EDGE_PRUNING_PRUNE_ALGO = PruneAlgo(
         faithfulness_target="logit_diff",
         warm_start=INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
     ),
+    needs_wrong_answers=True,
 )
 """For small models and first looks: few steps, from EAP-IG's ranking on, and trained for
 what the metrics of logit differences measure."""

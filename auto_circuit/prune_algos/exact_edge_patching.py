@@ -17,6 +17,7 @@ from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
     answer_loss,
+    check_objective,
 )
 from auto_circuit.prune_algos.one_by_one import chunks, edges_from_the_end, trial
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
@@ -78,6 +79,7 @@ def edge_effects(
     check_choice("answer_function", answer_function, AnswerFunction)
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
     model.check_edges(edges)
+    check_objective(dataloader, answer_function)
     effects = dict.fromkeys(edges_from_the_end(edges), 0.0)
     for batch, outs in iter_src_ablations(model, dataloader, ablation_type, side):
         tokens, kwargs = batch.model_input("clean")
@@ -106,4 +108,5 @@ EXACT_EDGE_PATCHING_PRUNE_ALGO = PruneAlgo(
     name="Exact Edge Patching",
     _short_name="Exact",
     func=exact_edge_patching_prune_scores,
+    needs_wrong_answers=True,
 )

@@ -25,6 +25,7 @@ from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
     answer_loss,
+    check_objective,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, DestNode, Edge, PruneScores, SrcNode
@@ -73,6 +74,7 @@ def head_importance_prune_scores(
     check_choice("grad_function", grad_function, GradFunction)
     check_choice("answer_function", answer_function, AnswerFunction)
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
+    check_objective(dataloader, answer_function)
     total, n_prompts = None, 0
     batches = iter_src_ablations(model, dataloader, ablation_type, side)
     loss = partial(
@@ -214,4 +216,5 @@ HEAD_IMPORTANCE_PRUNE_ALGO = PruneAlgo(
     name="Head Importance Score for Pruning",
     _short_name="HISP",
     func=head_importance_prune_scores,
+    needs_wrong_answers=True,
 )

@@ -36,6 +36,7 @@ from auto_circuit.prune_algos.integration_path import PathPoints, path_shares
 from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
+    check_objective,
     clean_loss_sum,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
@@ -79,6 +80,7 @@ def input_integrated_gradients_prune_scores(
     check_choice("grad_function", grad_function, GradFunction)
     check_choice("answer_function", answer_function, AnswerFunction)
     points = path_shares(integrated_grad_samples, path_points)
+    check_objective(dataloader, answer_function)
     loss = partial(
         clean_loss_sum, grad_function=grad_function, answer_function=answer_function
     )
@@ -106,6 +108,7 @@ def clean_corrupt_prune_scores(
     """
     check_choice("grad_function", grad_function, GradFunction)
     check_choice("answer_function", answer_function, AnswerFunction)
+    check_objective(dataloader, answer_function)
     loss = partial(
         clean_loss_sum, grad_function=grad_function, answer_function=answer_function
     )
@@ -149,6 +152,7 @@ def activation_integrated_gradients_prune_scores(
     check_choice("grad_function", grad_function, GradFunction)
     check_choice("answer_function", answer_function, AnswerFunction)
     points = path_shares(integrated_grad_samples, path_points)
+    check_objective(dataloader, answer_function)
     loss = partial(
         clean_loss_sum, grad_function=grad_function, answer_function=answer_function
     )
@@ -258,12 +262,14 @@ INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO = PruneAlgo(
     name="Edge Attribution Patching with Integrated Gradients (Inputs)",
     _short_name="EAP-IG inputs",
     func=input_integrated_gradients_prune_scores,
+    needs_wrong_answers=True,
 )
 ACTIVATION_INTEGRATED_GRADIENTS_PRUNE_ALGO = PruneAlgo(
     key="Edge Attribution Patching with Integrated Gradients (Activations)",
     name="Edge Attribution Patching with Integrated Gradients (Activations)",
     _short_name="EAP-IG activations",
     func=activation_integrated_gradients_prune_scores,
+    needs_wrong_answers=True,
 )
 SOURCE_INTEGRATED_GRADIENTS_PRUNE_ALGO = PruneAlgo(
     key="Edge Attribution Patching with Integrated Gradients (Sources)",
@@ -277,10 +283,12 @@ SOURCE_INTEGRATED_GRADIENTS_PRUNE_ALGO = PruneAlgo(
         integrated_grad_samples=2,
         path_points="clean_end",
     ),
+    needs_wrong_answers=True,
 )
 CLEAN_CORRUPT_PRUNE_ALGO = PruneAlgo(
     key="Edge Attribution Patching at Clean and Corrupt",
     name="Edge Attribution Patching at Clean and Corrupt",
     _short_name="Clean-Corrupt",
     func=clean_corrupt_prune_scores,
+    needs_wrong_answers=True,
 )

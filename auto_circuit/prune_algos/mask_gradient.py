@@ -21,8 +21,10 @@ from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.integration_path import PathPoints, path_shares
 from auto_circuit.prune_algos.objectives import (
+    COMPARE_WITH_WRONG_ANSWERS,
     AnswerFunction,
     GradFunction,
+    check_objective,
     clean_loss_sum,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
@@ -70,6 +72,7 @@ def mask_gradient_prune_scores(
     check_choice("grad_function", grad_function, GradFunction)
     check_choice("answer_function", answer_function, AnswerFunction)
     points = _mask_values(mask_val, integrated_grad_samples, path_points)
+    check_objective(dataloader, answer_function)
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
     n_prompts = 0
     batches = iter_src_ablations(model, dataloader, ablation_type, side)
@@ -127,6 +130,7 @@ def _gradient_algo(
         key=key,
         name=key,
         _short_name=short_name,
+        needs_wrong_answers=answer_function in COMPARE_WITH_WRONG_ANSWERS,
         func=partial(
             mask_gradient_prune_scores,
             grad_function=grad_function,

@@ -34,6 +34,7 @@ from auto_circuit.prune_algos.mask_training import (
 )
 from auto_circuit.prune_algos.objectives import (
     FaithfulnessTarget,
+    check_objective,
     faithfulness_loss,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
@@ -100,6 +101,7 @@ def train_matryoshka(
     check_training(n_steps, learning_rate)
     if temperature <= 0:
         raise ConfigError(f"`temperature` is {temperature}; expected more than 0.")
+    check_objective(dataloader, faithfulness_target)
     batches = training_batches(model, dataloader, ablation_type, "clean")
     generator = t.Generator().manual_seed(seed)
     steps = []
@@ -180,11 +182,13 @@ MATRYOSHKA_PRUNE_ALGO = PruneAlgo(
     name="Matryoshka Attribution",
     _short_name="MAttr",
     func=partial(matryoshka_prune_scores, n_steps=5000),
+    needs_wrong_answers=True,
 )
 QUICK_MATRYOSHKA_PRUNE_ALGO = PruneAlgo(
     key="Matryoshka Attribution (quick)",
     name="Matryoshka Attribution (quick)",
     _short_name="MAttr quick",
     func=partial(matryoshka_prune_scores, n_steps=192, learning_rate=0.1),
+    needs_wrong_answers=True,
 )
 """Enough for a small model: few steps, twice the published learning rate."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch as t
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from auto_circuit.data import PromptPairBatch
+from auto_circuit.data import PromptPairBatch, check_wrong_answers
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
     answer_margins,
@@ -31,6 +32,21 @@ FaithfulnessTarget = Literal[
     "logit_diff_percent",
     "logit_diff",
 ]
+
+
+COMPARE_WITH_WRONG_ANSWERS = (
+    *("avg_diff", "max_diff"),
+    *("wrong_answer", "logit_diff", "logit_diff_percent"),
+)
+"""The answer functions and faithfulness targets that do so."""
+
+
+def check_objective(
+    dataloader: Iterable[PromptPairBatch], objective: AnswerFunction | FaithfulnessTarget
+) -> None:
+    """Raise DataError if it compares with wrong answers that some prompt does not have."""
+    if objective in COMPARE_WITH_WRONG_ANSWERS:
+        check_wrong_answers(dataloader, f"the objective {objective!r}")
 
 
 def answer_values(outputs: Tensor, grad_function: GradFunction) -> Tensor:

@@ -15,6 +15,7 @@ from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
     GradFunction,
+    check_objective,
     clean_loss_sum,
 )
 from auto_circuit.types import AblationType, PruneScores
@@ -58,6 +59,7 @@ def mask_gradient_prompt_scores(
     check_choice("grad_function", grad_function, GradFunction)
     check_choice("answer_function", answer_function, AnswerFunction)
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
+    check_objective(dataloader, answer_function)
     batches = iter_src_ablations(model, dataloader, ablation_type, side)
     scores = []
     with train_mask_mode(model):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from auto_circuit.data import PromptDataLoader, check_wrong_answers
 from auto_circuit.errors import ConfigError
 from auto_circuit.types import AlgoKey, PruneScores
 
@@ -21,6 +22,7 @@ class PruneAlgo:
     func: (model, dataloader, official_edges) -> PruneScores. `model` is a
         PatchableModel; it must be as it was when the function returns.
     needs_true_edges: does it work only on tasks with a known circuit?
+    needs_wrong_answers: does it compare answers with wrong ones?
     """
 
     key: AlgoKey
@@ -28,11 +30,17 @@ class PruneAlgo:
     func: Callable[..., PruneScores] = field(compare=False)
     _short_name: str | None = field(default=None, compare=False)
     needs_true_edges: bool = field(default=False, compare=False)
+    needs_wrong_answers: bool = field(default=False, compare=False)
 
     @property
     def short_name(self) -> str:
         """The short name, or the name if there is none."""
         return self._short_name or self.name
+
+    def check_prompts(self, dataloader: PromptDataLoader) -> None:
+        """Raise DataError if it compares with wrong answers that some prompt has not."""
+        if self.needs_wrong_answers:
+            check_wrong_answers(dataloader, f"the algorithm {self.short_name!r}")
 
 
 def with_squared_error(algo: PruneAlgo) -> PruneAlgo:

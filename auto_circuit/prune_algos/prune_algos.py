@@ -149,8 +149,12 @@ def run_prune_algos(
     """{task key: {algorithm key: scores}}, for any tasks and algorithms.
 
     Algorithms that need a known circuit are left out on tasks without one. To save
-    memory, run one task at a time and call its `free()` in between.
+    memory, run one task at a time and call its `free()` in between. Raises DataError,
+    before any algorithm runs, for one that needs wrong answers on a task without.
     """
+    for task in tasks:
+        for algo in prune_algos:
+            algo.check_prompts(task.train_loader)
     return {
         task.key: {
             algo.key: run_prune_algo(task, algo)

@@ -44,6 +44,7 @@ from auto_circuit.prune_algos.mask_training import (
 )
 from auto_circuit.prune_algos.objectives import (
     FaithfulnessTarget,
+    check_objective,
     faithfulness_loss,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
@@ -184,6 +185,8 @@ def train_subnetwork(
     check_share("dropout_p", dropout_p)
     if patience is not None and patience < 1:
         raise ConfigError(f"`patience` is {patience}; expected 1 epoch or more, or None.")
+    for loader in (dataloader, validation_dataloader):
+        check_objective(loader or (), faithfulness_target)
     avoided = model.circuit_prune_scores(edges=avoid_edges or (), bool=True)
     # In tree direction a mask of 1 takes the edge out: gates are masks of other sign.
     sign = -1 if tree_optimisation else 1
@@ -408,6 +411,7 @@ QUICK_SUBNETWORK_TREE_PROBING_PRUNE_ALGO = PruneAlgo(
         faithfulness_target="logit_diff",
         warm_start=INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
     ),
+    needs_wrong_answers=True,
 )
 """For small models and first looks: few steps, from EAP-IG's ranking on, and trained for
 what the metrics of logit differences measure, with a circuit of 30 edges."""

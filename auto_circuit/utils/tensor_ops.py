@@ -19,7 +19,7 @@ import torch as t
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from auto_circuit.data import PromptPairBatch
+from auto_circuit.data import NEED_NO_WRONG_ANSWERS, PromptPairBatch
 from auto_circuit.errors import DataError, GraphError
 from auto_circuit.types import PruneScores
 
@@ -345,7 +345,11 @@ def _check_answers(vals: Tensor, answers: Answers, name: str) -> None:
                 "'EAP (MSE)', or answer_function='mse'."
             )
         if row.ndim == 0 or row.shape[-1] == 0:
-            raise DataError(f"A prompt has no `{name}`; at least one is needed.")
+            others = f" These need none: {NEED_NO_WRONG_ANSWERS}."
+            raise DataError(
+                f"A prompt has no `{name}`; at least one is needed."
+                f"{others if name == 'wrong_answers' else ''}"
+            )
     if isinstance(answers, Tensor):
         fits = tuple(answers.shape[:-1]) == lead
     else:

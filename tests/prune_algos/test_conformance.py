@@ -58,7 +58,9 @@ SLOW = ("MSE ACDC",)
 on_all_algos = pytest.mark.parametrize("algo", PRUNE_ALGOS, ids=lambda algo: algo.key)
 
 
-def score(algo: PruneAlgo, model: PatchableModel) -> PruneScores:
+def score(
+    algo: PruneAlgo, model: PatchableModel, loader: PromptDataLoader | None = None
+) -> PruneScores:
     func = algo.func
     if isinstance(func, partial):
         parameters = inspect.signature(func.func).parameters
@@ -67,7 +69,9 @@ def score(algo: PruneAlgo, model: PatchableModel) -> PruneScores:
             if func.keywords.get(name) is None:
                 short.pop(name, None)
         func = partial(func, **short)
-    loader = token_loader(3, 2) if is_transformer(model) else micro_loader([1, 2, 5], 2)
+    if loader is None:
+        is_text = is_transformer(model)
+        loader = token_loader(3, 2) if is_text else micro_loader([1, 2, 5], 2)
     return func(model, loader, list(model.edges)[::7])
 
 

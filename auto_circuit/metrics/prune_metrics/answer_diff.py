@@ -56,6 +56,7 @@ def prompt_answer_diffs(
 
 LOGIT_DIFF_METRIC = PruneMetric(
     key="Logit Diff",
+    needs_wrong_answers=True,
     name="Logit Difference",
     metric_func=partial(measure_answer_diff, prob_func="logits"),
     log_x=True,
@@ -64,6 +65,7 @@ LOGIT_DIFF_METRIC = PruneMetric(
 
 PROB_DIFF_METRIC = PruneMetric(
     key="Prob Diff",
+    needs_wrong_answers=True,
     name="Probability Difference",
     metric_func=partial(measure_answer_diff, prob_func="softmax"),
     log_x=True,
@@ -73,6 +75,7 @@ PROB_DIFF_METRIC = PruneMetric(
 
 LOGPROB_DIFF_METRIC = PruneMetric(
     key="LogProb Diff",
+    needs_wrong_answers=True,
     name="Log-Probability Difference",
     metric_func=partial(measure_answer_diff, prob_func="log_softmax"),
     log_x=True,

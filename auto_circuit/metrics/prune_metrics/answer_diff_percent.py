@@ -108,6 +108,7 @@ def prompt_answer_diff_percents(
 
 LOGIT_DIFF_PERCENT_METRIC = PruneMetric(
     key="Logit Diff Percent",
+    needs_wrong_answers=True,
     name="Logit Difference (% of Model)",
     metric_func=partial(measure_answer_diff_percent, prob_func="logits"),
     log_x=True,
@@ -116,6 +117,7 @@ LOGIT_DIFF_PERCENT_METRIC = PruneMetric(
 
 PROB_DIFF_PERCENT_METRIC = PruneMetric(
     key="Prob Diff Percent",
+    needs_wrong_answers=True,
     name="Probability Difference (% of Model)",
     metric_func=partial(measure_answer_diff_percent, prob_func="softmax"),
     log_x=True,
@@ -124,6 +126,7 @@ PROB_DIFF_PERCENT_METRIC = PruneMetric(
 
 LOGPROB_DIFF_PERCENT_METRIC = PruneMetric(
     key="LogProb Diff Percent",
+    needs_wrong_answers=True,
     name="Log-Probability Difference (% of Model)",
     metric_func=partial(measure_answer_diff_percent, prob_func="log_softmax"),
     log_x=True,

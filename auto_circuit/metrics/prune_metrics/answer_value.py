@@ -68,6 +68,7 @@ ANSWER_LOGIT_METRIC = PruneMetric(
 
 WRONG_ANSWER_LOGIT_METRIC = PruneMetric(
     key="Wrong Answer Logit",
+    needs_wrong_answers=True,
     name="Wrong Answer Logit",
     metric_func=partial(measure_answer_val, prob_func="logits", wrong_answer=True),
     log_x=True,

@@ -68,6 +68,7 @@ CORRECT_ANSWER_PERCENT_METRIC = PruneMetric(
 
 CORRECT_ANSWER_GREATER_THAN_INCORRECT_PERCENT_METRIC = PruneMetric(
     key="Correct Answer Greater Than Incorrect Percent",
+    needs_wrong_answers=True,
     name="Correct Answer Above Incorrect (%)",
     metric_func=partial(
         measure_correct_ans_percent, out_of_correct_and_incorrect_answers=True

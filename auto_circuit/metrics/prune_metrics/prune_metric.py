@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from auto_circuit.data import PromptPairBatch
+from auto_circuit.data import PromptPairBatch, check_wrong_answers
 from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.prune_metrics.prompt_stats import PromptFunc
 from auto_circuit.types import CircuitOutputs, Measurements, PruneMetricKey
@@ -30,6 +30,7 @@ class PruneMetric:
         standard deviations, and share the full model's outputs with other metrics.
     bounds: the lowest and the highest value that the metric can have.
     of_numbers: does it also measure models whose output is a number, and no word?
+    needs_wrong_answers: does it compare answers with wrong ones?
 
     Raises ConfigError for a logarithmic y axis without a positive `y_min`.
     """
@@ -45,6 +46,7 @@ class PruneMetric:
     prompt_func: PromptFunc | None = None
     bounds: tuple[float, float] = (-math.inf, math.inf)
     of_numbers: bool = False
+    needs_wrong_answers: bool = False
 
     def __post_init__(self) -> None:
         if self.log_y and (self.y_min is None or self.y_min <= 0):
@@ -52,6 +54,11 @@ class PruneMetric:
                 f"The metric {self.key!r} has `log_y` and y_min={self.y_min}; a "
                 "logarithmic axis needs a `y_min` above 0."
             )
+
+    def check_prompts(self, dataloader: Iterable[PromptPairBatch]) -> None:
+        """Raise DataError if it compares with wrong answers that some prompt has not."""
+        if self.needs_wrong_answers:
+            check_wrong_answers(dataloader, f"the metric {self.key!r}")
 
     def __str__(self) -> str:
         return self.key

@@ -41,6 +41,8 @@ def task_measurement_rows(
     The circuits of an algorithm are run once for all metrics, the full model at most
     twice (clean, corrupt) for everything. See `measure_prune_metrics`.
     """
+    for metric in metrics:
+        metric.check_prompts(task.test_loader)
     full = FullModelOuts(task.model, task.test_loader)
     rows = []
     for ablation_type in ablation_types:
