@@ -17,12 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch as t
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from auto_circuit.checks import check_count, check_device
 from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.prefix_cache import (
+    PrefixCache,
+    begin_with,
+    is_exact,
+    make_prefix_cache,
+)
 from auto_circuit.prompt_encoding import (
     EncodedPrompts,
     Side,
@@ -175,36 +181,6 @@ def _kind(value: Tensor) -> tuple[t.Size, t.dtype, t.device]:
 
 def _shown(value: Tensor) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
-
-
-@dataclass(frozen=True, eq=False)
-class PrefixCache:
-    """The keys and values of a prefix that all prompts of a data set share.
-
-    tokens: [prefix]. keys, values: per layer [1 kv_head prefix d_head].
-    """
-
-    tokens: Int[Tensor, "prefix"]
-    keys: tuple[Float[Tensor, "1 kv_head prefix d_head"], ...]
-    values: tuple[Float[Tensor, "1 kv_head prefix d_head"], ...]
-
-    @property
-    def seq_len(self) -> int:
-        """The number of tokens in the prefix."""
-        return len(self.tokens)
-
-    def past_key_values(self, batch_size: int) -> Any:
-        """A new Hugging Face cache that holds the prefix for a batch of any size.
-
-        The model extends the cache that it is given, so each call needs a new one.
-        """
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            shape = (batch_size, -1, -1, -1)
-            cache.update(key.expand(shape), value.expand(shape), layer)
-        return cache
 
 
 class PromptDataset(Dataset[PromptPair]):
@@ -642,31 +618,40 @@ def _check_positions(encoded: EncodedPrompts, file: PromptFile) -> None:
             )
 
 
-def _common_prefix_len(encoded: EncodedPrompts) -> int:
-    """How many tokens all prompts start with: not all, since some pair differs."""
+def _common_prefix_len(encoded: EncodedPrompts, bos: int | None) -> int:
+    """How many tokens all prompts start with; not all, since some pair differs.
+
+    What is left over never begins with the prefix again, nor with a second BOS: so that a
+    cut prompt can be told from a whole one.
+    """
     rows = t.cat([encoded.clean, encoded.corrupt])
     is_common = (rows == rows[0]).all(dim=0)
     if encoded.mask is not None:
         is_common &= (encoded.mask == 1).all(dim=0)
-    return int(is_common.int().cumprod(0).sum())
+    length = int(is_common.int().cumprod(0).sum())
+    while length > 0 and _begins_again(rows, length, bos):
+        length -= 1
+    return length
+
+
+def _begins_again(rows: Int[Tensor, "row seq"], length: int, bos: int | None) -> bool:
+    prefix, rest = rows[0, :length], rows[:, length:]
+    has_bos_again = bool((prefix[0] == bos) & (rest[:, 0] == bos).any())
+    return has_bos_again or bool(begin_with(rest, prefix).any())
 
 
 def _prefix_cache(model: Any, encoded: EncodedPrompts) -> PrefixCache | None:
     """The model's keys and values for the common prefix; None if there is none."""
-    tokens = encoded.clean[0, : _common_prefix_len(encoded)]
-    if len(tokens) == 0:
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    length = _common_prefix_len(encoded, bos)
+    if length == 0:
         return None
-    try:
-        with t.no_grad():
-            _, cache = model(tokens[None], return_type="logits_and_cache", use_cache=True)
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"This {type(model).__name__} gives no KV cache ({error}), so "
-            "`tail_divergence` must be False."
-        ) from error
-    return PrefixCache(
-        tokens,
-        tuple(keys.detach().clone() for keys, _ in layers),
-        tuple(values.detach().clone() for _, values in layers),
+    prefix = make_prefix_cache(model, encoded.clean[0, :length])
+    if is_exact(model, prefix, encoded.clean[0, length:]):
+        return prefix
+    LOGGER.warning(
+        "This model says something else of a prompt whose first %d tokens come from a KV "
+        "cache, so no prefix is cut off.",
+        length,
     )
+    return None

@@ -15,7 +15,11 @@ from auto_circuit.data import PromptDataLoader, PromptPairBatch, Side
 from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.types import AblationType, BatchKey
 from auto_circuit.utils.edge_blocks import SrcPort
-from auto_circuit.utils.patchable_model import PatchableModel, last_position_only
+from auto_circuit.utils.patchable_model import (
+    LAST_POSITION,
+    PatchableModel,
+    last_position_only,
+)
 
 SrcOuts = Float[Tensor, "src batch seq d_model"]
 
@@ -33,6 +37,7 @@ def check_loader(model: PatchableModel, dataloader: PromptDataLoader) -> None:
         raise DataError(
             "The dataloader has no prompts. Load it with a `train_test_size` above 0."
         )
+    _check_padding_is_not_read(model, dataloader)
     prefix = dataloader.kv_cache
     if prefix is None:
         if model.kv_caches is not None:
@@ -47,6 +52,23 @@ def check_loader(model: PatchableModel, dataloader: PromptDataLoader) -> None:
             "the model with `patchable_model(..., kv_caches=(train_loader.kv_cache, "
             "test_loader.kv_cache))`."
         )
+
+
+def _check_padding_is_not_read(
+    model: PatchableModel, dataloader: PromptDataLoader
+) -> None:
+    masks = getattr(dataloader.dataset, "clean_attention_masks", None)
+    if (
+        masks is None
+        or model.out_slice == LAST_POSITION
+        or bool(t.as_tensor(masks).all())
+    ):
+        return
+    raise DataError(
+        "The prompts are padded, and the output at every position counts: padding would "
+        "count too. Make the model with `slice_output='last_seq'`, or give prompts of one "
+        "length (`pad=False`)."
+    )
 
 
 def src_ablations(
@@ -78,6 +100,8 @@ def src_ablations(
             f"Tensor of tokens, not a {type(sample).__name__}. For a whole loader use "
             "`batch_src_ablations`."
         )
+    if attention_mask is None:
+        attention_mask = model.attention_mask(sample)
     kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
     outs = record_src_outs(model, sample, kwargs)
     return _ablate(outs, ablation_type, attention_mask)

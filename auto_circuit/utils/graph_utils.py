@@ -13,10 +13,10 @@ from ordered_set import OrderedSet
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from auto_circuit.data import PrefixCache
 from auto_circuit.errors import ConfigError, GraphError, ModelError
 from auto_circuit.model_utils.adapters import find_adapter
 from auto_circuit.model_utils.model_adapter import ModelAdapter
+from auto_circuit.prefix_cache import PrefixCache
 from auto_circuit.types import DestNode, Edge, MaskFn, Node, OutputSlice, SrcNode
 from auto_circuit.utils.edge_blocks import (
     DestPort,
@@ -28,6 +28,7 @@ from auto_circuit.utils.edge_counts import edge_counts_util
 from auto_circuit.utils.patch_session import PatchSession
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
 from auto_circuit.utils.patchable_model import LAST_POSITION, PatchableModel
+from auto_circuit.weights import WeightFingerprint
 
 __all__ = [
     "edge_counts_util",
@@ -269,14 +270,14 @@ def _make_plan(
 # ----------------------------------------------------------------- checking the graph
 
 
-def _weight_versions(model: Module) -> tuple[int, ...]:
-    """Changes when a weight is changed in place or replaced."""
-    return tuple(
-        version for p in model.parameters() for version in (p._version, p.data_ptr())
-    )
+def _current_weights(model: PatchableModel) -> WeightFingerprint:
+    """The weights, after what belongs to them was computed again if they have changed."""
+    if model.weights is None or not model.weights.holds():
+        return _check_graph(model)
+    return model.weights
 
 
-def _check_graph(model: PatchableModel) -> None:
+def _check_graph(model: PatchableModel) -> WeightFingerprint:
     """Run the model once: does every node fire, and do sources add up to destinations?
 
     Stores what reaches each destination besides its sources: biases that belong to no
@@ -303,7 +304,8 @@ def _check_graph(model: PatchableModel) -> None:
         _check_fired_once(port.name, fired, model)
         if not port.additive:
             model.constants[port.name] = _constant_at(port, fired[0], sources)
-    model.weight_versions = _weight_versions(model.wrapped_model)
+    model.weights = WeightFingerprint(model.wrapped_model)
+    return model.weights
 
 
 @contextmanager
@@ -391,14 +393,15 @@ def patch_mode(
     found = (
         None if edges is None else [e for edge in edges for e in model.find_edges(edge)]
     )
-    if model.weight_versions != _weight_versions(model.wrapped_model):
-        _check_graph(model)
+    weights = _current_weights(model)
+    model.refresh_prefix()
     session = PatchSession(
         model.plan,
         patch_src_outs,
         curr_src_outs,
         model.constants,
         lambda: _any_requires_grad(model),
+        weights,
         overwrite_patch,
         differences,
         keeps_layers,

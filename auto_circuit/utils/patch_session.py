@@ -39,6 +39,7 @@ from auto_circuit.utils.forward_pass import (
 from auto_circuit.utils.head_inputs import head_outputs, linear_forward, outputs_of
 from auto_circuit.utils.misc import replaced_forward
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
+from auto_circuit.weights import WeightFingerprint
 
 PICKING_COST = 3
 """To copy a difference to another place, in terms of multiplying with it where it is."""
@@ -51,6 +52,7 @@ class PatchSession:
     curr_src_outs: if given, a tensor of that shape that receives each source's output.
     constants: per destination module, what reaches it besides its sources (biases).
     needs_grad: may gradients be asked for?
+    weights: those that the constants, and whatever is remembered, belong to.
     overwrite_patch: may `patch_src_outs` be overwritten with the differences? Saves a
         tensor of that size; one forward pass only.
     differences: are `patch_src_outs` the differences themselves? They then do not depend
@@ -65,6 +67,7 @@ class PatchSession:
         curr_src_outs: Tensor | None,
         constants: dict[str, Tensor],
         needs_grad: Callable[[], bool],
+        weights: WeightFingerprint,
         overwrite_patch: bool = False,
         differences: bool = False,
         keeps_layers: bool = False,
@@ -79,6 +82,7 @@ class PatchSession:
         self.curr_src_outs = curr_src_outs
         self.constants = constants
         self.needs_grad = needs_grad
+        self.weights = weights
         self.overwrite_patch = overwrite_patch
         self.differences = differences
         self.keeps_layers = keeps_layers
@@ -160,6 +164,12 @@ class PatchSession:
             raise GraphError(
                 f"A pass from layer {layer} after one from {self._overwritten_from}: they "
                 "must go from late layers to early ones, or with a whole pass in between."
+            )
+        if not self.weights.holds():
+            raise GraphError(
+                "The model's weights have changed inside of `patch_mode`: layers cannot "
+                "hand on what they gave before. Leave the context, and compute the "
+                "activations to patch in again."
             )
         with ExitStack() as stack:
             for idx, module in enumerate(self.plan.layers[:layer]):
@@ -354,12 +364,14 @@ class PatchSession:
         patched, unpatched = _used_edges(weights)
         used: dict[EdgeBlock, UsedEdges] = {}
         on_patched_base: list[DestPort] = []
+        # Else what is known of the patched-in run belongs to other weights.
+        may_use_base = not self.differences and self.weights.holds()
         for whole_group in self.plan.block_groups:
             group = [block for block in whole_group if block in weights]
             base = patched
             ports = {port for block in group for port in block.ports}
             # Fixed differences do not lead to the patched-in run.
-            if not self.differences and not any(port.additive for port in ports):
+            if may_use_base and not any(port.additive for port in ports):
                 if _n_columns(unpatched, group) < _n_columns(patched, group):
                     base = unpatched
                     on_patched_base += ports

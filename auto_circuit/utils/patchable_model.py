@@ -9,17 +9,20 @@ from typing import Any
 from warnings import warn
 
 import torch as t
+from jaxtyping import Int
 from ordered_set import OrderedSet
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
-from auto_circuit.data import PrefixCache
-from auto_circuit.errors import ConfigError, GraphError, near_matches
+from auto_circuit.errors import ConfigError, DataError, GraphError, near_matches
 from auto_circuit.model_utils.model_adapter import ModelAdapter
+from auto_circuit.padding import check_attention_mask, check_last_is_text, padding_mask
+from auto_circuit.prefix_cache import PrefixCache, begin_with, make_prefix_cache
 from auto_circuit.types import DestNode, Edge, Node, PruneScores, SrcNode
 from auto_circuit.utils.edge_blocks import PatchPlan
 from auto_circuit.utils.patch_session import PatchSession
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
+from auto_circuit.weights import WeightFingerprint
 
 LAST_POSITION = (slice(None), -1)
 EdgeDict = dict[int | None, list[Edge]]
@@ -82,13 +85,13 @@ class PatchableModel(Module):
         self.separate_qkv = separate_qkv
         self.adapter = adapter
         self.plan = plan
-        self.kv_caches = _one_prefix(kv_caches)
+        self.kv_caches = _prefix_of(wrapped_model, _one_prefix(kv_caches))
         self.wrapped_model = wrapped_model
         # Registered, so that `.to()` and `.state_dict()` reach the masks.
         self._wrapper_modules = ModuleList(wrappers)
         self._wrappers_by_name = {wrapper.module_name: wrapper for wrapper in wrappers}
         self.constants: dict[str, Tensor] = {}
-        self.weight_versions: tuple[int, ...] | None = None
+        self.weights: WeightFingerprint | None = None
         self.patch_session: PatchSession | None = None
         if edge_dict is not None:
             self.__dict__["edge_dict"] = edge_dict
@@ -260,11 +263,17 @@ class PatchableModel(Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's output; the prefix, if any, is put before the input.
 
-        Tokens that start with padding get an attention mask; raises GraphError if padding
-        cannot be told from BOS.
+        Whole prompts, that begin with the prefix, are run as they are. Padding is found by
+        the tokenizer's padding token unless `attention_mask` says where it is. Raises
+        DataError for prompts that have a BOS token but not the prefix, that end with
+        padding where the last position counts, that are longer than the context, or that
+        have tokens which the model has not; GraphError if padding cannot be told from text.
         """
         args, kwargs = self._model_call(args, kwargs)
-        return self.wrapped_model(*args, **kwargs)
+        try:
+            return self.wrapped_model(*args, **kwargs)
+        except IndexError as error:
+            raise self._explained(error, args) from error
 
     def sliced(self, *args: Any, **kwargs: Any) -> Tensor:
         """`model(...)[model.out_slice]`.
@@ -280,44 +289,146 @@ class PatchableModel(Module):
         args, kwargs = self._model_call(args, kwargs)
         return self.wrapped_model.run_with_cache(*args, **kwargs)  # type: ignore[operator]
 
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens's `run_with_hooks`, with the prefix."""
+        args, kwargs = self._model_call(args, kwargs)
+        return self.wrapped_model.run_with_hooks(*args, **kwargs)  # type: ignore[operator]
+
+    def attention_mask(self, tokens: Tensor) -> Int[Tensor, "batch seq"] | None:
+        """0 where a row of tokens starts or ends with the tokenizer's padding token.
+
+        None if nothing is padded, and for inputs that are no tokens [batch seq]. Raises
+        GraphError if padding cannot be told from text.
+        """
+        if not self.is_transformer or tokens.is_floating_point() or tokens.ndim != 2:
+            return None
+        return padding_mask(tokens, getattr(self.wrapped_model, "tokenizer", None))
+
     def _model_call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Add what the wrapped model needs: the prefix cache and the attention mask."""
+        if not self.is_transformer:
+            return args, kwargs
+        if "past_kv_cache" in kwargs:
+            raise ConfigError(
+                "TransformerLens 4 does not read `past_kv_cache`: give `past_key_values`."
+            )
+        if not args and "input" in kwargs:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("input"),)
         tokens = args[0] if args else None
-        if not self.is_transformer or not isinstance(tokens, Tensor):
+        if isinstance(tokens, list):
+            return args, self._call_of_texts(kwargs)
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point():
             return args, kwargs
-        if self.kv_caches is None or "past_key_values" in kwargs:
-            if kwargs.get("attention_mask") is None:
-                mask = self._inferred_attention_mask(tokens)
-                kwargs = kwargs if mask is None else {**kwargs, "attention_mask": mask}
-            return args, kwargs
-        batch_size = tokens.shape[0]
-        kwargs = {**kwargs, "past_key_values": self.kv_caches.past_key_values(batch_size)}
-        mask = kwargs.get("attention_mask")
-        if mask is not None:
-            prefix = mask.new_ones(batch_size, self.kv_caches.seq_len)
-            kwargs["attention_mask"] = t.cat([prefix, mask], dim=1)
-        return args, kwargs
+        tokens = tokens if tokens.ndim > 1 else tokens[None]
+        return (tokens, *args[1:]), self._call_of_tokens(tokens, kwargs)
 
-    def _inferred_attention_mask(self, tokens: Tensor) -> Tensor | None:
-        """A mask for left-padded tokens that came without one."""
+    def _call_of_texts(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Texts are whole prompts; TransformerLens masks what it pads on the left."""
+        if self.out_slice != LAST_POSITION:
+            return kwargs
+        if kwargs.get("padding_side") == "right":
+            raise DataError(
+                "`padding_side` is 'right', but the output at the last position counts "
+                "(`slice_output='last_seq'`); leave it out."
+            )
+        return {**kwargs, "padding_side": "left"}
+
+    def _call_of_tokens(
+        self, tokens: Int[Tensor, "batch seq"], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        is_continued = kwargs.get("past_key_values") is not None
+        mask = kwargs.get("attention_mask")
+        prefix = None if is_continued else self.kv_caches
+        n_prefix = 0 if prefix is None else prefix.seq_len
+        if mask is None:
+            mask = None if is_continued else self.attention_mask(tokens)
+        elif not is_continued:
+            check_attention_mask(mask, tokens.shape, n_prefix)
+        if mask is not None and self.out_slice == LAST_POSITION:
+            check_last_is_text(mask)
+        if prefix is not None and self._are_whole(tokens, mask, prefix):
+            prefix, n_prefix = None, 0
+        self._check_length(n_prefix + tokens.shape[1])
+        if prefix is not None:
+            cache = self._current_prefix().past_key_values(tokens.shape[0])
+            kwargs = {**kwargs, "past_key_values": cache}
+            if mask is not None and mask.shape[1] == tokens.shape[1]:
+                mask = t.cat([mask.new_ones(tokens.shape[0], n_prefix), mask], dim=1)
+        return kwargs if mask is None else {**kwargs, "attention_mask": mask}
+
+    def _are_whole(
+        self, tokens: Tensor, mask: Tensor | None, prefix: PrefixCache
+    ) -> bool:
+        """Do the prompts begin with the prefix already?"""
+        if mask is not None and mask.shape[1] != tokens.shape[1]:
+            return False
+        starts = None if mask is None else mask.int().argmax(1)
         tokenizer = getattr(self.wrapped_model, "tokenizer", None)
-        pad_id = getattr(tokenizer, "pad_token_id", None)
-        if pad_id is None or tokens.is_floating_point() or tokens.ndim != 2:
-            return None
-        is_padding = (tokens == pad_id).cumprod(dim=1)
-        n_padding = int(is_padding.sum(dim=1).max())
-        if pad_id == getattr(tokenizer, "bos_token_id", None):
-            if n_padding > 1:
+        whole = begin_with(tokens, prefix.tokens, starts)
+        if whole.all():
+            return True
+        bos = getattr(tokenizer, "bos_token_id", None)
+        firsts = tokens[:, :1] if starts is None else tokens.gather(1, starts[:, None])
+        has_bos = prefix.tokens[0] == bos and bool((firsts == bos).any())
+        if has_bos or whole.any():
+            raise DataError(
+                f"This model puts a prefix of {prefix.seq_len} tokens before every input "
+                f"(`kv_caches`: {_shown(tokenizer, prefix.tokens)}), and some of these "
+                "prompts have a beginning of their own. Give the batches of the loader "
+                "that the prefix is from, or whole prompts that all begin with it; for "
+                "any other text call `model.wrapped_model(...)`."
+            )
+        return False
+
+    def _current_prefix(self) -> PrefixCache:
+        """The prefix; computed again if weights have changed since it was."""
+        prefix = self.kv_caches
+        assert prefix is not None
+        if prefix.weights is None or not prefix.weights.holds():
+            if self.patch_session is not None:
                 raise GraphError(
-                    "The input starts with several BOS tokens, which this tokenizer also "
-                    "pads with, so padding cannot be told from text. Pass the mask: "
-                    "`tokens, kwargs = batch.model_input('clean'); model(tokens, "
-                    "**kwargs)`, or `model(tokens, attention_mask=...)`."
+                    "The model's weights have changed inside of `patch_mode`, and with "
+                    "them the keys and values of the prefix. Leave the context, and "
+                    "compute the activations to patch in again."
                 )
-            return None
-        return 1 - is_padding if n_padding > 0 else None
+            prefix = make_prefix_cache(self.wrapped_model, prefix.tokens)
+            self.kv_caches = prefix
+        return prefix
+
+    def refresh_prefix(self) -> None:
+        """Compute the prefix again if weights have changed. Not inside of `patch_mode`."""
+        if self.kv_caches is not None:
+            self._current_prefix()
+
+    def _check_length(self, n_positions: int) -> None:
+        n_context = getattr(getattr(self.wrapped_model, "cfg", None), "n_ctx", None)
+        if n_context is not None and n_positions > n_context:
+            raise DataError(
+                f"The input has {n_positions} positions; the model's context has "
+                f"{n_context}. Use shorter prompts."
+            )
+
+    def _explained(self, error: IndexError, args: tuple[Any, ...]) -> Exception:
+        """What an IndexError of the model means."""
+        n_words = getattr(getattr(self.wrapped_model, "cfg", None), "d_vocab", None)
+        tokens = args[0] if args else None
+        if n_words is None or not isinstance(tokens, Tensor) or not tokens.numel():
+            return error
+        low, high = int(tokens.min()), int(tokens.max())
+        if 0 <= low and high < n_words:
+            return error
+        return DataError(
+            f"The tokens run from {low} to {high}, but the model has the words 0 to "
+            f"{n_words - 1}. Is the tokenizer another model's?"
+        )
+
+
+def _shown(tokenizer: Any, tokens: Tensor) -> str:
+    ids = tokens.tolist()
+    return repr(ids if tokenizer is None else tokenizer.decode(ids))
 
 
 @contextmanager
@@ -356,3 +467,10 @@ def _one_prefix(kv_caches: Sequence[PrefixCache | None]) -> PrefixCache | None:
                 "with different prefixes need a PatchableModel each."
             )
     return caches[0] if caches else None
+
+
+def _prefix_of(model: Module, prefix: PrefixCache | None) -> PrefixCache | None:
+    """The prefix with this model's keys and values, if they are another's."""
+    if prefix is None or (prefix.weights is not None and prefix.weights.is_of(model)):
+        return prefix
+    return make_prefix_cache(model, prefix.tokens)

@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch as t
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn import Module, ModuleDict
 from transformer_lens.model_bridge import TransformerBridge
 
-from auto_circuit.data import PromptDataLoader
+from auto_circuit.data import PromptDataLoader, PromptPairBatch, Side
 from auto_circuit.errors import ConfigError, ModelError
 from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter, Port, SrcSite
 from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import (
@@ -36,6 +37,8 @@ from auto_circuit.model_utils.transformer_lens_utils import (
     factorized_dest_nodes,
     factorized_src_nodes,
 )
+from auto_circuit.padding import padding_mask
+from auto_circuit.prefix_cache import PrefixCache
 from auto_circuit.types import AutoencoderInput, SrcNode
 
 SAE_HOOKS: Mapping[AutoencoderInput, str] = {
@@ -100,7 +103,7 @@ class AutoencoderTransformer(Module):
         """Keep, in each block, the latents that are most active on some prompts.
 
         max_latents: at most so many, by their mean activation; None: all that are ever
-            active. include_corrupt: the corrupt prompts count too.
+            active. include_corrupt: the corrupt prompts count too. Padding does not count.
         """
         sums = self._activation_sums(dataloader, include_corrupt)
         kept = {}
@@ -115,20 +118,35 @@ class AutoencoderTransformer(Module):
     ) -> dict[int, Tensor]:
         sums = {b: t.zeros(s.n_latents, dtype=t.float64) for b, s in self.saes.items()}
 
-        def add(block: int, activations: Tensor) -> None:
-            latents = self.saes[block].encode(activations)
-            sums[block] += latents.flatten(0, -2).sum(0).cpu().double()
+        is_text = t.empty(0)
 
-        prefix = dataloader.kv_cache
+        def add(block: int, activations: Tensor) -> None:
+            latents = self.saes[block].encode(activations) * is_text
+            sums[block] += latents.double().flatten(0, -2).sum(0).cpu()
+
         with t.no_grad(), _seen(self, add):
             for batch in dataloader:
                 for side in ("clean", "corrupt") if include_corrupt else ("clean",):
-                    tokens, kwargs = batch.model_input(side)
-                    if prefix is not None:
-                        full = prefix.tokens.expand(tokens.shape[0], -1)
-                        tokens, kwargs = t.cat([full, tokens], dim=1), {}
-                    self.wrapped_model(tokens, **kwargs)
+                    tokens, mask = self._whole_prompts(batch, side, dataloader.kv_cache)
+                    is_text = mask.unsqueeze(-1)
+                    self.wrapped_model(tokens, attention_mask=mask)
         return sums
+
+    def _whole_prompts(
+        self, batch: PromptPairBatch, side: Side, prefix: PrefixCache | None
+    ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+        """Tokens, and a mask that is 0 at padding."""
+        tokens, kwargs = batch.model_input(side)
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = padding_mask(tokens, getattr(self.wrapped_model, "tokenizer", None))
+        if mask is None:
+            mask = t.ones_like(tokens)
+        if prefix is not None:
+            full = prefix.tokens.expand(tokens.shape[0], -1)
+            tokens = t.cat([full, tokens], dim=1)
+            mask = t.cat([t.ones_like(full), mask], dim=1)
+        return tokens, mask
 
 
 def sae_model(

@@ -1,0 +1,77 @@
+"""What a model's weights are, told cheaply enough to ask before every pass.
+
+Whatever is remembered between calls (a prefix's keys and values, biases that belong to no
+node) holds for the weights that it was made from. A weight that is replaced, moved or
+changed by torch is known by its address and version. `weight.data.copy_(...)` changes
+neither, so values are looked at as well: all of them in a small model, and 2 ** 15 of them,
+evenly spread, in a larger one.
+"""
+
+from __future__ import annotations
+
+import torch as t
+from torch import Tensor
+from torch.nn import Module
+
+N_SAMPLED = 2**15
+"""How many values are looked at in a large model."""
+
+N_SMALL = 2**17
+"""A model of so many weights is looked at as a whole."""
+
+
+class WeightFingerprint:
+    """The weights of a model at one moment, and whether they are still the same.
+
+    A change of a few single weights of a large model by `weight.data[...] = x` may go
+    unnoticed; every other change is noticed.
+    """
+
+    def __init__(self, model: Module) -> None:
+        modules = model.modules()
+        # The dictionaries themselves, so that a Parameter put in another's place is seen:
+        # to walk through a model's modules again takes longer than all the rest.
+        self._homes = tuple(m._parameters for m in modules if m._parameters)
+        weights = self._weights()
+        self._stamps = [_stamp(weight) for weight in weights]
+        total = sum(weight.numel() for weight in weights)
+        # Odd: an even stride would see the same columns of every matrix.
+        stride = 1 if total <= N_SMALL else total // N_SAMPLED | 1
+        groups: dict[tuple[t.device, t.dtype], list[Tensor]] = {}
+        for weight in weights:
+            if weight.layout == t.strided and weight.numel() and not weight.is_meta:
+                group = groups.setdefault((weight.device, weight.dtype), [])
+                group.append(_sampled(weight, stride))
+        with t.no_grad():
+            self._samples = [(views, t.cat(views)) for views in groups.values()]
+
+    def _weights(self) -> list[Tensor]:
+        return [
+            weight
+            for home in self._homes
+            for weight in home.values()
+            if weight is not None
+        ]
+
+    def holds(self) -> bool:
+        """Are the weights what they were?"""
+        if [_stamp(weight) for weight in self._weights()] != self._stamps:
+            return False
+        with t.no_grad():
+            return all(t.equal(t.cat(views), values) for views, values in self._samples)
+
+    def is_of(self, model: Module) -> bool:
+        """Are these weights, as they were, weights of this model?"""
+        addresses = {weight.data_ptr() for weight in model.parameters()}
+        return self.holds() and all(address in addresses for address, _ in self._stamps)
+
+
+def _stamp(weight: Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+def _sampled(weight: Tensor, stride: int) -> Tensor:
+    """Every so many values in the memory that the weight takes up; nothing is copied."""
+    sizes = zip(weight.shape, weight.stride(), strict=True)
+    span = 1 + sum((size - 1) * step for size, step in sizes)
+    return weight.detach().as_strided((-(-span // stride),), (stride,))
