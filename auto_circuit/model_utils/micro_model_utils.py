@@ -154,4 +154,5 @@ MICRO_MODEL_ADAPTER = ModelAdapter(
     find_unembed=lambda model: None,
     blocks=lambda model: (),
     is_transformer=False,
+    example=MicroModel,
 )

@@ -157,6 +157,8 @@ class ModelAdapter:
     ungrouped: model -> the adapter for the graph in which every query head has a key and a
         value of its own (`patchable_model(..., ungroup=True)`), which is this one if it
         always has; raises ModelError if that cannot be. None: no model of the family can.
+    example: () -> a small model of the family, for the conformance tests; members of
+        `adapters.ADAPTERS` have one.
     """
 
     name: str
@@ -170,3 +172,4 @@ class ModelAdapter:
     blocks: Callable[[Module], Sequence[Module]]
     is_transformer: bool
     ungrouped: Callable[[Module], ModelAdapter] | None = None
+    example: Callable[[], Module] | None = None

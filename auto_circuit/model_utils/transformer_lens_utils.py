@@ -260,6 +260,7 @@ TRANSFORMER_BRIDGE_ADAPTER = ModelAdapter(
     blocks=_blocks,
     is_transformer=True,
     ungrouped=_ungrouped,
+    example=lambda: small_bridge(),
 )
 
 
@@ -295,3 +296,22 @@ def _use_attention_with_heads(adapter) -> None:  # noqa: ANN001 (TransformerLens
             is_causal=getattr(adapter.cfg, "attention_dir", "causal") == "causal",
         )
     )
+
+
+def small_bridge() -> TransformerBridge:
+    """An example of a TransformerBridge: random weights, the same in every call."""
+    with t.random.fork_rng(devices=[]):
+        t.manual_seed(0)
+        config = TransformerBridgeConfig(
+            n_layers=2,
+            n_heads=2,
+            d_model=8,
+            d_head=4,
+            d_mlp=12,
+            n_ctx=8,
+            d_vocab=20,
+            act_fn="gelu",
+            normalization_type="LN",
+            architecture="TransformerLensNative",
+        )
+        return native_bridge(config)

@@ -36,6 +36,7 @@ from auto_circuit.model_utils.transformer_lens_utils import (
     TRANSFORMER_BRIDGE_ADAPTER,
     factorized_dest_nodes,
     factorized_src_nodes,
+    small_bridge,
 )
 from auto_circuit.padding import padding_mask
 from auto_circuit.prefix_cache import PrefixCache
@@ -364,4 +365,7 @@ AUTOENCODER_TRANSFORMER_ADAPTER = ModelAdapter(
     ),
     is_transformer=True,
     ungrouped=_ungrouped,
+    example=lambda: sae_model(
+        small_bridge(), "resid_delta_mlp", load_pretrained=False, n_latents=3
+    ),
 )
