@@ -60,6 +60,13 @@ def split_batches(sizes: list[int], n_prompts: int = 6) -> list[PromptPairBatch]
     return batches
 
 
+def outs_of_model(
+    model: LookupModel, batches: list[PromptPairBatch], side: str = "clean"
+) -> dict[int, Tensor]:
+    """The model's outputs as those of a circuit."""
+    return {batch.key: model(getattr(batch, side))[model.out_slice] for batch in batches}
+
+
 @pytest.fixture
 def model() -> LookupModel:
     """A LookupModel whose last position counts."""
@@ -80,13 +87,5 @@ def make_batches() -> Callable[[list[int]], list[PromptPairBatch]]:
 
 @pytest.fixture
 def outs_of() -> Callable[..., dict[int, Tensor]]:
-    """(model, batches, side) -> the model's outputs as those of a circuit."""
-
-    def outs(
-        model: LookupModel, batches: list[PromptPairBatch], side: str = "clean"
-    ) -> dict[int, Tensor]:
-        return {
-            batch.key: model(getattr(batch, side))[model.out_slice] for batch in batches
-        }
-
-    return outs
+    """`outs_of_model`."""
+    return outs_of_model
