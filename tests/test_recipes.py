@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ NEWCOMER_METRIC = PruneMetric(
 ADAPTER = '''"""Models that double everything at their end."""
 
 from dataclasses import replace
+from functools import partial
 
 from torch.nn import Identity
 
@@ -292,7 +294,7 @@ def wrong_sign(out: Tensor, batch: PromptPairBatch, full: FullModelOuts) -> Tens
 
 @pytest.mark.parametrize("func", [unsigned, nan, wrong_sign])
 def test_a_bad_metric_fails(func: Any) -> None:
-    metric_func: Any = lambda *args: prompt_means(*args, func)  # noqa: E731
+    metric_func = partial(prompt_means, prompt_func=func)
     metric = PruneMetric("Bad", "Bad", metric_func, prompt_func=func)
     with pytest.raises(AssertionError):
         of_metrics.test_metric_prefers_the_model_to_its_opposite(
