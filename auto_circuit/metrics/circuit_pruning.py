@@ -26,16 +26,27 @@ feeds no source (the final residual stream) is the output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import heapq
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
 
 import torch as t
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
+from auto_circuit.checks import check_choice
 from auto_circuit.metrics.circuit_outs import Circuit, check_circuit
-from auto_circuit.types import DestNode, SrcNode
+from auto_circuit.metrics.edge_ranks import (
+    Ranking,
+    best_first,
+    edge_ranks,
+    ranks_in_order,
+)
+from auto_circuit.types import DestNode, PruneScores, SrcNode
 from auto_circuit.utils.patchable_model import PatchableModel
+
+Selection = Literal["best", "greedy"]
+"""How a circuit of a size is made of scores: its best edges, or grown from the output."""
 
 
 class _Link(NamedTuple):
@@ -79,6 +90,102 @@ def weighted_edge_count(model: PatchableModel, circuit: Mapping[str, Tensor]) ->
     """
     connected = connected_circuit(model, circuit)
     return float(sum(int(edges.sum()) for edges in connected.values()))
+
+
+# --------------------------------------------------------------- grown from the output
+
+
+def selection_ranks(
+    model: PatchableModel,
+    prune_scores: PruneScores,
+    selection: Selection = "best",
+    ranking: Ranking = "signed",
+) -> PruneScores:
+    """Scores that are all different, by which circuits of a selection are taken.
+
+    Those of `edge_ranks` ("best") or of `greedy_ranks`. Raises ConfigError for an unknown
+    selection or ranking, GraphError for scores of another graph or NaN.
+    """
+    check_choice("selection", selection, Selection)
+    model.check_scores(prune_scores)
+    if selection == "greedy":
+        return greedy_ranks(model, prune_scores, ranking)
+    return edge_ranks(prune_scores, ranking)
+
+
+def greedy_ranks(
+    model: PatchableModel, prune_scores: PruneScores, ranking: Ranking = "absolute"
+) -> PruneScores:
+    """Scores that are all different, in the order in which a circuit grows from the output.
+
+    The next edge is always the best-scored one into a node that is in the circuit already:
+    at first the output, then also the component of each source that came in with an edge.
+    `circuit_mask(greedy_ranks(model, scores), n)` is the circuit of exactly n edges. All
+    its edges lead to the output; `connected_circuit` takes out what the inputs do not
+    reach. The first edge has the score n_edges, the last one 1. Edges that lead nowhere
+    (at positions that the output does not keep) come last, the best of them first.
+
+    ranking: "absolute" (the largest |score| is the best) or "signed". Of equal scores the
+    first in the order of the graph's modules is the best.
+
+    Raises ConfigError for an unknown ranking, GraphError for scores of another graph or
+    NaN. Source: `apply_greedy` of EAP-IG (Hanna et al. 2024, arXiv 2403.17806), which the
+    AUROC of MIB (arXiv 2504.13151) uses; without prune, which is `connected_circuit`.
+    """
+    model.check_scores(prune_scores)
+    prune_scores = {name: prune_scores[name] for name in model.patch_masks}
+    order = best_first(prune_scores, ranking)
+    n_edges = len(order)
+    places = t.empty_like(order)
+    places[order] = t.arange(n_edges, device=order.device)
+    # {module: each edge's place in the order}, the best at 0: no two are equal.
+    split = places.cpu().split([scores.numel() for scores in prune_scores.values()])
+    by_module = {
+        name: of_module.view(prune_scores[name].shape)
+        for name, of_module in zip(prune_scores, split, strict=True)
+    }
+    grown = list(_grow(model, by_module))
+    rest = sorted(set(range(n_edges)) - set(grown))
+    return ranks_in_order(prune_scores, order[t.tensor(grown + rest).to(order.device)])
+
+
+def _grow(model: PatchableModel, places: Mapping[str, Tensor]) -> Iterator[int]:
+    """The places of the edges, in the order in which the circuit takes them in."""
+    links = _links(model)
+    feeders: dict[int, list[tuple[DestNode, bool]]] = {}
+    for dest, of_dest in links.items():
+        for link in of_dest:
+            feeders.setdefault(link.src_idx, []).append((dest, link.mixes_positions))
+    is_causal, n_positions = _is_causal(model), model.seq_len or 1
+    rows = {dest: _rows(model, places, dest).tolist() for dest in model.dests}
+    candidates: list[tuple[int, int, int]] = []
+    in_circuit: set[tuple[object, int]] = set()
+
+    def let_in(dest: DestNode, position: int) -> None:
+        if (dest, position) not in in_circuit:
+            in_circuit.add((dest, position))
+            for src_idx, place in enumerate(rows[dest][position], dest.min_src_idx):
+                heapq.heappush(candidates, (place, src_idx, position))
+
+    outputs = _output_positions(model).nonzero().flatten().tolist()
+    for dest in (dest for dest, of_dest in links.items() if not of_dest):
+        for position in outputs:
+            let_in(dest, position)
+    while candidates:
+        place, src_idx, position = heapq.heappop(candidates)
+        yield place
+        if (src_idx, position) in in_circuit:
+            continue
+        in_circuit.add((src_idx, position))
+        for dest, mixes in feeders.get(src_idx, []):
+            read = range(position, position + 1)
+            if mixes:
+                read = range(position + 1 if is_causal else n_positions)
+            for at in read:
+                let_in(dest, at)
+
+
+# ----------------------------------------------------------------- reached and needed
 
 
 def _reached_srcs(
@@ -131,7 +238,7 @@ def _needed_dests(
 
 def _rows(
     model: PatchableModel, circuit: Mapping[str, Tensor], dest: DestNode
-) -> Bool[Tensor, "seq src"]:
+) -> Shaped[Tensor, "seq src"]:
     """A view of the edges into a destination."""
     edges = circuit[dest.module_name]
     edges = edges if model.seq_len is not None else edges.unsqueeze(0)

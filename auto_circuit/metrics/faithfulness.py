@@ -27,15 +27,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 from warnings import warn
-
-import torch as t
 
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.circuit_outs import iter_circuit_outs, n_circuit_edges
-from auto_circuit.metrics.circuit_pruning import connected_circuit
+from auto_circuit.metrics.circuit_pruning import (
+    Selection,
+    connected_circuit,
+    selection_ranks,
+)
+from auto_circuit.metrics.edge_ranks import Ranking
+from auto_circuit.metrics.edge_ranks import edge_ranks as edge_ranks
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOGIT_DIFF_METRIC,
     PruneMetric,
@@ -50,11 +53,7 @@ from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
     UndefinedPercentWarning,
     circuit_mask,
-    desc_prune_scores,
-    flat_prune_scores,
 )
-
-Ranking = Literal["signed", "absolute"]
 
 MIB_BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The shares of all edges at which MIB measures."""
@@ -92,12 +91,15 @@ def faithfulness_curve(
     metric: PruneMetric = LOGIT_DIFF_METRIC,
     ablation_type: AblationType = AblationType.RESAMPLE,
     budgets: Sequence[float] = MIB_BUDGETS,
+    selection: Selection = "best",
 ) -> list[FaithfulnessPoint]:
     """The faithfulness of the circuits that scores make, at each budget, ascending.
 
     ranking: "signed" (largest score first, for CPR) or "absolute" (largest |score|
         first, for CMD). Among equal scores the earlier edge of the graph is first, so
         that a circuit has exactly int(share * n_edges) edges.
+    selection: "best" takes the best edges, wherever they are; "greedy" grows a connected
+        circuit from the output (see `circuit_pruning.greedy_ranks`).
     metric: higher for what the model does. ablation_type: what is patched in along all
         edges outside the circuit, the input being clean.
     Edges that are dead ends are taken out before a circuit is measured: without resampled
@@ -109,7 +111,7 @@ def faithfulness_curve(
     """
     _check_budgets(budgets)
     metric.check_prompts(dataloader)
-    ranks = edge_ranks(prune_scores, ranking)
+    ranks = selection_ranks(model, prune_scores, selection, ranking)
     n_edges = model.n_edges
     sizes = {share: int(share * n_edges) for share in sorted(budgets)}
     circuits = {
@@ -180,29 +182,6 @@ def faithfulness(
         )
         return math.nan
     return float((value - nothing) / (full_model - nothing))
-
-
-def edge_ranks(prune_scores: PruneScores, ranking: Ranking = "signed") -> PruneScores:
-    """Scores that are all different: n_edges for the best edge, down to 1.
-
-    `run_circuits` and `circuit_mask`, which rank by |score|, then rank by `ranking`, and
-    a circuit has exactly the edges that it is asked to have. Of equal scores the first
-    is the best. Raises ConfigError for an unknown ranking, GraphError for NaN scores.
-    """
-    if ranking not in ("signed", "absolute"):
-        raise ConfigError(f"`ranking` is {ranking!r}; expected 'signed' or 'absolute'.")
-    desc_prune_scores(prune_scores)  # Raises for NaN, which has no rank.
-    scores = flat_prune_scores(prune_scores).double()
-    keys = scores if ranking == "signed" else scores.abs()
-    best_first = keys.argsort(descending=True, stable=True)
-    ranks = t.empty_like(scores)
-    n_edges = len(scores)
-    ranks[best_first] = t.arange(n_edges, 0, -1).to(scores)
-    sizes = [of_module.numel() for of_module in prune_scores.values()]
-    return {
-        name: of_module.view(prune_scores[name].shape)
-        for name, of_module in zip(prune_scores, ranks.split(sizes), strict=True)
-    }
 
 
 def _check_budgets(budgets: Sequence[float]) -> None:

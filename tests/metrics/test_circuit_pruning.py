@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +17,16 @@ from auto_circuit.metrics.circuit_outs import (
     iter_circuit_outs,
     n_circuit_edges,
 )
-from auto_circuit.metrics.circuit_pruning import connected_circuit, weighted_edge_count
+from auto_circuit.metrics.circuit_pruning import (
+    connected_circuit,
+    greedy_ranks,
+    selection_ranks,
+    weighted_edge_count,
+)
 from auto_circuit.types import Edge
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import circuit_mask
 from tests.micro import micro_model
 from tests.models import ARCHITECTURES, gemma2, gpt2, llama, tokens
 
@@ -198,3 +206,144 @@ def test_scores_are_no_circuit() -> None:
         connected_circuit(model, model.new_prune_scores())
     with pytest.raises(GraphError, match="lacks the destination"):
         connected_circuit(model, {})
+
+
+# ------------------------------------------------------------- grown from the output
+
+
+def feeds(model: PatchableModel, dest: str, at: int, src: str, position: int) -> bool:
+    """Does a destination at one position feed a source at another? By their names."""
+    head = re.fullmatch(r"(A\d+)\.(\d+)\.([QKV])", dest)
+    if head is None:  # an MLP, or a head of the micro model
+        return (dest, at) == (src, position)
+    block, idx, letter = head.groups()
+    n_inputs = sum(
+        d.name.startswith(block + ".") and d.name.endswith(letter) for d in model.dests
+    )
+    srcs = [s.name for s in model.srcs if re.fullmatch(block + r"(\.\d+)?", s.name)]
+    group = max(len(srcs) // n_inputs, 1)
+    is_of_head = src in srcs and (len(srcs) == 1 or srcs.index(src) // group == int(idx))
+    return is_of_head and (at == position if letter == "Q" else at <= position)
+
+
+def grown_by_looking_at_all_edges(
+    model: PatchableModel, key: Callable[[Edge], float]
+) -> list[Edge]:
+    """The order of the greedy circuit: each step looks at every edge again."""
+    circuit: list[Edge] = []
+    left = list(model.edges)
+    last = (model.seq_len or 1) - 1
+    places = [(src.name, at) for src in model.srcs for at in range(last + 1)]
+    fed = {
+        (dest.name, at): {p for p in places if feeds(model, dest.name, at, *p)}
+        for dest in model.dests
+        for at in range(last + 1)
+    }
+    fed["Resid End", last].add(("the output", last))
+    while True:
+        sources = {(edge.src.name, edge.seq_idx or 0) for edge in circuit}
+        sources.add(("the output", last))
+        into_the_circuit = [
+            edge for edge in left if fed[edge.dest.name, edge.seq_idx or 0] & sources
+        ]
+        if not into_the_circuit:
+            return circuit
+        best = max(into_the_circuit, key=key)
+        circuit.append(best)
+        left.remove(best)
+
+
+SMALL_GRAPHS = [
+    pytest.param(micro_model, id="micro"),
+    pytest.param(lambda: bridge(gpt2), id="gpt2"),
+    pytest.param(lambda: bridge(llama), id="llama"),
+    pytest.param(lambda: bridge(gemma2), id="gemma2"),
+    pytest.param(lambda: bridge(llama, ungroup=True), id="ungrouped"),
+    pytest.param(lambda: bridge(llama, 2), id="positions"),
+]
+
+
+@pytest.mark.parametrize("make", SMALL_GRAPHS)
+@pytest.mark.parametrize("ranking", ["signed", "absolute"])
+def test_greedy_ranks_against_looking_at_all_edges(make: Any, ranking: Any) -> None:
+    model = make()
+    generator = t.Generator().manual_seed(1)
+    scores = {
+        name: t.randn(mask.shape, generator=generator)
+        for name, mask in model.patch_masks.items()
+    }
+    sign = abs if ranking == "absolute" else float
+    expected = grown_by_looking_at_all_edges(
+        model, lambda edge: sign(float(edge.prune_score(scores)))
+    )
+    ranks = greedy_ranks(model, scores, ranking)
+    order = sorted(model.edges, key=lambda edge: -float(edge.prune_score(ranks)))
+    assert order[: len(expected)] == expected
+    found = sorted(float(edge.prune_score(ranks)) for edge in model.edges)
+    assert found == list(range(1, model.n_edges + 1))
+    keys = [sign(float(edge.prune_score(scores))) for edge in order]
+    assert keys != sorted(keys, reverse=True)
+    rest = keys[len(expected) :]
+    assert rest == sorted(rest, reverse=True)
+    assert bool(rest) is (model.seq_len is not None)
+
+
+def test_a_greedy_circuit_by_hand() -> None:
+    model = micro_model()
+    scores = model.circuit_prune_scores(
+        edge_dict={
+            "Resid Start->B0.0": -9.0,  # the best, but into nothing at first
+            "B0.0->B1.1": 7.0,
+            "B1.1->Resid End": 1.0,
+            "B0.1->Resid End": -2.0,
+        }
+    )
+    sizes = {1: {"B0.1->Resid End"}, 2: {"B1.1->Resid End"}, 3: {"B0.0->B1.1"}}
+    sizes[4] = {"Resid Start->B0.0"}
+    ranks, expected = greedy_ranks(model, scores), set()
+    for size, new in sizes.items():
+        expected |= new
+        circuit, n_edges = circuit_mask(ranks, size)
+        assert (names_in(model, circuit), n_edges) == (expected, size)
+
+
+def test_equal_scores_go_by_the_order_of_the_graph() -> None:
+    model = micro_model()
+    ones = model.new_prune_scores(1.0)
+    turned = dict(reversed(ones.items()))
+    ranks = greedy_ranks(model, ones)
+    expected = grown_by_looking_at_all_edges(model, lambda edge: 1.0)  # the first of all
+    order = sorted(model.edges, key=lambda edge: -float(edge.prune_score(ranks)))
+    assert order == expected
+    other = greedy_ranks(model, turned)
+    assert all(t.equal(other[name], ranks[name]) for name in ranks)
+
+
+def test_greedy_circuits_lead_to_the_output() -> None:
+    """Only sources that nothing reaches are dead ends; of the best edges, many lead nowhere."""
+    model = bridge(gpt2)
+    generator = t.Generator().manual_seed(0)
+    scores = {
+        name: t.randn(mask.shape, generator=generator)
+        for name, mask in model.patch_masks.items()
+    }
+    kept = {}
+    for selection in ("best", "greedy"):
+        ranks = selection_ranks(model, scores, selection, "absolute")  # type: ignore[arg-type]
+        circuit, _ = circuit_mask(ranks, 15)
+        kept[selection] = names_in(model, circuit)
+        everything_in = circuit_mask(ranks, 15)[0]
+        everything_in["blocks.0.hook_q_input"][:] = True  # every head reads something
+        everything_in["blocks.0.hook_mlp_in"][:] = True
+        everything_in["blocks.1.hook_q_input"][:, 0] = True
+        everything_in["blocks.1.hook_mlp_in"][0] = True
+        live = names_in(model, connected_circuit(model, everything_in))
+        assert (kept[selection] <= live) is (selection == "greedy")
+
+
+def test_bad_selections() -> None:
+    model = micro_model()
+    with pytest.raises(GraphError, match="scores lack"):
+        greedy_ranks(model, {"output": t.zeros(5)})
+    with pytest.raises(GraphError, match="NaN"):
+        greedy_ranks(model, model.new_prune_scores(math.nan))

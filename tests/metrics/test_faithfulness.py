@@ -107,6 +107,32 @@ def test_micro_curve(ranking: Any, expected: list[tuple[int, float, float]]) -> 
     assert curve[0].value == pytest.approx(-24.0)
 
 
+def test_circuits_that_grow_from_the_output() -> None:
+    """A path of two edges comes before the better edges that lead nowhere."""
+    model = micro_model()
+    scores = model.circuit_prune_scores(
+        edge_dict={
+            "B0.0->B1.0": 9.0,
+            "Resid Start->B0.0": 8.0,
+            "B1.1->Resid End": 2.0,
+            "Resid Start->B1.1": 1.0,
+        }
+    )
+    found = {}
+    for selection in ("best", "greedy"):
+        two, _ = faithfulness_curve(
+            model,
+            micro_loader(),
+            scores,
+            budgets=[0.16, 1.0],
+            selection=selection,  # type: ignore[arg-type]
+        )
+        assert two.n_edges == 2
+        found[selection] = (two.weighted_edge_count, two.value)
+    # By the path through B1.1 alone, clean gives -22 (see above); by nothing, -24.
+    assert found == {"best": (0.0, -24.0), "greedy": (2.0, -22.0)}
+
+
 def test_budgets_below_one_edge_have_none() -> None:
     model = micro_model()
     curve = faithfulness_curve(model, micro_loader(), micro_scores(model))

@@ -19,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from auto_circuit.errors import ConfigError
+from auto_circuit.metrics.circuit_pruning import Selection, selection_ranks
 from auto_circuit.metrics.official_circuits.known_circuits import tasks_with_circuits
 from auto_circuit.metrics.protocols import PrunableTask
 from auto_circuit.types import (
@@ -38,12 +39,16 @@ ROC_ENDS: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 0.0), (1.0, 1
 
 
 def measure_roc(
-    task_prune_scores: TaskPruneScores, *, tasks: Sequence[PrunableTask] | None = None
+    task_prune_scores: TaskPruneScores,
+    *,
+    tasks: Sequence[PrunableTask] | None = None,
+    selection: Selection = "best",
 ) -> TaskMeasurements:
     """The ROC of every algorithm's scores for every task, from (0, 0) to (1, 1).
 
     task_prune_scores: task key -> algorithm key -> scores.
     tasks: where the keys are looked up; the predefined tasks if None.
+    selection: see `measure_task_roc`.
 
     Returns task key -> algorithm key -> points; see `measure_task_roc`.
     Raises ConfigError, before anything is measured, for a key without a task and for a
@@ -53,7 +58,9 @@ def measure_roc(
     """
     return {
         task_key: {
-            algo: measure_task_roc(task.model, task.true_edges or (), prune_scores)
+            algo: measure_task_roc(
+                task.model, task.true_edges or (), prune_scores, selection=selection
+            )
             for algo, prune_scores in task_prune_scores[task_key].items()
         }
         for task_key, task in tasks_with_circuits(task_prune_scores, tasks).items()
@@ -65,6 +72,7 @@ def measure_task_roc(
     official_edges: Collection[Edge],
     prune_scores: PruneScores,
     all_edges: bool = False,
+    selection: Selection = "best",
 ) -> Measurements:
     """The ROC of scores against a known circuit: [(false, true positive rate)].
 
@@ -73,10 +81,14 @@ def measure_task_roc(
 
     all_edges: a point for every circuit that the scores make, for an exact curve. False:
         for those of the sizes of `edge_counts_util`, enough for a figure.
+    selection: "greedy": circuits that grow from the output by the best |score|, as for the
+        AUROC of MIB, and no ties (see `circuit_pruning.greedy_ranks`).
 
     Raises GraphError for edges and scores of another graph and for NaN scores;
     ConfigError if the known circuit is empty or is the whole graph.
     """
+    if selection != "best":
+        prune_scores = selection_ranks(model, prune_scores, selection, "absolute")
     true_counts, sizes = _true_counts(model, official_edges, prune_scores)
     if not all_edges:
         counts = edge_counts_util(range(model.n_edges), None, prune_scores)
@@ -113,6 +125,7 @@ def measure_roc_auc(
     *,
     tasks: Sequence[PrunableTask] | None = None,
     pessimistic: bool = False,
+    selection: Selection = "best",
 ) -> dict[TaskKey, dict[AlgoKey, float]]:
     """Task key -> algorithm key -> exact area under the ROC: `roc_auc`.
 
@@ -121,7 +134,9 @@ def measure_roc_auc(
     return {
         task_key: {
             algo: roc_auc(
-                measure_task_roc(task.model, task.true_edges or (), scores, True),
+                measure_task_roc(
+                    task.model, task.true_edges or (), scores, True, selection
+                ),
                 pessimistic,
             )
             for algo, scores in task_prune_scores[task_key].items()

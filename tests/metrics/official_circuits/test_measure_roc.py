@@ -61,6 +61,16 @@ def test_area_by_hand() -> None:
     assert roc_auc(micro_roc(), pessimistic=True) == pytest.approx((10 + 8 + 0) / 30)
 
 
+def test_circuits_that_grow_from_the_output_by_hand() -> None:
+    """`B1.0->Resid End` opens the way for the two best edges; 9 others come before the third."""
+    model = micro_model()
+    official = micro_edges(model, OFFICIAL)
+    scores = model.circuit_prune_scores(edge_dict=SCORES)
+    points = measure_task_roc(model, official, scores, True, selection="greedy")
+    assert points[:3] == [(0.0, 0.0), (0.0, 1 / 3), (0.0, 2 / 3)]
+    assert roc_auc(points) == pytest.approx((10 + 10 + 1) / 30)
+
+
 def test_area_is_the_probability_of_the_right_order() -> None:
     model = micro_model()
     official = micro_edges(model, OFFICIAL)
