@@ -6,8 +6,10 @@ Our JSON names every edge, so that a person can read it and another program can 
      "model": {"name": "pocket_model", "factorized": true, ...},
      "edges": {"A0.3->A2.0.Q": 0.71, "MLP 3->Resid End": -0.2}}
 
-An edge that is not named has the score 0. Where positions have edges of their own, a name
-ends with its position: "A0.3->A2.0.Q @ 4". Nothing is pickled; loading a file runs nothing.
+Our own files also have a "checksum" over all the rest: a file that was damaged, or edited by
+hand, is refused (to edit one, take its checksum out). An edge that is not named has the score
+0. Where positions have edges of their own, a name ends with its position: "A0.3->A2.0.Q @ 4".
+Nothing is pickled; loading a file runs nothing.
 
 The MIB format (Mueller et al. 2025, https://arxiv.org/abs/2504.13151) is that of the
 EAP-IG package of M. Hanna: `input`, `a0.h1`, `m0` and `logits` are nodes, `a0.h1->a2.h3<q>`
@@ -17,10 +19,13 @@ factorized.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
 import sys
+import zipfile
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +34,23 @@ from typing import Any, cast
 import torch as t
 from torch import Tensor
 
+from auto_circuit.checks import check_number, checked, is_number, shown
 from auto_circuit.errors import ConfigError, DataError, GraphError, near_matches
-from auto_circuit.files import path_in_folder
+from auto_circuit.files import (
+    checksum,
+    read_bytes,
+    read_json,
+    write_bytes,
+    write_text,
+)
 from auto_circuit.model_utils.transformer_lens_utils import has_parallel_attention
 from auto_circuit.types import DestNode, Edge, PruneScores, SrcNode
-from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask
+from auto_circuit.utils.patchable_model import PatchableModel, split_edge_name
+from auto_circuit.utils.tensor_ops import (
+    circuit_mask,
+    score_in_dtype,
+    score_tensors,
+)
 
 FORMAT = "auto_circuit circuit"
 VERSION = 1
@@ -44,6 +60,7 @@ ScoredEdge = tuple[Edge, float]
 # ------------------------------------------------------------------ scores <-> edges
 
 
+@checked
 def scored_edges(
     model: PatchableModel, prune_scores: PruneScores, threshold: int | float = 0.0
 ) -> list[ScoredEdge]:
@@ -52,11 +69,12 @@ def scored_edges(
     Makes Edges only of these, so it is fast on large graphs. Raises GraphError for
     scores that do not fit the graph, or are not numbers (NaN).
     """
-    _check_ranked(model, prune_scores)
+    threshold = check_number("threshold", threshold)
+    prune_scores = _ranked(model, prune_scores)
     dests = {(dest.module_name, dest.head_idx): dest for dest in model.dests}
     found = []
     for module_name, raw_scores in prune_scores.items():
-        scores = raw_scores.detach().cpu().double()
+        scores = raw_scores.cpu().double()
         idxs = ((scores.abs() >= threshold) & (scores != 0)).nonzero()
         values = scores[tuple(idxs.T)].tolist()
         has_heads = (module_name, None) not in dests
@@ -67,11 +85,13 @@ def scored_edges(
     return sorted(found)
 
 
-def _check_ranked(model: PatchableModel, prune_scores: PruneScores) -> None:
-    model.check_scores(prune_scores)
+def _ranked(model: PatchableModel, prune_scores: PruneScores) -> PruneScores:
+    """The scores as tensors; raises GraphError unless they fit and have a rank."""
+    prune_scores = model.check_scores(prune_scores)
     for name, scores in prune_scores.items():
         if scores.isnan().any():
             raise GraphError(f"The scores of {name!r} hold NaN, which has no rank.")
+    return prune_scores
 
 
 class _EdgeFinder:
@@ -83,8 +103,8 @@ class _EdgeFinder:
         self.dests: dict[str, DestNode] = {dest.name: dest for dest in model.dests}
 
     def __call__(self, name: str) -> Edge:
-        bare_name, _, position = name.partition(" @ ")
-        if self.model.seq_len is not None and not position:
+        bare_name, position = split_edge_name(name)
+        if self.model.seq_len is not None and position is None:
             raise GraphError(
                 f"The edge {name!r} has no position, but in this graph each of "
                 f'{self.model.seq_len} positions has its own: "{name} @ 0".'
@@ -92,23 +112,24 @@ class _EdgeFinder:
         src_name, _, dest_name = bare_name.partition("->")
         src, dest = self.srcs.get(src_name), self.dests.get(dest_name)
         if src is not None and dest is not None and self._is_edge(src, dest, position):
-            return Edge(src, dest, int(position) if position else None)
+            return Edge(src, dest, position)
         # Only for its error, which names the nearest edges.
         return self.model.find_edges(name)[0]
 
-    def _is_edge(self, src: SrcNode, dest: DestNode, position: str) -> bool:
+    def _is_edge(self, src: SrcNode, dest: DestNode, position: int | None) -> bool:
         in_srcs = self.model.wrapper(dest.module_name).in_srcs
         assert in_srcs is not None
         if not in_srcs.start <= src.src_idx < in_srcs.stop:
             return False
-        if self.model.seq_len is None:
-            return not position
-        return position.isdecimal() and int(position) < self.model.seq_len
+        if self.model.seq_len is None or position is None:
+            return self.model.seq_len is position
+        return position < self.model.seq_len
 
 
 # ------------------------------------------------------------------------- our format
 
 
+@checked
 def save_circuit(
     path: Path | str,
     model: PatchableModel,
@@ -121,12 +142,14 @@ def save_circuit(
     task: the key of the task that it was found for.
 
     Edges with score 0 are left out. Raises GraphError if the circuit does not fit the
-    model's graph, before anything is written.
+    model's graph, before anything is written; FileError if the file cannot be written,
+    and then one that was there is still there.
     """
     if isinstance(circuit, Mapping):
         scores = cast(PruneScores, circuit)
     else:
         scores = model.circuit_prune_scores(edges=circuit)
+    dtype = next(iter(model.patch_masks.values())).dtype
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -135,11 +158,14 @@ def save_circuit(
         "edges": {
             repr(edge): score if math.isfinite(score) else str(score)
             for edge, score in scored_edges(model, scores)
+            if score_in_dtype(f"The score of {edge!r}", score, dtype)
         },
     }
-    path_in_folder(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    content["checksum"] = checksum(content)
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
+@checked
 def load_circuit(
     path: Path | str, model: PatchableModel, any_model_name: bool = False
 ) -> PruneScores:
@@ -148,25 +174,40 @@ def load_circuit(
     any_model_name: accept a file made for a model of another name. Its graph must still
         be the same.
 
-    Raises DataError for a file that is missing, malformed or of another version,
-    GraphError for one made for another model and for edges that the graph does not have.
+    Raises DataError for a file that is missing, malformed, damaged or of another version,
+    GraphError for one made for another model, for edges that the graph does not have and
+    for scores that its numbers cannot hold, FileError for what cannot be read.
     """
-    content = _load_json(path)
+    content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(
             f'{path} is not a circuit file: its "format" is not {FORMAT!r}. Files of '
             "the MIB circuit track are read by `load_mib_circuit`."
         )
-    if content.get("version") != VERSION:
-        raise DataError(
-            f"{path} has format version {content.get('version')!r}; this version of "
-            f"AutoCircuit reads version {VERSION}."
-        )
+    _check_version(path, content)
     _check_fingerprint(path, content.get("model"), model, any_model_name)
     named = _named_scores(path, content.get("edges"))
     return _scores_by_name(path, model, named)
 
 
+def _check_version(path: Path | str, content: dict[str, Any]) -> None:
+    version = content.get("version")
+    if version is True or version != VERSION:
+        raise DataError(
+            f"{path} has format version {shown(version)}; this version of AutoCircuit "
+            f"reads version {VERSION}."
+        )
+    if "checksum" not in content:
+        return
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    if content["checksum"] != checksum(rest):
+        raise DataError(
+            f"{path} is damaged, or was edited by hand: its checksum is not that of its "
+            'content. A file written or edited by hand has no "checksum".'
+        )
+
+
+@checked
 def model_fingerprint(model: PatchableModel) -> dict[str, Any]:
     """What a circuit's model must have in common with another to fit it, as JSON.
 
@@ -216,10 +257,9 @@ def _score(path: Path | str, name: str, value: Any) -> float:
     """A finite number, or "inf" or "-inf", which JSON has no numbers for."""
     if value in ("inf", "-inf"):
         return float(value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= sys.float_info.max:
+    if not is_number(value) or not abs(value) <= sys.float_info.max:
         raise DataError(
-            f'{path}: the score of {name!r} is {value!r}; expected a number, "inf" or '
+            f'{path}: the score of {name!r} is {shown(value)}; expected a number, "inf" or '
             '"-inf".'
         )
     return float(value)
@@ -235,24 +275,10 @@ def _scores_by_name(
             edge = find_edge(name)
         except GraphError as error:
             raise GraphError(f"{path}: {error}") from None
-        scores[edge.dest.module_name][edge.patch_idx] = value
+        of_module = scores[edge.dest.module_name]
+        what = f"{path}: the score of {name!r}"
+        of_module[edge.patch_idx] = score_in_dtype(what, value, of_module.dtype)
     return scores
-
-
-def _load_json(path: Path | str) -> Any:
-    file = _existing(path)
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON, or it is damaged: {error}") from error
-
-
-def _existing(path: Path | str) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        names = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"There is no file {path}.{near_matches(path.name, names)}")
-    return path
 
 
 # ----------------------------------------------------------------------------- MIB
@@ -284,6 +310,7 @@ class _MibGraph:
         return self.group if dst_node.endswith(("<k>", "<v>")) else 1
 
 
+@checked
 def save_mib_circuit(
     path: Path | str,
     model: PatchableModel,
@@ -311,7 +338,7 @@ def save_mib_circuit(
     """
     suffix = _mib_suffix(path)
     graph = _mib_graph(model)
-    _check_ranked(model, prune_scores)
+    prune_scores = _ranked(model, prune_scores)
     if any(not scores.isfinite().all() for scores in prune_scores.values()):
         raise GraphError(
             "The MIB format has no place for infinite scores: replace them by a number "
@@ -336,11 +363,14 @@ def save_mib_circuit(
     }
     if suffix == ".json":
         content = _mib_json(graph, rows, touched)
-        path_in_folder(path).write_text(json.dumps(content, allow_nan=False))
+        write_text(path, json.dumps(content, allow_nan=False))
     else:
-        t.save(_mib_tensors(graph, rows, touched), path_in_folder(path))
+        buffer = io.BytesIO()
+        t.save(_mib_tensors(graph, rows, touched), buffer)
+        write_bytes(path, buffer.getvalue())
 
 
+@checked
 def load_mib_circuit(
     path: Path | str, model: PatchableModel, in_graph: bool = False
 ) -> PruneScores:
@@ -358,19 +388,23 @@ def load_mib_circuit(
     """
     suffix = _mib_suffix(path)
     graph = _mib_graph(model)
-    content = _load_json(path) if suffix == ".json" else _load_tensors(path)
+    content = read_json(path) if suffix == ".json" else _load_tensors(path)
     if not isinstance(content, dict):
         raise DataError(f"{path} is not a MIB circuit: it holds no dictionary.")
     _check_mib_config(path, content.get("cfg"), graph.config)
     read = _read_mib_json if suffix == ".json" else _read_mib_tensors
-    found = model.new_prune_scores()
+    totals: dict[Edge, float] = defaultdict(float)
     for src, dst, score, is_in_graph in read(path, content, graph):
         edge = graph.places[src, dst]
-        scores = found[edge.dest.module_name]
         if in_graph:
-            scores[edge.patch_idx] = max(float(scores[edge.patch_idx]), is_in_graph)
+            totals[edge] = max(totals[edge], float(is_in_graph))
         else:
-            scores[edge.patch_idx] += score
+            totals[edge] += score
+    found = model.new_prune_scores()
+    for edge, total in totals.items():
+        scores = found[edge.dest.module_name]
+        what = f"{path}: the score of {edge!r}"
+        scores[edge.patch_idx] = score_in_dtype(what, total, scores.dtype)
     return found
 
 
@@ -585,9 +619,16 @@ def _read_mib_tensors(
         raise DataError(f'{path}: "src_nodes" and "dst_nodes" must be lists of names.')
     _check_known_nodes(path, src_nodes, graph.src_nodes)
     _check_known_nodes(path, dst_nodes, graph.dst_nodes)
+    for names in (src_nodes, dst_nodes):
+        doubles = sorted({name for name in names if names.count(name) > 1})
+        if doubles:
+            raise DataError(f"{path} has the node {doubles[0]!r} twice.")
     shape = (len(src_nodes), len(dst_nodes))
     scores = _matrix(path, content, "edges_scores", shape).tolist()
-    in_graph = _matrix(path, content, "edges_in_graph", shape).bool().tolist()
+    membership = _matrix(path, content, "edges_in_graph", shape)
+    if not bool(((membership == 0) | (membership == 1)).all()):
+        raise DataError(f'{path}: "edges_in_graph" must be true or false everywhere.')
+    in_graph = membership.bool().tolist()
     for row, src in enumerate(src_nodes):
         for column, dst in enumerate(dst_nodes):
             score, is_in_graph = scores[row][column], in_graph[row][column]
@@ -609,13 +650,21 @@ def _matrix(path: Path | str, content: Any, name: str, shape: tuple[int, int]) -
             f'{path}: "{name}" must be a tensor of shape {shape}, [source, destination]; '
             f"found {found}."
         )
-    return matrix.detach().to("cpu", t.float64)
+    try:
+        return score_tensors({name: matrix})[name].to("cpu", t.float64)
+    except GraphError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _load_tensors(path: Path | str) -> Any:
-    file = _existing(path)
+    content = read_bytes(path)
     try:
-        return t.load(file, map_location="cpu", weights_only=True)
+        # torch itself does not look at the checksums that its files have.
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise DataError(f"the checksum of {damaged!r} is wrong")
+        return t.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # Damage shows in any of them: KeyError, OSError, ...
         raise DataError(
             f"{path} is not a file of tensors, is damaged, or holds objects that could "

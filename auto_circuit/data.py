@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
-from auto_circuit.checks import check_count, check_device
+from auto_circuit.checks import check_count, check_device, checked
 from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.prefix_cache import (
     PrefixCache,
@@ -100,6 +100,7 @@ class PromptPairBatch:
             )
         )
 
+    @checked
     def model_input(self, side: Side) -> tuple[Tensor, dict[str, Tensor]]:
         """What to call the model with: `model(tokens, **kwargs)`.
 

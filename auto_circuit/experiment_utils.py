@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, get_args
 import torch as t
 from transformer_lens.model_bridge import TransformerBridge
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, load_datasets_from_json
 from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.metrics.official_circuits.circuits.ioi_official import (
@@ -85,6 +86,7 @@ class SingleTemplateResult(NamedTuple):
     prune_scores: PruneScores
 
 
+@checked
 def ioi_circuit_single_template_logit_diff_percent(
     gpt2: TransformerBridge,
     dataset_size: int,

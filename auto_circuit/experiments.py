@@ -40,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
+from auto_circuit.checks import checked
 from auto_circuit.errors import AutoCircuitError, ConfigError
 from auto_circuit.metrics.area_under_curve import area_share, edges_for_share, has_area
 from auto_circuit.metrics.official_circuits.measure_roc import measure_task_roc, roc_auc
@@ -98,6 +99,7 @@ SHARE = 0.8
 Numbers = dict[tuple[TaskKey, AlgoKey], float]
 
 
+@checked
 @dataclass(frozen=True)
 class ExperimentConfig(Choices):
     """One experiment. Without arguments: the pocket tasks, which need no download."""

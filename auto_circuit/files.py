@@ -5,6 +5,7 @@ JSON is read strictly: what the standard does not know is an error.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from auto_circuit.errors import ConfigError, DataError, FileError
+from auto_circuit.errors import (
+    AutoCircuitError,
+    ConfigError,
+    DataError,
+    FileError,
+    near_matches,
+)
 
 MAX_NAME_BYTES = 200
 
@@ -74,10 +81,66 @@ def written_whole(path: Path | str) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Write a file as `written_whole` does."""
+    with written_whole(path) as partial:
+        partial.write_bytes(content)
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write a text file (UTF-8) as `written_whole` does."""
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+MAX_BYTES = 2**31
+"""No file of ours is larger: one that is would fill the memory before it is refused."""
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """The content of a file. Raises DataError if there is none at `path`.
+
+    Raises FileError for what is no regular file (to read a pipe or a device may never
+    end), for one of more than MAX_BYTES, and where the system refuses.
+    """
+    path = Path(path)
+    try:
+        if not path.exists():
+            names = (
+                [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
+            )
+            raise DataError(f"There is no file {path}.{near_matches(path.name, names)}")
+        if not path.is_file():
+            raise FileError(f"{path} is no file that can be read (a folder, a pipe ...).")
+        n_bytes = path.stat().st_size
+        if n_bytes > MAX_BYTES:
+            raise FileError(f"{path} has {n_bytes} bytes; expected at most {MAX_BYTES}.")
+        return path.read_bytes()
+    except ValueError as error:
+        if isinstance(error, AutoCircuitError):
+            raise
+        raise FileError(f"{str(path)[:80]!r} is no path: {error}.") from error
+    except OSError as error:
+        if isinstance(error, AutoCircuitError):
+            raise
+        raise FileError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+def read_json(path: Path | str) -> Any:
+    """The content of a JSON file (UTF-8).
+
+    Raises as `read_bytes` and `parse_json` do.
+    """
+    try:
+        return parse_json(read_bytes(path).decode("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not JSON, or it is damaged: {error}.") from error
+
+
+def checksum(content: Any) -> str:
+    """What a change of a JSON value changes: SHA-256, in hexadecimal."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

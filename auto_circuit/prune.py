@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch as t
 from torch import Tensor
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.types import AblationType, CircuitOutputs, PatchType, PruneScores
@@ -18,12 +19,13 @@ from auto_circuit.utils.ablation_activations import (
 from auto_circuit.utils.custom_tqdm import tqdm
 from auto_circuit.utils.graph_utils import patch_mode, preserved_masks
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask
+from auto_circuit.utils.tensor_ops import circuit_mask, desc_prune_scores
 
 Circuit = dict[str, Tensor]
 """Destination module -> [seq?, head?, src]: True for the edges of the circuit."""
 
 
+@checked
 def run_circuits(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -60,7 +62,7 @@ def run_circuits(
             "`render_graph` is not supported by `run_circuits`; draw the scores with "
             "`auto_circuit.visualize`."
         )
-    model.check_scores(prune_scores)
+    prune_scores = model.check_scores(prune_scores)
     masks = _circuit_masks(prune_scores, test_edge_counts, patch_type)
     clean_input = (patch_type == PatchType.TREE_PATCH) != reverse_clean_corrupt
     input_side: Side = "clean" if clean_input else "corrupt"
@@ -79,6 +81,7 @@ def run_circuits(
     return outputs
 
 
+@checked
 def set_masks(model: PatchableModel, values: Circuit) -> None:
     """Set every mask to the values (or booleans) of a dictionary like `patch_masks`."""
     for module_name, mask in model.patch_masks.items():
@@ -90,8 +93,9 @@ def _circuit_masks(
 ) -> dict[int, Circuit]:
     """{edges really in the circuit: True where an edge is patched}"""
     masks = {}
+    desc_scores = desc_prune_scores(prune_scores)
     for edge_count in sorted(set(test_edge_counts)):
-        circuit, n_edges = circuit_mask(prune_scores, edge_count)
+        circuit, n_edges = circuit_mask(prune_scores, edge_count, desc_scores)
         is_tree = patch_type == PatchType.TREE_PATCH
         masks[n_edges] = {k: ~v for k, v in circuit.items()} if is_tree else circuit
     return masks

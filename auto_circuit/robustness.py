@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
@@ -36,6 +37,7 @@ from auto_circuit.utils.tensor_ops import circuit_mask
 # The documentation of the fields is what `experiments.py --help` prints.
 
 
+@checked
 @dataclass(frozen=True)
 class Choices:
     """How a circuit is tested: the six choices of Miller et al. 2024."""
@@ -61,6 +63,7 @@ class Choices:
         return (self.patch_type == PatchType.TREE_PATCH) != self.reverse_clean_corrupt
 
 
+@checked
 def chosen_task(task: Task, choices: Choices) -> Task:
     """The task with the graph that the choices ask for: nodes or edges, positions or not."""
     return replace(
@@ -102,6 +105,7 @@ VALUE_NAMES: Mapping[str, Callable[[Choices], str]] = {
 """Choice -> the name of its value."""
 
 
+@checked
 def variations(base: Choices) -> list[Variation]:
     """Every value of every choice, one changed at a time; the base's own are among them.
 
@@ -156,6 +160,7 @@ class RobustnessRow:
     verdict: float
 
 
+@checked
 def robustness_rows(
     task: Task,
     choices: Choices,
@@ -246,6 +251,7 @@ def _is_padded(task: Task) -> bool:
     )
 
 
+@checked
 def values_by_choice(rows: Sequence[RobustnessRow]) -> list[tuple[str, str, bool]]:
     """(choice, value, is_base) of all rows, choice by choice."""
     # A choice's values need not come together: not every task has all of them.
@@ -290,6 +296,7 @@ def _percents(
     return [(size, percents[size]) for size in sizes]
 
 
+@checked
 def same_circuit(
     circuit: Circuit, model: PatchableModel, other: PatchableModel
 ) -> PruneScores:

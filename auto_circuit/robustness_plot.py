@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
+from auto_circuit.checks import checked
 from auto_circuit.robustness import RobustnessRow, values_by_choice
 from auto_circuit.types import AlgoKey
 
@@ -18,6 +19,7 @@ ROW_HEIGHT = 22
 LINE_COLOR = "rgb(200, 200, 200)"
 
 
+@checked
 def robustness_fig(
     rows: Sequence[RobustnessRow], algo_names: Mapping[AlgoKey, str] | None = None
 ) -> go.Figure:

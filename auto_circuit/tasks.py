@@ -12,7 +12,7 @@ import torch as t
 from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
 
-from auto_circuit.checks import check_count
+from auto_circuit.checks import check_count, checked
 from auto_circuit.data import PromptDataLoader, load_datasets_from_json, per_split
 from auto_circuit.errors import ConfigError, DataError, near_matches
 from auto_circuit.metrics.official_circuits.circuits.docstring_official import (
@@ -49,6 +49,7 @@ from auto_circuit.utils.patchable_model import PatchableModel
 PerSplit = int | tuple[int, int]
 
 
+@checked
 @dataclass(frozen=True)
 class Task:
     """A behaviour of a model: a frozen description; what it names loads on first use.
@@ -475,6 +476,7 @@ TASKS: tuple[Task, ...] = (
 TASK_DICT: dict[TaskKey, Task] = {task.key: task for task in TASKS}
 
 
+@checked
 def find_task(key: str) -> Task:
     """The task with this key. Raises ConfigError, with the known keys, for others."""
     if key not in TASK_DICT:

@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import plotly.graph_objects as go
 
+from auto_circuit.checks import checked
 from auto_circuit.circuit_files import ScoredEdge, scored_edges
-from auto_circuit.errors import ConfigError
-from auto_circuit.files import path_in_folder
+from auto_circuit.errors import ConfigError, FileError
+from auto_circuit.files import path_in_folder, write_text, written_whole
 from auto_circuit.types import PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 
@@ -53,6 +54,7 @@ GAP = 24
 IMAGE_SUFFIXES = (".png", ".svg", ".pdf", ".jpeg", ".webp")
 
 
+@checked
 def draw_seq_graph(
     model: PatchableModel,
     prune_scores: PruneScores | None = None,
@@ -87,8 +89,6 @@ def draw_seq_graph(
     Differs from auto-circuit: nothing is shown or written unless asked for, a circuit
     without edges is a figure that says so, and the default threshold is 0.
     """
-    if orientation not in ("h", "v"):
-        raise ConfigError(f'`orientation` is {orientation!r}; expected "h" or "v".')
     labels = _position_labels(model, seq_labels)
     path = None if file_path is None else _checked_path(file_path)
     if prune_scores is None:
@@ -113,6 +113,7 @@ def draw_seq_graph(
     return fig
 
 
+@checked
 def net_viz(
     model: PatchableModel,
     edges: Sequence[ScoredEdge],
@@ -535,12 +536,15 @@ def _checked_path(file_path: Path | str) -> Path:
 
 def _write(fig: go.Figure, path: Path) -> None:
     if path.suffix == ".html":
-        fig.write_html(path)
+        write_text(path, fig.to_html())
         return
     try:
         width: int | None = fig.layout.width  # type: ignore[attr-defined]
-        fig.write_image(path, width=width or IMAGE_WIDTH)
-    except (RuntimeError, ValueError, OSError) as error:
+        with written_whole(path) as partial:
+            fig.write_image(partial, width=width or IMAGE_WIDTH)
+    except FileError:
+        raise
+    except (RuntimeError, ValueError) as error:
         raise _no_images(path, str(error).strip().partition("\n")[0]) from error
 
 

@@ -123,7 +123,7 @@ def test_empty_circuits_are_drawn() -> None:
     for seq_len in (None, 3):
         model = micro_model(seq_len=seq_len)
         fig = draw_seq_graph(model, model.new_prune_scores())
-        assert len(fig.data) == 0
+        assert len(fig.data) == 0  # type: ignore[arg-type]
         assert texts(fig) == ["This circuit has no edges."]
         assert fig.layout.title.text == f"0 of {model.n_edges} edges"
     fig = draw_seq_graph(model, model.new_prune_scores(), show_all_seq_pos=True)
@@ -150,7 +150,7 @@ def test_a_graph_for_each_position() -> None:
 
     fig = draw_seq_graph(model, scores, show_all_seq_pos=True, seq_labels=labels)
     assert texts(fig) == ["&lt;b&gt;", "and", "end"]
-    assert len(fig.data) == 2
+    assert len(fig.data) == 2  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="has 2 labels; the graph has 3 positions"):
         draw_seq_graph(model, scores, seq_labels=labels[1:])
 
@@ -243,7 +243,7 @@ def test_infinite_scores_are_as_wide_as_the_widest() -> None:
 
 def test_masks_are_drawn_without_scores() -> None:
     model = micro_model()
-    assert len(draw_seq_graph(model).data) == 0
+    assert len(draw_seq_graph(model).data) == 0  # type: ignore[arg-type]
     set_all_masks(model, 0.25)
     (sankey,) = draw_seq_graph(model).data
     assert sankey.link.value == (0.25,) * 13
@@ -276,12 +276,13 @@ def test_image_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="requires Google Chrome.*plotly_get_chrome"):
         draw_seq_graph(model, scores, file_path=str(tmp_path / "c.svg"))
 
-    written = []
-    monkeypatch.setattr(
-        go.Figure, "write_image", lambda fig, path, width: written.append(path)
-    )
+    def write(fig: go.Figure, path: Path, width: int) -> None:
+        path.write_text(f"a figure as {path.suffix}")
+
+    monkeypatch.setattr(go.Figure, "write_image", write)
     draw_seq_graph(model, scores, file_path=tmp_path / "c.pdf")
-    assert written == [tmp_path / "c.pdf"]
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pdf"]
+    assert (tmp_path / "c.pdf").read_text() == "a figure as .pdf"
 
 
 def test_bad_paths(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from warnings import warn
 
+from auto_circuit.checks import check_number, checked
 from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     PRUNE_METRICS,
@@ -41,8 +42,10 @@ from auto_circuit.types import (
     TaskKey,
     TaskMeasurements,
 )
+from auto_circuit.utils.tensor_ops import ROUNDING
 
 
+@checked
 def measurements_auc(
     points: Measurements,
     log_x: bool = False,
@@ -63,6 +66,7 @@ def measurements_auc(
     return area / (heights[-1][0] - heights[0][0])
 
 
+@checked
 def area_share(
     points: Measurements,
     log_x: bool = False,
@@ -75,7 +79,8 @@ def area_share(
     Raises as `measurements_auc` does.
     """
     last_height = _heights(points, log_x, log_y, y_min)[-1][1]
-    if last_height == 0:
+    values = [abs(value) for _, value in points]
+    if not log_y and abs(last_height) <= ROUNDING * max(values) or last_height == 0:
         warn(
             "The measurements of the largest circuit and of 0 edges are equal, so the "
             "share of the area is undefined (NaN).",
@@ -85,12 +90,14 @@ def area_share(
     return measurements_auc(points, log_x, log_y, y_min) / last_height
 
 
+@checked
 def has_area(points: Measurements, log_x: bool = False) -> bool:
     """Are there points enough: 0 edges, and one size above it (two if log_x)?"""
     sizes = {x for x, _ in points}
     return 0 in sizes and len(sizes) >= (3 if log_x else 2)
 
 
+@checked
 def algo_measurements_auc(
     algo_measurements: AlgoMeasurements,
     log_x: bool = False,
@@ -108,6 +115,7 @@ def algo_measurements_auc(
     }
 
 
+@checked
 def task_measurements_auc(
     task_measurements: TaskMeasurements,
     log_x: bool = False,
@@ -121,6 +129,7 @@ def task_measurements_auc(
     }
 
 
+@checked
 def metric_measurements_auc(
     metric_measurements: PruneMetricMeasurements,
     metrics: Sequence[PruneMetric] = PRUNE_METRICS,
@@ -138,6 +147,7 @@ def metric_measurements_auc(
     return areas
 
 
+@checked
 def edges_for_share(
     points: Measurements,
     share: int | float = 0.8,
@@ -149,7 +159,8 @@ def edges_for_share(
 
     The value is `baseline + share * (target - baseline)` or beyond; if the target is
     below the baseline (a metric that falls), beyond is below. Without a `target` it is
-    the value of the largest tested circuit. None: no tested circuit gets there.
+    the value of the largest tested circuit. None: no tested circuit gets there. NaN if a
+    value is NaN.
 
     stay: count a circuit only if all larger tested ones get there too.
 
@@ -158,9 +169,13 @@ def edges_for_share(
     """
     if not points:
         raise ConfigError("There are no measurements to find a share in.")
+    check_number("share", share)
+    check_number("baseline", baseline)
     points = sorted(points)
-    goal = points[-1][1] if target is None else target
-    if goal == baseline:
+    goal = points[-1][1] if target is None else check_number("target", target)
+    if math.isnan(goal) or any(math.isnan(value) for _, value in points):
+        return math.nan
+    if abs(goal - baseline) <= ROUNDING * max(abs(goal), abs(baseline)):
         raise ConfigError(
             f"The target and the baseline are both {baseline}, so shares of the way "
             "from one to the other are undefined."

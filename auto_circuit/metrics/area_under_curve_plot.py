@@ -7,10 +7,12 @@ from collections.abc import Mapping
 
 import plotly.graph_objects as go
 
+from auto_circuit.checks import checked
 from auto_circuit.metrics.area_under_curve import area_share, has_area
 from auto_circuit.types import COLOR_PALETTE, AlgoKey, TaskMeasurements
 
 
+@checked
 def average_auc_plot(
     task_measurements: TaskMeasurements,
     log_x: bool,

@@ -8,6 +8,7 @@ import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.errors import ConfigError, GraphError, near_matches
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
@@ -25,6 +26,7 @@ CHUNK = 16
 """How many circuits' outputs of one batch are held in memory at a time."""
 
 
+@checked
 def check_circuit(model: PatchableModel, circuit: Mapping[str, Tensor]) -> None:
     """Raise GraphError unless the circuit is a boolean tensor for every mask."""
     expected = {name: tuple(mask.shape) for name, mask in model.patch_masks.items()}
@@ -48,21 +50,25 @@ def check_circuit(model: PatchableModel, circuit: Mapping[str, Tensor]) -> None:
             )
 
 
+@checked
 def n_circuit_edges(circuit: Mapping[str, Tensor]) -> int:
     """The number of edges in a circuit."""
     return sum(int(edges.sum()) for edges in circuit.values())
 
 
+@checked
 def complement(circuit: Mapping[str, Tensor]) -> Circuit:
     """All the edges that are not in a circuit."""
     return {name: ~edges for name, edges in circuit.items()}
 
 
+@checked
 def without(circuit: Mapping[str, Tensor], removed: Mapping[str, Tensor]) -> Circuit:
     """The edges of a circuit that are not among the removed ones."""
     return {name: edges & ~removed[name] for name, edges in circuit.items()}
 
 
+@checked
 def iter_circuit_outs(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -103,6 +109,7 @@ def _outs(
     return outs
 
 
+@checked
 def circuit_prompt_vals(
     model: PatchableModel,
     dataloader: PromptDataLoader,

@@ -34,7 +34,7 @@ import torch as t
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from auto_circuit.checks import check_choice
+from auto_circuit.checks import checked
 from auto_circuit.metrics.circuit_outs import Circuit, check_circuit
 from auto_circuit.metrics.edge_ranks import (
     Ranking,
@@ -56,6 +56,7 @@ class _Link(NamedTuple):
     mixes_positions: bool
 
 
+@checked
 def connected_circuit(model: PatchableModel, circuit: Mapping[str, Tensor]) -> Circuit:
     """The edges of a circuit that lie on a path from an input to the output.
 
@@ -77,6 +78,7 @@ def connected_circuit(model: PatchableModel, circuit: Mapping[str, Tensor]) -> C
     return connected
 
 
+@checked
 def weighted_edge_count(model: PatchableModel, circuit: Mapping[str, Tensor]) -> float:
     """The size of a circuit: its edges, each with the kept share of its source.
 
@@ -95,6 +97,7 @@ def weighted_edge_count(model: PatchableModel, circuit: Mapping[str, Tensor]) ->
 # --------------------------------------------------------------- grown from the output
 
 
+@checked
 def selection_ranks(
     model: PatchableModel,
     prune_scores: PruneScores,
@@ -106,13 +109,13 @@ def selection_ranks(
     Those of `edge_ranks` ("best") or of `greedy_ranks`. Raises ConfigError for an unknown
     selection or ranking, GraphError for scores of another graph or NaN.
     """
-    check_choice("selection", selection, Selection)
-    model.check_scores(prune_scores)
+    prune_scores = model.check_scores(prune_scores)
     if selection == "greedy":
         return greedy_ranks(model, prune_scores, ranking)
     return edge_ranks(prune_scores, ranking)
 
 
+@checked
 def greedy_ranks(
     model: PatchableModel, prune_scores: PruneScores, ranking: Ranking = "absolute"
 ) -> PruneScores:
@@ -132,7 +135,7 @@ def greedy_ranks(
     NaN. Source: `apply_greedy` of EAP-IG (Hanna et al. 2024, arXiv 2403.17806), which the
     AUROC of MIB (arXiv 2504.13151) uses; without prune, which is `connected_circuit`.
     """
-    model.check_scores(prune_scores)
+    prune_scores = model.check_scores(prune_scores)
     prune_scores = {name: prune_scores[name] for name in model.patch_masks}
     order = best_first(prune_scores, ranking)
     n_edges = len(order)

@@ -8,14 +8,19 @@ import torch as t
 from jaxtyping import Int
 from torch import Tensor
 
-from auto_circuit.checks import check_choice
+from auto_circuit.checks import checked
 from auto_circuit.types import PruneScores
-from auto_circuit.utils.tensor_ops import desc_prune_scores, flat_prune_scores
+from auto_circuit.utils.tensor_ops import (
+    desc_prune_scores,
+    flat_prune_scores,
+    score_tensors,
+)
 
 Ranking = Literal["signed", "absolute"]
 """Which edge is the best: that of the largest score, or of the largest |score|."""
 
 
+@checked
 def edge_ranks(prune_scores: PruneScores, ranking: Ranking = "signed") -> PruneScores:
     """Scores that are all different: n_edges for the best edge, down to 1.
 
@@ -26,9 +31,9 @@ def edge_ranks(prune_scores: PruneScores, ranking: Ranking = "signed") -> PruneS
     return ranks_in_order(prune_scores, best_first(prune_scores, ranking))
 
 
+@checked
 def best_first(prune_scores: PruneScores, ranking: Ranking) -> Int[Tensor, "edges"]:
     """The indices of `flat_prune_scores`, in order. Raises as `edge_ranks` does."""
-    check_choice("ranking", ranking, Ranking)
     desc_prune_scores(prune_scores)  # Raises for NaN, which has no rank.
     scores = flat_prune_scores(prune_scores).double()
     keys = scores if ranking == "signed" else scores.abs()
@@ -37,6 +42,7 @@ def best_first(prune_scores: PruneScores, ranking: Ranking) -> Int[Tensor, "edge
 
 def ranks_in_order(prune_scores: PruneScores, order: Int[Tensor, "edges"]) -> PruneScores:
     """n_edges for the first index of `order`, down to 1, in the shapes of the scores."""
+    prune_scores = score_tensors(prune_scores)
     n_edges = len(order)
     ranks = t.empty(n_edges, dtype=t.float64, device=order.device)
     ranks[order] = t.arange(n_edges, 0, -1).to(ranks)

@@ -27,10 +27,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from warnings import warn
 
+import torch as t
+
+from auto_circuit.checks import check_number, checked
 from auto_circuit.data import PromptDataLoader
-from auto_circuit.errors import ConfigError
+from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.metrics.circuit_outs import iter_circuit_outs, n_circuit_edges
 from auto_circuit.metrics.circuit_pruning import (
     Selection,
@@ -45,13 +47,14 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
 )
 from auto_circuit.types import (
     AblationType,
+    BatchOutputs,
     CircuitOutputs,
     Measurements,
     PruneScores,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
-    UndefinedPercentWarning,
+    ROUNDING,
     circuit_mask,
 )
 
@@ -83,6 +86,7 @@ FaithfulnessCurve = Sequence[FaithfulnessPoint]
 # -------------------------------------------------------------------------- the curve
 
 
+@checked
 def faithfulness_curve(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -105,12 +109,13 @@ def faithfulness_curve(
     Edges that are dead ends are taken out before a circuit is measured: without resampled
     activations they would change what it does (see `circuit_pruning`).
 
-    NaN, with a warning, if the metric is the same for the full model and for nothing.
     Raises ConfigError for a share outside of (0, 1] and for an unknown ranking,
-    GraphError for scores of another graph or NaN. Cost: a forward pass per budget.
+    GraphError for scores of another graph or NaN, DataError if the metric is the same,
+    within rounding, for the full model and for nothing. Cost: a forward pass per budget.
     """
     _check_budgets(budgets)
     metric.check_prompts(dataloader)
+    prune_scores = model.check_scores(prune_scores)
     ranks = selection_ranks(model, prune_scores, selection, ranking)
     n_edges = model.n_edges
     sizes = {share: int(share * n_edges) for share in sorted(budgets)}
@@ -124,12 +129,13 @@ def faithfulness_curve(
     for batch, idx, out in all_outs:
         by_idx[idx][batch.key] = out
     values = dict(metric.metric_func(model, dataloader, outs))
+    rounding = _rounding_error(outs[n_edges])
     return [
         FaithfulnessPoint(
             share=share,
             n_edges=size,
             value=float(values[size]),
-            faithfulness=faithfulness(values[size], values[0], values[n_edges]),
+            faithfulness=faithfulness(values[size], values[0], values[n_edges], rounding),
             # Without dead ends each edge weighs 1.
             weighted_edge_count=float(n_circuit_edges(circuits[size])),
         )
@@ -137,6 +143,7 @@ def faithfulness_curve(
     ]
 
 
+@checked
 def measured_faithfulness(points: Measurements) -> list[FaithfulnessPoint]:
     """The faithfulness curve of measurements that were made already, ascending.
 
@@ -166,36 +173,51 @@ def measured_faithfulness(points: Measurements) -> list[FaithfulnessPoint]:
     ]
 
 
+@checked
 def faithfulness(
-    value: int | float, nothing: int | float, full_model: int | float
+    value: int | float,
+    nothing: int | float,
+    full_model: int | float,
+    rounding_error: int | float = 0.0,
 ) -> float:
-    """f = (m(C) - m(nothing)) / (m(N) - m(nothing)); NaN, with a warning, for 0 / 0.
+    """f = (m(C) - m(nothing)) / (m(N) - m(nothing)).
 
     0: as nothing does; 1: as the full model does; above 1: more; negative: the opposite.
+    NaN if a value is. rounding_error: by how much values may be off, if more is known
+    than that they come from numbers in single precision.
+
+    Raises DataError if m(N) and m(nothing) are equal within rounding: the quotient would
+    be noise. Differs from auto-circuit, which has no faithfulness.
     """
-    if full_model == nothing:
-        warn(
-            f"The metric is {full_model:g} for the full model and for the circuit "
-            "without edges, so faithfulness is undefined (NaN).",
-            UndefinedPercentWarning,
-            stacklevel=2,
+    rounding_error = max(rounding_error, ROUNDING * max(abs(full_model), abs(nothing)))
+    if abs(full_model - nothing) <= rounding_error:
+        raise DataError(
+            f"The metric is {full_model:g} for the full model and {nothing:g} for the "
+            f"circuit without edges: equal within rounding ({rounding_error:.1g}), so "
+            "faithfulness is undefined. Are the clean prompts also the corrupt ones?"
         )
-        return math.nan
     return float((value - nothing) / (full_model - nothing))
 
 
+def _rounding_error(full_outs: BatchOutputs) -> float:
+    """By how much a metric of these outputs may be off because they are rounded."""
+    out = next(iter(full_outs.values()))
+    return 8 * t.finfo(out.dtype).eps * float(out.abs().nanmedian())
+
+
 def _check_budgets(budgets: Sequence[float]) -> None:
-    bad = [share for share in budgets if not 0 < share <= 1]
-    if bad or not budgets:
+    if not len(budgets):
         raise ConfigError(
-            f"`budgets` has {bad or 'no shares'}; expected shares of all edges, above 0 "
-            "and at most 1."
+            "`budgets` has no shares; expected some, above 0 and at most 1."
         )
+    for share in budgets:
+        check_number("budgets", share, above=0, high=1)
 
 
 # -------------------------------------------------------------------------- the areas
 
 
+@checked
 def circuit_performance_ratio(curve: FaithfulnessCurve, log_scale: bool = False) -> float:
     """CPR: the area under f(k). Higher is better; it has no bounds.
 
@@ -208,6 +230,7 @@ def circuit_performance_ratio(curve: FaithfulnessCurve, log_scale: bool = False)
     return _area(curve, lambda point: point.faithfulness, log_scale)
 
 
+@checked
 def circuit_model_distance(curve: FaithfulnessCurve, log_scale: bool = False) -> float:
     """CMD: the area under |1 - f(k)|. 0 (all circuits do as the model) or more.
 
@@ -219,6 +242,7 @@ def circuit_model_distance(curve: FaithfulnessCurve, log_scale: bool = False) ->
     return _area(curve, lambda point: abs(1 - point.faithfulness), log_scale)
 
 
+@checked
 def value_area(curve: FaithfulnessCurve, log_scale: bool = False) -> float:
     """The area under the metric's value itself, in the metric's unit.
 
@@ -228,6 +252,7 @@ def value_area(curve: FaithfulnessCurve, log_scale: bool = False) -> float:
     return _area(curve, lambda point: point.value, log_scale)
 
 
+@checked
 def mean_faithfulness(curve: FaithfulnessCurve) -> float:
     """The mean of f over the budgets, each with the same weight."""
     if not curve:

@@ -35,6 +35,7 @@ import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
+from auto_circuit.checks import check_count, check_number, checked, seeded_generator
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.metrics.circuit_outs import (
@@ -126,6 +127,7 @@ class MinimalityTest:
 # ------------------------------------------------------------- against random circuits
 
 
+@checked
 def sufficiency_test(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -155,6 +157,7 @@ def sufficiency_test(
     return _beats_share("Sufficiency", n_worse, n_random, share, alpha)
 
 
+@checked
 def partial_necessity_test(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -209,6 +212,7 @@ def _distances(
     return (vals[1:] - vals[0]).abs().mean(1)
 
 
+@checked
 def random_circuit(
     n_edges: int, like: Mapping[str, Tensor], generator: t.Generator
 ) -> Circuit:
@@ -232,14 +236,14 @@ def _random_alternatives(
     """Random circuits of the same size, once all arguments are known to be right."""
     check_circuit(model, circuit)
     _check_shares(share=share, alpha=alpha)
-    _check_count("n_random", n_random)
+    check_count("n_random", n_random)
     n_edges = n_circuit_edges(circuit)
     if not 0 < n_edges < model.n_edges:
         raise ConfigError(
             f"The circuit has {n_edges} of {model.n_edges} edges: every circuit of that "
             "size is the same, so it cannot be compared with random ones."
         )
-    generator = t.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     return [random_circuit(n_edges, circuit, generator) for _ in range(n_random)]
 
 
@@ -265,6 +269,7 @@ def _random_subset(
 # ---------------------------------------------------------------- against the full model
 
 
+@checked
 def equivalence_test(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -282,6 +287,7 @@ def equivalence_test(
     Raises GraphError for a circuit of another graph.
     """
     check_circuit(model, circuit)
+    _check_equivalence(epsilon, alpha)
     whole = {name: t.ones_like(edges) for name, edges in circuit.items()}
     model_scores, circuit_scores = circuit_prompt_vals(
         model, dataloader, [whole, circuit], metric, ablation_type
@@ -289,6 +295,7 @@ def equivalence_test(
     return equivalence_of_scores(circuit_scores, model_scores, epsilon, alpha)
 
 
+@checked
 def equivalence_of_scores(
     circuit_scores: Float[Tensor, "prompt"],
     model_scores: Float[Tensor, "prompt"],
@@ -306,9 +313,7 @@ def equivalence_of_scores(
     alpha out of range.
     """
     _check_pairs(circuit_scores, model_scores)
-    _check_shares(alpha=alpha)
-    if not 0 <= epsilon < 0.5:
-        raise ConfigError(f"`epsilon` is {epsilon}; expected 0 to below 0.5.")
+    _check_equivalence(epsilon, alpha)
     n = len(circuit_scores)
     n_above = float((circuit_scores > model_scores).sum())
     n_above += 0.5 * float((circuit_scores == model_scores).sum())
@@ -326,6 +331,7 @@ def equivalence_of_scores(
     )
 
 
+@checked
 def independence_test(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -344,6 +350,8 @@ def independence_test(
     Raises GraphError for a circuit of another graph.
     """
     check_circuit(model, circuit)
+    _check_shares(alpha=alpha)
+    check_count("n_permutations", n_permutations)
     whole = {name: t.ones_like(edges) for name, edges in circuit.items()}
     model_scores, rest_scores = circuit_prompt_vals(
         model, dataloader, [whole, complement(circuit)], metric, ablation_type
@@ -351,6 +359,7 @@ def independence_test(
     return independence_of_scores(rest_scores, model_scores, n_permutations, alpha, seed)
 
 
+@checked
 def independence_of_scores(
     rest_scores: Float[Tensor, "prompt"],
     model_scores: Float[Tensor, "prompt"],
@@ -365,12 +374,12 @@ def independence_of_scores(
     """
     _check_pairs(rest_scores, model_scores)
     _check_shares(alpha=alpha)
-    _check_count("n_permutations", n_permutations)
+    check_count("n_permutations", n_permutations)
     kernel = _centred(_gaussian_kernel(rest_scores))
     other = _gaussian_kernel(model_scores)
     n = len(rest_scores)
     observed = (kernel * other).sum() / n**2
-    generator = t.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     n_reached = 0
     for _ in range(n_permutations):
         order = t.randperm(n, generator=generator).to(other.device)
@@ -405,6 +414,7 @@ def _centred(kernel: Float[Tensor, "prompt prompt"]) -> Float[Tensor, "prompt pr
 # --------------------------------------------------------------------------- minimality
 
 
+@checked
 def minimality_test(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -431,7 +441,7 @@ def minimality_test(
     """
     edges = circuit_edges(model, circuit)
     _check_shares(share=share, alpha=alpha)
-    _check_count("n_random", n_random)
+    check_count("n_random", n_random)
     n_outside = model.n_edges - len(edges)
     if not edges or not n_outside:
         raise ConfigError(
@@ -439,7 +449,7 @@ def minimality_test(
             "one, and one must be left to be added."
         )
     n_added = min(len(edges), n_outside) if n_added is None else n_added
-    _check_count("n_added", n_added, n_outside)
+    check_count("n_added", n_added, at_most=n_outside)
     effects = edge_effects(model, dataloader, circuit, metric, ablation_type)
     pairs = _inflated_pairs(circuit, n_added, n_random, seed)
     vals = circuit_prompt_vals(
@@ -462,6 +472,7 @@ def minimality_test(
     )
 
 
+@checked
 def edge_minimality(
     effect: float, random_effects: Float[Tensor, "random"], share: float, alpha: float
 ) -> HypothesisTest:
@@ -482,7 +493,7 @@ def _inflated_pairs(
     circuit: Mapping[str, Tensor], n_added: int, n_pairs: int, seed: int
 ) -> list[tuple[Circuit, Circuit]]:
     """(the circuit and random edges, the same without one of these edges)"""
-    generator = t.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     outside = complement(circuit)
     pairs = []
     for _ in range(n_pairs):
@@ -495,13 +506,13 @@ def _inflated_pairs(
 # ------------------------------------------------------------------------------- helpers
 
 
+@checked
 def binomial_tail(count: int, n: int, p: float) -> float:
     """P(X >= count) of a binomial X: `n` trials, each a success with probability `p`.
 
     Exact but for rounding. Raises ConfigError for a probability outside of [0, 1].
     """
-    if not 0 <= p <= 1:
-        raise ConfigError(f"`p` is {p}; a probability is from 0 to 1.")
+    check_number("p", p, 0, 1)
     if count <= 0:
         return 1.0
     if p in (0, 1):
@@ -532,13 +543,11 @@ def _check_pairs(scores: Tensor, other_scores: Tensor) -> None:
         )
 
 
+def _check_equivalence(epsilon: float, alpha: float) -> None:
+    _check_shares(alpha=alpha)
+    check_number("epsilon", epsilon, low=0, below=0.5)
+
+
 def _check_shares(**shares: float) -> None:
     for name, value in shares.items():
-        if not 0 < value < 1:
-            raise ConfigError(f"`{name}` is {value}; expected a number between 0 and 1.")
-
-
-def _check_count(name: str, count: int, largest: int | None = None) -> None:
-    if count < 1 or (largest is not None and count > largest):
-        limit = "" if largest is None else f" and at most {largest}"
-        raise ConfigError(f"`{name}` is {count}; expected at least 1{limit}.")
+        check_number(name, value, above=0, below=1)

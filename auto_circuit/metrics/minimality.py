@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.circuit_outs import (
@@ -34,6 +35,7 @@ class EdgeEffect:
     effect: float
 
 
+@checked
 def edge_effects(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -65,6 +67,7 @@ def edge_effects(
     ]
 
 
+@checked
 def circuit_edges(model: PatchableModel, circuit: Mapping[str, Tensor]) -> list[Edge]:
     """The edges of a circuit, in the order of the graph.
 
@@ -76,6 +79,7 @@ def circuit_edges(model: PatchableModel, circuit: Mapping[str, Tensor]) -> list[
     ]
 
 
+@checked
 def without_edge(circuit: Mapping[str, Tensor], edge: Edge) -> Circuit:
     """The circuit without one of its edges."""
     name = edge.dest.module_name

@@ -19,6 +19,7 @@ import torch as t
 from jaxtyping import Bool
 from torch import Tensor
 
+from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, GraphError
 from auto_circuit.metrics.official_circuits.known_circuits import tasks_with_circuits
 from auto_circuit.metrics.protocols import PrunableTask
@@ -29,12 +30,14 @@ from auto_circuit.utils.tensor_ops import (
     circuit_mask,
     desc_prune_scores,
     flat_prune_scores,
+    score_tensors,
 )
 
 AlgoSimilarities = dict[int, dict[AlgoKey, dict[AlgoKey, float]]]
 """{edges asked for: {algorithm: {algorithm: similarity}}}, each pair once."""
 
 
+@checked
 def prune_score_similarities(
     algo_prune_scores: AlgoPruneScores, edge_counts: Sequence[int | float]
 ) -> AlgoSimilarities:
@@ -49,11 +52,15 @@ def prune_score_similarities(
     GraphError for a size that the graph does not have, for NaN scores and for scores of
     different graphs.
     """
-    if not edge_counts:
+    if not len(edge_counts):
         raise ConfigError(
             "`edge_counts` is empty; give the sizes of the circuits to compare, such as "
             "[10, 100]."
         )
+    algo_prune_scores = {
+        algo: score_tensors(prune_scores)
+        for algo, prune_scores in algo_prune_scores.items()
+    }
     n_edges = _check_same_graph(algo_prune_scores)
     sizes = listed_edge_counts(n_edges, edge_counts, "edge_counts")
     circuits = {
@@ -71,6 +78,7 @@ def prune_score_similarities(
     return similarities
 
 
+@checked
 def task_prune_scores_similarities(
     task_prune_scores: TaskPruneScores,
     edge_counts: Sequence[int | float],
@@ -96,6 +104,7 @@ def task_prune_scores_similarities(
     }
 
 
+@checked
 def prune_score_similarities_plotly(
     task_prune_scores: TaskPruneScores,
     edge_counts: Sequence[int | float],

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from plotly.graph_objects import Figure, Heatmap
 from plotly.subplots import make_subplots
 
+from auto_circuit.checks import checked
 from auto_circuit.types import AlgoKey, TaskKey
 
 __all__ = ["Figure", "similarity_fig"]
@@ -17,6 +18,7 @@ PANEL_SIZE = 320
 Matrix = list[list[float | None]]
 
 
+@checked
 def similarity_fig(
     task_similarities: Mapping[TaskKey, Mapping[int, Mapping[str, Mapping[str, float]]]],
     algo_names: Mapping[AlgoKey, str] | None = None,

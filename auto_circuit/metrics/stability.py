@@ -17,6 +17,7 @@ from itertools import combinations
 import torch as t
 from torch import Tensor
 
+from auto_circuit.checks import check_count, checked, seeded_generator
 from auto_circuit.data import PromptDataLoader, PromptDataset
 from auto_circuit.errors import ConfigError, DataError, GraphError
 from auto_circuit.types import PruneScores
@@ -50,6 +51,7 @@ class Stability:
         return self.std / self.mean if self.mean else math.nan
 
 
+@checked
 def circuit_jaccard(circuit: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """|edges in both| / |edges in either|, in [0, 1]; 1 for two empty circuits.
 
@@ -68,6 +70,7 @@ def circuit_jaccard(circuit: Mapping[str, Tensor], other: Mapping[str, Tensor]) 
     return both / either if either else 1.0
 
 
+@checked
 def circuits_stability(circuits: Sequence[Mapping[str, Tensor]]) -> Stability:
     """How much some circuits agree.
 
@@ -86,6 +89,7 @@ def circuits_stability(circuits: Sequence[Mapping[str, Tensor]]) -> Stability:
     )
 
 
+@checked
 def bootstrap_stability(
     dataloader: PromptDataLoader,
     score_func: Callable[[PromptDataLoader], PruneScores],
@@ -103,15 +107,15 @@ def bootstrap_stability(
     Raises ConfigError for fewer than two samples, DataError for a loader without
     prompts, GraphError for more edges than the graph has.
     """
-    if n_samples < 2:
-        raise ConfigError(f"`n_samples` is {n_samples}; expected at least 2.")
-    generator = t.Generator().manual_seed(seed)
+    check_count("n_samples", n_samples, at_least=2)
+    generator = seeded_generator(seed)
     loaders = (bootstrap_loader(dataloader, generator) for _ in range(n_samples))
     return circuits_stability(
         [circuit_mask(score_func(loader), edge_count)[0] for loader in loaders]
     )
 
 
+@checked
 def seed_stability(
     score_func: Callable[[int], PruneScores], edge_count: int, seeds: Sequence[int]
 ) -> Stability:
@@ -129,6 +133,7 @@ def seed_stability(
     )
 
 
+@checked
 def bootstrap_loader(
     dataloader: PromptDataLoader, generator: t.Generator
 ) -> PromptDataLoader:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch as t
 from jaxtyping import Float
@@ -21,7 +21,8 @@ from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.checks import checked
+from auto_circuit.errors import DataError
 from auto_circuit.model_utils.transformer_lens_utils import native_bridge
 
 TRACR_TASK_KEY = Literal["reverse", "xproportion"]
@@ -90,6 +91,7 @@ class TracrEncoding:
         return [BOS, *(words[i] for i in outputs[1:].argmax(-1).tolist())]
 
 
+@checked
 def get_tracr_model(
     tracr_task_key: TRACR_TASK_KEY, device: t.device | str = "cpu"
 ) -> tuple[TransformerBridge, TracrEncoding]:
@@ -108,11 +110,6 @@ def get_tracr_model(
     residual stream that hold the result; there, they were the first ones, whatever these
     meant.
     """
-    if tracr_task_key not in get_args(TRACR_TASK_KEY):
-        raise ConfigError(
-            f"There is no tracr model {tracr_task_key!r}; expected one of "
-            f"{list(get_args(TRACR_TASK_KEY))}."
-        )
     path = _WEIGHTS / f"{tracr_task_key}.safetensors"
     meaning = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     # The weights that a new model gets are random, and overwritten.

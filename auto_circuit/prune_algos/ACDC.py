@@ -17,12 +17,11 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from auto_circuit.checks import check_choice
+from auto_circuit.checks import check_count, check_number, checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.mask_training import (
     TrainingBatch,
-    check_positive,
     training_batches,
 )
 from auto_circuit.prune_algos.one_by_one import edges_from_the_end, trial
@@ -35,6 +34,7 @@ from auto_circuit.utils.tensor_ops import multibatch_kl_div
 AcdcTarget = Literal["kl_div", "mse"]
 
 
+@checked
 def acdc_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -67,15 +67,21 @@ def acdc_prune_scores(
     Differs from auto-circuit: edges that are never taken out are not infinite; the order of
     the edges is the same in every process.
     """
-    check_choice("faithfulness_target", faithfulness_target, AcdcTarget)
     if test_mode or show_graphs or run_circuits_ref or draw_seq_graph_ref:
         raise ConfigError(
             "`test_mode`, `run_circuits_ref`, `show_graphs` and `draw_seq_graph_ref` are not "
             "supported. Draw the scores with `auto_circuit.visualize.draw_seq_graph`."
         )
-    thresholds = sorted({base * 10.0**exp for exp in tao_exps for base in tao_bases})
-    if not thresholds or thresholds[0] <= 0:
-        raise ConfigError(f"The thresholds are {thresholds}; expected some, all above 0.")
+    thresholds = sorted(
+        {
+            check_number("tao_bases", base, above=0)
+            * 10.0 ** check_count("tao_exps", exp, -300, 300)
+            for exp in tao_exps
+            for base in tao_bases
+        }
+    )
+    check_thresholds(thresholds)
+    check_count("edges_at_once", edges_at_once)
     (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
     scores = model.new_prune_scores(2 * thresholds[-1])
     for threshold in tqdm(reversed(thresholds), total=len(thresholds), leave=False):
@@ -86,6 +92,7 @@ def acdc_prune_scores(
     return scores
 
 
+@checked
 def removed_edges(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -98,7 +105,8 @@ def removed_edges(
 
     edges: only these are tried; all if None. For the rest see `acdc_prune_scores`.
     """
-    check_positive("threshold", threshold)
+    check_thresholds([threshold])
+    check_count("edges_at_once", edges_at_once)
     model.check_edges(edges or ())
     (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
     return take_edges_out(
@@ -106,6 +114,7 @@ def removed_edges(
     )
 
 
+@checked
 def take_edges_out(
     model: PatchableModel,
     batch: TrainingBatch,
@@ -150,6 +159,14 @@ def take_edges_out(
             progress.update(n_done)
         progress.close()
     return removed
+
+
+def check_thresholds(thresholds: Sequence[float]) -> None:
+    """Raise ConfigError unless there are thresholds, all of them finite and above 0."""
+    if not thresholds:
+        raise ConfigError("There are no thresholds; expected some, all above 0.")
+    for threshold in thresholds:
+        check_number("threshold", threshold, above=0)
 
 
 def _distance(outputs: Tensor, clean_outputs: Tensor, target: AcdcTarget) -> float:

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from functools import partial
 
+from auto_circuit.checks import check_count, checked
 from auto_circuit.data import PromptDataLoader
-from auto_circuit.errors import ConfigError
-from auto_circuit.prune_algos.ACDC import take_edges_out
+from auto_circuit.prune_algos.ACDC import check_thresholds, take_edges_out
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
@@ -27,6 +27,7 @@ from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import circuit_mask
 
 
+@checked
 def acdc_after_eap_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -49,10 +50,9 @@ def acdc_after_eap_prune_scores(
     Raises ConfigError for fewer than 1 candidate, and without thresholds above 0. Not in
     auto-circuit.
     """
-    if n_candidates < 1:
-        raise ConfigError(f"`n_candidates` is {n_candidates}; expected at least 1.")
-    if not thresholds or min(thresholds) <= 0:
-        raise ConfigError(f"The thresholds are {thresholds}; expected some, all above 0.")
+    check_count("n_candidates", n_candidates)
+    check_count("all_edges_up_to", all_edges_up_to, at_least=0)
+    check_thresholds(thresholds)
     if model.n_edges <= max(n_candidates, all_edges_up_to):
         candidates = list(model.edges)
     else:

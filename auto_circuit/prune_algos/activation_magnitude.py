@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 import torch as t
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
@@ -16,6 +17,7 @@ from auto_circuit.utils.ablation_activations import iter_src_ablations
 from auto_circuit.utils.patchable_model import PatchableModel
 
 
+@checked
 def activation_magnitude_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Literal
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.objectives import (
@@ -31,6 +32,7 @@ from auto_circuit.utils.tensor_ops import circuit_mask
 CircuitSize = int | Literal["true_size"]
 
 
+@checked
 def circuit_probing_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,

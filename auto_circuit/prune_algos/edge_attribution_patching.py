@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
@@ -17,6 +18,7 @@ from auto_circuit.types import Edge, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 
 
+@checked
 def edge_attribution_patching_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,

@@ -18,9 +18,8 @@ import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
-from auto_circuit.checks import check_choice
+from auto_circuit.checks import check_number, checked, seeded_generator
 from auto_circuit.data import PromptDataLoader
-from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.integrated_gradients import (
     INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
 )
@@ -28,7 +27,6 @@ from auto_circuit.prune_algos.mask_training import (
     MaskTraining,
     TrainingStep,
     check_finite,
-    check_positive,
     check_training,
     circuit_outputs,
     mask_optimizer,
@@ -60,6 +58,7 @@ INIT_LOGIT = 2.0
 N_POINTS = 16
 
 
+@checked
 def edge_pruning_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -92,6 +91,7 @@ def edge_pruning_prune_scores(
     ).prune_scores
 
 
+@checked
 def train_edge_pruning(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -126,11 +126,10 @@ def train_edge_pruning(
     gate for each edge, none for nodes; gates start less open (a logit of 2, not 10), and so
     the learning rate is 0.2, not 0.8, with which they close before they are needed.
     """
-    check_choice("faithfulness_target", faithfulness_target, FaithfulnessTarget)
-    check_choice("warmup", warmup, Warmup)
     check_training(n_steps, learning_rate)
-    check_positive("multiplier_learning_rate", multiplier_learning_rate)
-    _check(target_sparsity, warmup_share)
+    check_number("multiplier_learning_rate", multiplier_learning_rate, above=0)
+    check_number("target_sparsity", target_sparsity, above=0, below=1)
+    check_number("warmup_share", warmup_share, above=0, high=1)
     check_objective(dataloader, faithfulness_target)
     batches = training_batches(model, dataloader, ablation_type, "clean")
     first_logits = (
@@ -139,7 +138,7 @@ def train_edge_pruning(
         else warm_start_logits(model, dataloader, warm_start, INIT_LOGIT)
     )
     device = next(model.wrapped_model.parameters()).device
-    generator = t.Generator(device).manual_seed(seed)
+    generator = seeded_generator(seed, device)
     multipliers = t.zeros(2, device=device, requires_grad=True)
     steps: list[TrainingStep] = []
     first_sparsity = 0.0
@@ -191,6 +190,7 @@ def _target(first: float, last: float, progress: float, warmup: Warmup) -> float
     return 1 - (1 - first) * ((1 - last) / (1 - first)) ** progress
 
 
+@checked
 def expected_gate(logits: Float[Tensor, "*mask"]) -> Float[Tensor, "*mask"]:
     """The mean of a hard concrete gate, from 0 to 1: the share of the edge that is in.
 
@@ -201,18 +201,6 @@ def expected_gate(logits: Float[Tensor, "*mask"]) -> Float[Tensor, "*mask"]:
         (points - HARD_CONCRETE_LEFT) / (HARD_CONCRETE_RIGHT - points)
     )
     return t.sigmoid(logits.unsqueeze(-1) - offsets.to(logits)).mean(-1)
-
-
-def _check(target_sparsity: float, warmup_share: float) -> None:
-    if not 0 < target_sparsity < 1:
-        raise ConfigError(
-            f"`target_sparsity` is {target_sparsity}; expected a share of the edges "
-            "between 0 and 1."
-        )
-    if not 0 < warmup_share <= 1:
-        raise ConfigError(
-            f"`warmup_share` is {warmup_share}; expected a share above 0 and at most 1."
-        )
 
 
 EDGE_PRUNING_PRUNE_ALGO = PruneAlgo(

@@ -10,7 +10,7 @@ from collections.abc import Collection
 import torch as t
 from torch import Tensor
 
-from auto_circuit.checks import check_choice
+from auto_circuit.checks import check_count, checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.prune_algos.mask_training import TrainingBatch
 from auto_circuit.prune_algos.objectives import (
@@ -31,6 +31,7 @@ from auto_circuit.utils.custom_tqdm import tqdm
 from auto_circuit.utils.patchable_model import PatchableModel
 
 
+@checked
 def exact_edge_patching_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -64,6 +65,7 @@ def exact_edge_patching_prune_scores(
     return scores
 
 
+@checked
 def edge_effects(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -75,8 +77,7 @@ def edge_effects(
     edges_at_once: int = 1,
 ) -> dict[Edge, float]:
     """The same for some edges, for example to check another method's best ones."""
-    check_choice("grad_function", grad_function, GradFunction)
-    check_choice("answer_function", answer_function, AnswerFunction)
+    check_count("edges_at_once", edges_at_once)
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
     model.check_edges(edges)
     check_objective(dataloader, answer_function)

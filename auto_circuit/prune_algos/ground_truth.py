@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
@@ -11,6 +12,7 @@ from auto_circuit.types import Edge, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 
 
+@checked
 def ground_truth_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader | None,

@@ -18,7 +18,7 @@ import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
-from auto_circuit.checks import check_choice
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.errors import GraphError
 from auto_circuit.prune_algos.objectives import (
@@ -47,6 +47,7 @@ NodeScores = Float[Tensor, "*seq src"]
 """A number per source, and per position if the graph tells positions apart."""
 
 
+@checked
 def head_importance_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -71,8 +72,6 @@ def head_importance_prune_scores(
 
     Raises ConfigError for an unknown choice. Not in auto-circuit.
     """
-    check_choice("grad_function", grad_function, GradFunction)
-    check_choice("answer_function", answer_function, AnswerFunction)
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
     check_objective(dataloader, answer_function)
     total, n_prompts = None, 0
@@ -111,6 +110,7 @@ def _batch_importance(
         return _sum_over_edges(model, edge_scores).abs().sum(0)
 
 
+@checked
 def node_prune_scores(model: PatchableModel, prune_scores: PruneScores) -> PruneScores:
     """Scores that make circuits of nodes, from any algorithm's scores of edges.
 
@@ -121,16 +121,18 @@ def node_prune_scores(model: PatchableModel, prune_scores: PruneScores) -> Prune
     return edge_scores_of_nodes(model, node_scores(model, prune_scores))
 
 
+@checked
 def node_scores(model: PatchableModel, prune_scores: PruneScores) -> NodeScores:
     """The sum of the scores of each source's outgoing edges: [position?, source].
 
     For gradient scores in a factorized graph that is the score of patching the node as a
     whole, to first order. Raises GraphError for scores that do not fit the model.
     """
-    model.check_scores(prune_scores)
+    prune_scores = model.check_scores(prune_scores)
     return _sum_over_edges(model, prune_scores)
 
 
+@checked
 def edge_scores_of_nodes(model: PatchableModel, scores: NodeScores) -> PruneScores:
     """Give each edge the score of the weaker of its nodes, by absolute value.
 

@@ -30,7 +30,7 @@ import torch as t
 from torch import Tensor
 from torch.nn import Module
 
-from auto_circuit.checks import check_choice
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.prune_algos.integration_path import PathPoints, path_shares
 from auto_circuit.prune_algos.objectives import (
@@ -51,6 +51,7 @@ from auto_circuit.utils.graph_utils import patch_mode, set_all_masks, train_mask
 from auto_circuit.utils.patchable_model import PatchableModel
 
 
+@checked
 def input_integrated_gradients_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -77,8 +78,6 @@ def input_integrated_gradients_prune_scores(
     Source: Hanna et al. 2024, arXiv 2403.17806. Not in auto-circuit, whose integrated
     gradients take another path (see `mask_gradient_prune_scores`).
     """
-    check_choice("grad_function", grad_function, GradFunction)
-    check_choice("answer_function", answer_function, AnswerFunction)
     points = path_shares(integrated_grad_samples, path_points)
     check_objective(dataloader, answer_function)
     loss = partial(
@@ -87,6 +86,7 @@ def input_integrated_gradients_prune_scores(
     return _input_path_scores(model, dataloader, loss, points, ablation_type)
 
 
+@checked
 def clean_corrupt_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -106,8 +106,6 @@ def clean_corrupt_prune_scores(
     Raises ConfigError for an unknown choice. Source: the "clean-corrupted" method of
     Hanna et al. 2024 (arXiv 2403.17806). Not in auto-circuit.
     """
-    check_choice("grad_function", grad_function, GradFunction)
-    check_choice("answer_function", answer_function, AnswerFunction)
     check_objective(dataloader, answer_function)
     loss = partial(
         clean_loss_sum, grad_function=grad_function, answer_function=answer_function
@@ -116,6 +114,7 @@ def clean_corrupt_prune_scores(
     return _input_path_scores(model, dataloader, loss, points, ablation_type)
 
 
+@checked
 def activation_integrated_gradients_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -149,8 +148,6 @@ def activation_integrated_gradients_prune_scores(
     Source: Marks et al. 2024, arXiv 2403.19647. Differs from Hanna et al.'s code, which
     adds up the scores of all edges on every sublayer's path. Not in auto-circuit.
     """
-    check_choice("grad_function", grad_function, GradFunction)
-    check_choice("answer_function", answer_function, AnswerFunction)
     points = path_shares(integrated_grad_samples, path_points)
     check_objective(dataloader, answer_function)
     loss = partial(

@@ -12,11 +12,10 @@ point (F + points * (F + Bk)).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from functools import partial
 
-from auto_circuit.checks import check_choice
+from auto_circuit.checks import check_number, checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.integration_path import PathPoints, path_shares
@@ -38,6 +37,7 @@ from auto_circuit.utils.graph_utils import patch_mode, set_all_masks, train_mask
 from auto_circuit.utils.patchable_model import PatchableModel
 
 
+@checked
 def mask_gradient_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -69,8 +69,6 @@ def mask_gradient_prune_scores(
     batches and points (with path_points="both_ends" its scores, divided by the number of
     points); midpoints by default, not end points, so that N samples cost N passes.
     """
-    check_choice("grad_function", grad_function, GradFunction)
-    check_choice("answer_function", answer_function, AnswerFunction)
     points = _mask_values(mask_val, integrated_grad_samples, path_points)
     check_objective(dataloader, answer_function)
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
@@ -108,9 +106,7 @@ def _mask_values(
         assert integrated_grad_samples is not None
         shares = path_shares(integrated_grad_samples, path_points)
         return [1 - share for share in reversed(shares)]
-    if not math.isfinite(mask_val):
-        raise ConfigError(f"`mask_val` is {mask_val}; expected a finite number.")
-    check_choice("path_points", path_points, PathPoints)
+    mask_val = check_number("mask_val", mask_val)
     if path_points != "midpoints":
         raise ConfigError(
             f"`path_points` is {path_points!r}, but with `mask_val` there is no path; it "

@@ -18,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
+from auto_circuit.checks import check_count, check_number, checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
-from auto_circuit.errors import ConfigError, TrainingError
+from auto_circuit.errors import TrainingError
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, PruneScores
 from auto_circuit.utils.ablation_activations import (
@@ -68,6 +69,7 @@ class MaskTraining:
     steps: tuple[TrainingStep, ...]
 
 
+@checked
 def training_batches(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -134,6 +136,7 @@ def _training_steps(
                 after_epoch(step + 1)
 
 
+@checked
 def warm_start_logits(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -153,7 +156,7 @@ def warm_start_logits(
     """
     if isinstance(warm_start, PruneAlgo):
         warm_start = warm_start.func(model, dataloader, None)
-    model.check_scores(warm_start)
+    warm_start = model.check_scores(warm_start)
     ascending = desc_prune_scores(warm_start).flip(0)
     n_edges = len(ascending)
     logits = {}
@@ -196,21 +199,8 @@ def training_step(
 
 def check_training(n_steps: int, learning_rate: int | float) -> None:
     """Raise ConfigError for a training of no steps, or of steps that lead nowhere."""
-    if n_steps < 1:
-        raise ConfigError(f"`n_steps` is {n_steps}; expected at least 1.")
-    check_positive("learning_rate", learning_rate)
-
-
-def check_positive(name: str, value: int | float) -> None:
-    """Raise ConfigError unless a number is finite and above 0."""
-    if not 0 < value < math.inf:
-        raise ConfigError(f"`{name}` is {value}; expected a finite number above 0.")
-
-
-def check_share(name: str, value: float) -> None:
-    """Raise ConfigError unless a number is from 0 to 1."""
-    if not 0 <= value <= 1:
-        raise ConfigError(f"`{name}` is {value}; expected a share, from 0 to 1.")
+    check_count("n_steps", n_steps)
+    check_number("learning_rate", learning_rate, above=0)
 
 
 def check_finite(loss: Tensor, step: int, learning_rate: float) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.mask_training import TrainingStep
 from auto_circuit.types import COLOR_PALETTE
@@ -22,6 +23,7 @@ MIN_EDGES_Y = 0.5
 """Where expected numbers of edges below it are drawn on the logarithmic axis."""
 
 
+@checked
 def mask_training_fig(
     steps: Sequence[TrainingStep], title: str | None = None
 ) -> go.Figure:

@@ -19,9 +19,8 @@ import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
-from auto_circuit.checks import check_choice
+from auto_circuit.checks import check_number, checked, seeded_generator
 from auto_circuit.data import PromptDataLoader
-from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.mask_training import (
     MaskTraining,
     TrainingStep,
@@ -46,6 +45,7 @@ SizeDistribution = Literal["uniform", "log_uniform"]
 BISECTIONS = 50
 
 
+@checked
 def matryoshka_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -72,6 +72,7 @@ def matryoshka_prune_scores(
     ).prune_scores
 
 
+@checked
 def train_matryoshka(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -96,14 +97,11 @@ def train_matryoshka(
     Raises ConfigError for arguments that make no sense, TrainingError if the loss becomes
     NaN.
     """
-    check_choice("sizes", sizes, SizeDistribution)
-    check_choice("faithfulness_target", faithfulness_target, FaithfulnessTarget)
     check_training(n_steps, learning_rate)
-    if temperature <= 0:
-        raise ConfigError(f"`temperature` is {temperature}; expected more than 0.")
+    check_number("temperature", temperature, above=0)
     check_objective(dataloader, faithfulness_target)
     batches = training_batches(model, dataloader, ablation_type, "clean")
-    generator = t.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     steps = []
     with (
         train_mask_mode(model) as masks,
@@ -138,6 +136,7 @@ def train_matryoshka(
     return MaskTraining(found, tuple(steps))
 
 
+@checked
 def soft_top_k(
     scores: Float[Tensor, "edges"], size: int | float, temperature: float
 ) -> Float[Tensor, "edges"]:
@@ -152,6 +151,7 @@ def soft_top_k(
     return t.sigmoid((scores - (low + high) / 2) / temperature)
 
 
+@checked
 def soft_top_k_gradient(
     shares: Float[Tensor, "edges"], grad: Float[Tensor, "edges"], temperature: float
 ) -> Float[Tensor, "edges"]:

@@ -9,6 +9,7 @@ import torch as t
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch, check_wrong_answers
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
@@ -41,6 +42,7 @@ COMPARE_WITH_WRONG_ANSWERS = (
 """The answer functions and faithfulness targets that do so."""
 
 
+@checked
 def check_objective(
     dataloader: Iterable[PromptPairBatch], objective: AnswerFunction | FaithfulnessTarget
 ) -> None:
@@ -49,6 +51,7 @@ def check_objective(
         check_wrong_answers(dataloader, f"the objective {objective!r}")
 
 
+@checked
 def answer_values(outputs: Tensor, grad_function: GradFunction) -> Tensor:
     """What the answers are compared in, from logits [batch *position vocab].
 
@@ -65,6 +68,7 @@ def answer_values(outputs: Tensor, grad_function: GradFunction) -> Tensor:
     return exponentials / exponentials.sum(dim=-1, keepdim=True).detach()
 
 
+@checked
 def answer_loss(
     outputs: Tensor,
     batch: PromptPairBatch,
@@ -93,6 +97,7 @@ def answer_loss(
     return mse_loss(values, answer_targets(values, batch))
 
 
+@checked
 def clean_loss_sum(
     model: PatchableModel,
     batch: PromptPairBatch,
@@ -108,6 +113,7 @@ def clean_loss_sum(
     return answer_loss(outputs, batch, grad_function, answer_function) * len(tokens)
 
 
+@checked
 def faithfulness_loss(
     target: FaithfulnessTarget,
     outputs: Tensor,

@@ -17,7 +17,7 @@ import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
-from auto_circuit.errors import ConfigError
+from auto_circuit.checks import check_count
 from auto_circuit.prune_algos.mask_training import TrainingBatch, circuit_outputs
 from auto_circuit.types import Edge
 from auto_circuit.utils.graph_utils import (
@@ -79,8 +79,7 @@ def trial(
     intact: the edges that are not patched at the beginning; all if None.
     Raises ConfigError unless there is at least one circuit.
     """
-    if n_circuits < 1:
-        raise ConfigError(f"{n_circuits} circuits at a time; expected at least 1.")
+    check_count("n_circuits", n_circuits)
     repeated = _repeated(batch, n_circuits)
     with (
         t.no_grad(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch as t
 
-from auto_circuit.checks import check_choice
+from auto_circuit.checks import check_number, checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.prune_algos.objectives import (
     AnswerFunction,
@@ -34,6 +34,7 @@ from auto_circuit.utils.graph_utils import (
 from auto_circuit.utils.patchable_model import PatchableModel
 
 
+@checked
 def mask_gradient_prompt_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -56,14 +57,13 @@ def mask_gradient_prompt_scores(
     Raises ConfigError for unknown functions, DataError for a loader without prompts.
     auto-circuit has no such scores.
     """
-    check_choice("grad_function", grad_function, GradFunction)
-    check_choice("answer_function", answer_function, AnswerFunction)
+    mask_val = check_number("mask_val", mask_val)
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
     check_objective(dataloader, answer_function)
     batches = iter_src_ablations(model, dataloader, ablation_type, side)
     scores = []
     with train_mask_mode(model):
-        set_all_masks(model, float(mask_val))
+        set_all_masks(model, mask_val)
         for batch, patch_src_outs in batches:
             scores.append(
                 _batch_scores(

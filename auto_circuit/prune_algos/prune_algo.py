@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, check_wrong_answers
 from auto_circuit.errors import ConfigError
 from auto_circuit.types import AlgoKey, PruneScores
 
 
+@checked
 @dataclass(frozen=True)
 class PruneAlgo:
     """A way to score edges.
@@ -43,6 +45,7 @@ class PruneAlgo:
             check_wrong_answers(dataloader, f"the algorithm {self.short_name!r}")
 
 
+@checked
 def with_squared_error(algo: PruneAlgo) -> PruneAlgo:
     """The algorithm, made to lower the squared error to the answers.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, near_matches
 from auto_circuit.metrics.protocols import PrunableTask
 from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO, MSE_ACDC_PRUNE_ALGO
@@ -126,6 +127,7 @@ PRUNE_ALGOS: tuple[PruneAlgo, ...] = (
 PRUNE_ALGO_DICT: dict[AlgoKey, PruneAlgo] = {algo.key: algo for algo in PRUNE_ALGOS}
 
 
+@checked
 def find_prune_algo(name: str) -> PruneAlgo:
     """The algorithm with this key, name or short name. Raises ConfigError for others."""
     for algo in PRUNE_ALGOS:
@@ -138,11 +140,13 @@ def find_prune_algo(name: str) -> PruneAlgo:
     )
 
 
+@checked
 def run_prune_algo(task: PrunableTask, algo: PruneAlgo) -> PruneScores:
     """One algorithm's scores on one task's training prompts."""
     return algo.func(task.model, task.train_loader, task.true_edges)
 
 
+@checked
 def run_prune_algos(
     tasks: Sequence[PrunableTask], prune_algos: Sequence[PruneAlgo]
 ) -> TaskPruneScores:

@@ -6,12 +6,14 @@ from collections.abc import Collection
 
 import torch as t
 
+from auto_circuit.checks import checked, seeded_generator
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import Edge, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 
 
+@checked
 def random_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader | None,
@@ -22,7 +24,7 @@ def random_prune_scores(
 
     Differs from auto-circuit, whose order of edges came from sets.
     """
-    generator = t.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     return {
         module_name: t.rand(scores.shape, generator=generator).to(scores)
         for module_name, scores in model.new_prune_scores().items()

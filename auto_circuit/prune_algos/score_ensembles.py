@@ -13,9 +13,14 @@ import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
+from auto_circuit.checks import check_count, check_number, checked, seeded_generator
 from auto_circuit.errors import ConfigError, DataError, GraphError
 from auto_circuit.types import PruneScores
-from auto_circuit.utils.tensor_ops import desc_prune_scores, flat_prune_scores
+from auto_circuit.utils.tensor_ops import (
+    desc_prune_scores,
+    flat_prune_scores,
+    score_tensors,
+)
 
 MAX_BOOTSTRAP_VALUES = 2**22
 """How many means of resampled prompts are in memory at once."""
@@ -23,6 +28,7 @@ MAX_BOOTSTRAP_VALUES = 2**22
 # -------------------------------------------------------------------------- ensembles
 
 
+@checked
 def mean_rank_prune_scores(ensemble: Sequence[PruneScores]) -> PruneScores:
     """Each edge's rank by |score|, the mean over the ensemble.
 
@@ -37,6 +43,7 @@ def mean_rank_prune_scores(ensemble: Sequence[PruneScores]) -> PruneScores:
     return _like(ensemble[0], t.stack(ranks).mean(0))
 
 
+@checked
 def mean_normalised_prune_scores(
     ensemble: Sequence[PruneScores], by_magnitude: bool = False
 ) -> PruneScores:
@@ -67,6 +74,7 @@ def _flat_ensemble(ensemble: Sequence[PruneScores]) -> list[Float[Tensor, "edges
     """The members' scores in one dimension, modules in the order of the first member."""
     if not ensemble:
         raise ConfigError("The ensemble is empty; give the scores of some algorithms.")
+    ensemble = [score_tensors(member) for member in ensemble]
     shapes = {name: scores.shape for name, scores in ensemble[0].items()}
     for idx, member in enumerate(ensemble):
         if {name: scores.shape for name, scores in member.items()} != shapes:
@@ -92,6 +100,7 @@ def _ranks(magnitudes: Float[Tensor, "edges"]) -> Float[Tensor, "edges"]:
 
 
 def _like(prune_scores: PruneScores, flat: Float[Tensor, "edges"]) -> PruneScores:
+    prune_scores = score_tensors(prune_scores)
     parts = flat.float().split([scores.numel() for scores in prune_scores.values()])
     return {
         name: part.view(scores.shape)
@@ -131,6 +140,7 @@ class BootstrapScores:
         }
 
 
+@checked
 def bootstrap_prompt_scores(
     prompt_scores: Mapping[str, Tensor],
     n_samples: int = 1000,
@@ -150,7 +160,9 @@ def bootstrap_prompt_scores(
     Source: the percentile bootstrap (Efron 1979), used on edges by Nikankin et al. 2025
     (arXiv 2510.25786).
     """
-    _check_options(n_samples, confidence)
+    check_count("n_samples", n_samples, at_least=2)
+    check_number("confidence", confidence, above=0, below=1)
+    prompt_scores = score_tensors(prompt_scores)
     n_prompts = _n_prompts(prompt_scores)
     shares = _resampled_shares(n_prompts, n_samples, seed)
     margin = (1 - confidence) / 2
@@ -172,6 +184,7 @@ def bootstrap_prompt_scores(
     )
 
 
+@checked
 def confident_prune_scores(bootstrap: BootstrapScores) -> PruneScores:
     """The mean scores of the edges whose interval excludes 0; 0 for all others.
 
@@ -188,7 +201,7 @@ def _resampled_shares(
     n_prompts: int, n_samples: int, seed: int
 ) -> Float[Tensor, "sample prompt"]:
     """The share of each prompt in each sample."""
-    generator = t.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     drawn = t.randint(n_prompts, (n_samples, n_prompts), generator=generator)
     counts = t.zeros(n_samples, n_prompts)
     return counts.scatter_add_(1, drawn, t.ones_like(counts)) / n_prompts
@@ -209,16 +222,6 @@ def _summary(
         same_sign = means.sign() * mean.sign() > 0
         parts.append(t.stack([mean, lower, upper, same_sign.to(rows).mean(0)]))
     return t.cat(parts, dim=1).view(4, *scores.shape[1:])
-
-
-def _check_options(n_samples: int, confidence: int | float) -> None:
-    if n_samples < 2:
-        raise ConfigError(f"`n_samples` is {n_samples}; expected at least 2.")
-    if not 0 < confidence < 1:
-        raise ConfigError(
-            f"`confidence` is {confidence}; expected a share between 0 and 1, such as "
-            "0.95."
-        )
 
 
 def _n_prompts(prompt_scores: Mapping[str, Tensor]) -> int:

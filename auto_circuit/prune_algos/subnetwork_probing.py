@@ -20,7 +20,13 @@ from typing import Literal
 import torch as t
 from torch import Tensor
 
-from auto_circuit.checks import check_choice
+from auto_circuit.checks import (
+    check_choice,
+    check_count,
+    check_number,
+    checked,
+    seeded_generator,
+)
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.integrated_gradients import (
@@ -31,8 +37,6 @@ from auto_circuit.prune_algos.mask_training import (
     TrainingBatch,
     TrainingStep,
     check_finite,
-    check_positive,
-    check_share,
     circuit_outputs,
     mask_optimizer,
     rate_decay,
@@ -66,6 +70,7 @@ N_VALIDATIONS = 20
 WITHOUT_CLEAN_SIGNAL = (AblationType.ZERO, AblationType.TOKENWISE_MEAN_CORRUPT)
 
 
+@checked
 def subnetwork_probing_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -126,6 +131,7 @@ def subnetwork_probing_prune_scores(
     ).prune_scores
 
 
+@checked
 def train_subnetwork(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -177,14 +183,22 @@ def train_subnetwork(
     one more sample; Adam's memory is short (see `mask_optimizer`); size_warmup and
     warm_start are new.
     """
-    check_choice("faithfulness_target", faithfulness_target, FaithfulnessTarget)
     check_choice("mask_fn", mask_fn, Literal["hard_concrete", "sigmoid"])
     _check(model, epochs, circuit_size, learning_rate, tree_optimisation, ablation_type)
-    check_share("size_warmup", size_warmup)
-    check_share("last_rate_share", last_rate_share)
-    check_share("dropout_p", dropout_p)
-    if patience is not None and patience < 1:
-        raise ConfigError(f"`patience` is {patience}; expected 1 epoch or more, or None.")
+    for name, weight in (
+        ("regularize_lambda", regularize_lambda),
+        ("avoid_lambda", avoid_lambda),
+        ("init_val", init_val),
+    ):
+        check_number(name, weight)
+    for name, share in (
+        ("size_warmup", size_warmup),
+        ("last_rate_share", last_rate_share),
+        ("dropout_p", dropout_p),
+    ):
+        check_number(name, share, 0, 1)
+    if patience is not None:
+        check_count("patience", patience)
     for loader in (dataloader, validation_dataloader):
         check_objective(loader or (), faithfulness_target)
     avoided = model.circuit_prune_scores(edges=avoid_edges or (), bool=True)
@@ -202,9 +216,7 @@ def train_subnetwork(
         if validation_dataloader is None
         else training_batches(model, validation_dataloader, ablation_type, side)
     )
-    generator = t.Generator(next(model.wrapped_model.parameters()).device).manual_seed(
-        seed
-    )
+    generator = seeded_generator(seed, next(model.wrapped_model.parameters()).device)
     steps: list[TrainingStep] = []
     validations: dict[int, float] = {}
 
@@ -264,9 +276,8 @@ def _check(
     tree_optimisation: bool,
     ablation_type: AblationType,
 ) -> None:
-    if epochs < 1:
-        raise ConfigError(f"`epochs` is {epochs}; expected at least 1.")
-    check_positive("learning_rate", learning_rate)
+    check_count("epochs", epochs)
+    check_number("learning_rate", learning_rate, above=0)
     check_circuit_size(model, circuit_size)
     if not tree_optimisation and ablation_type in WITHOUT_CLEAN_SIGNAL:
         raise ConfigError(
@@ -276,13 +287,11 @@ def _check(
         )
 
 
+@checked
 def check_circuit_size(model: PatchableModel, circuit_size: int | None) -> None:
     """Raise ConfigError for a circuit of no edges or of more than the graph has."""
-    if circuit_size is not None and not 0 < circuit_size <= model.n_edges:
-        raise ConfigError(
-            f"`circuit_size` is {circuit_size}; expected 1 to {model.n_edges}, the number "
-            "of edges of the graph."
-        )
+    if circuit_size is not None:
+        check_count("circuit_size", circuit_size, at_most=model.n_edges)
 
 
 def _expected_edges(gates: Sequence[Tensor], mask_fn: MaskFn) -> Tensor:

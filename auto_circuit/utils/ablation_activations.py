@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import Module
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch, Side
 from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.types import AblationType, BatchKey
@@ -31,6 +32,7 @@ PER_BATCH_ABLATIONS = (
 """The ablations whose activations come from one side of each batch."""
 
 
+@checked
 def check_loader(model: PatchableModel, dataloader: PromptDataLoader) -> None:
     """Raise DataError unless the loader has prompts, and their prefix is the model's."""
     if dataloader.n_prompts == 0:
@@ -71,6 +73,7 @@ def _check_padding_is_not_read(
     )
 
 
+@checked
 def src_ablations(
     model: PatchableModel,
     sample: Tensor | PromptDataLoader,
@@ -107,6 +110,7 @@ def src_ablations(
     return _ablate(outs, ablation_type, attention_mask)
 
 
+@checked
 def batch_src_ablations(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -129,6 +133,7 @@ def batch_src_ablations(
     }
 
 
+@checked
 def iter_src_ablations(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -216,6 +221,7 @@ def _recorded(
         yield
 
 
+@checked
 def record_src_outs(
     model: PatchableModel,
     inputs: Tensor,

@@ -33,6 +33,7 @@ from transformer_lens.model_bridge.generalized_components import (
     NormalizationBridge,
 )
 
+from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError
 from auto_circuit.model_utils.transformer_lens_sites import (
     PLAIN_ATTENTIONS,
@@ -44,6 +45,7 @@ from auto_circuit.utils.patchable_model import PatchableModel
 Hook = Callable[[Tensor], Tensor | None]
 
 
+@checked
 @contextmanager
 def gim_backward(
     model: PatchableModel, softmax_temperature: float = 2.0
@@ -83,6 +85,7 @@ def gim_backward(
         yield
 
 
+@checked
 @contextmanager
 def relp_backward(
     model: PatchableModel, freeze_attention_patterns: bool = False

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence, Sized
 from numbers import Integral, Real
 
+from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, GraphError
 from auto_circuit.types import EdgeCounts, PruneScores, TestEdges
 from auto_circuit.utils.tensor_ops import desc_prune_scores
@@ -14,6 +15,7 @@ LOGARITHMIC_FROM = 200
 MAX_GROUPS = 100
 
 
+@checked
 def edge_counts_util(
     edges: Sized,
     test_counts: TestEdges | None = None,
@@ -64,6 +66,7 @@ def _default_rule(n_edges: int, prune_scores: PruneScores | None) -> EdgeCounts:
     return EdgeCounts.LOGARITHMIC if n_edges > LOGARITHMIC_FROM else EdgeCounts.ALL
 
 
+@checked
 def listed_edge_counts(
     n_edges: int, counts: Sequence[int | float], name: str = "test_counts"
 ) -> list[int]:
@@ -85,12 +88,7 @@ def _rule_counts(
         return range(n_edges + 1)
     if test_counts == EdgeCounts.LOGARITHMIC:
         return _logarithmic_counts(n_edges)
-    if test_counts == EdgeCounts.GROUPS:
-        return _group_counts(n_edges, prune_scores)
-    raise ConfigError(
-        f"`test_counts` is {test_counts!r}; expected an EdgeCounts member or a list of "
-        "numbers."
-    )
+    return _group_counts(n_edges, prune_scores)
 
 
 def _logarithmic_counts(n_edges: int) -> list[int]:

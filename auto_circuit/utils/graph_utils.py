@@ -13,6 +13,7 @@ from ordered_set import OrderedSet
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from auto_circuit.checks import check_count, check_number, checked
 from auto_circuit.errors import ConfigError, GraphError, ModelError
 from auto_circuit.model_utils.adapters import find_adapter
 from auto_circuit.model_utils.model_adapter import ModelAdapter
@@ -47,6 +48,7 @@ __all__ = [
 SEQ_DIM = 1
 
 
+@checked
 def patchable_model(
     model: Module,
     factorized: bool,
@@ -86,8 +88,8 @@ def patchable_model(
             "This model is a PatchableModel already. Give its `wrapped_model` to make "
             "another one; several can share a model."
         )
-    if seq_len is not None and seq_len < 1:
-        raise ConfigError(f"`seq_len` is {seq_len}; expected at least 1 position.")
+    if seq_len is not None:
+        seq_len = check_count("seq_len", seq_len)
     adapter = adapter or find_adapter(model)
     if ungroup:
         adapter = _ungrouped(adapter, model)
@@ -127,6 +129,7 @@ def _ungrouped(adapter: ModelAdapter, model: Module) -> ModelAdapter:
     return adapter.ungrouped(model)
 
 
+@checked
 def unpatch(model: PatchableModel) -> Module:
     """The model that was wrapped, as it was. Raises GraphError inside `patch_mode`."""
     if model.patch_session is not None:
@@ -140,16 +143,13 @@ def _out_slice(slice_output: OutputSlice) -> slice | tuple[slice | int, ...]:
         "last_seq": LAST_POSITION,
         "not_first_seq": (slice(None), slice(1, None)),
     }
-    if slice_output not in slices:
-        raise ConfigError(
-            f"`slice_output` is {slice_output!r}; expected one of {list(slices)}."
-        )
     return slices[slice_output]
 
 
 # ---------------------------------------------------------------------------- the graph
 
 
+@checked
 def graph_edges(
     model: Module,
     factorized: bool,
@@ -361,6 +361,7 @@ def _constant_at(
 # ---------------------------------------------------------------------- patching edges
 
 
+@checked
 @contextmanager
 def patch_mode(
     model: PatchableModel,
@@ -422,6 +423,7 @@ def patch_mode(
         yield
 
 
+@checked
 @contextmanager
 def starting_at(model: PatchableModel, dest: DestNode) -> Iterator[None]:
     """Inside, one call of `model` skips the layers before a destination's.
@@ -443,12 +445,15 @@ def _any_requires_grad(model: PatchableModel) -> bool:
     return any(p.requires_grad for p in chain(masks, model.wrapped_model.parameters()))
 
 
+@checked
 def set_all_masks(model: PatchableModel, val: float) -> None:
     """Set every entry of every mask: 0 patches no edge, 1 patches all of them."""
+    val = check_number("val", val)
     for mask in model.patch_masks.values():
         mask.data.fill_(val)
 
 
+@checked
 @contextmanager
 def preserved_masks(model: PatchableModel) -> Iterator[None]:
     """On exit, the masks have the values that they had on entry."""
@@ -460,6 +465,7 @@ def preserved_masks(model: PatchableModel) -> Iterator[None]:
             mask.data = before[name]
 
 
+@checked
 @contextmanager
 def train_mask_mode(
     model: PatchableModel, requires_grad: bool = True
@@ -500,6 +506,7 @@ def train_mask_mode(
                 mask.grad = None
 
 
+@checked
 @contextmanager
 def mask_fn_mode(
     model: PatchableModel,
@@ -512,6 +519,7 @@ def mask_fn_mode(
     mask_fn: "hard_concrete" (a random sample per example), "sigmoid", or None.
     generator: where the randomness comes from; the global generator if None.
     """
+    check_number("dropout_p", dropout_p, 0, 1)
     wrappers = list(model.dest_wrappers)
     before: list[tuple[PatchWrapperImpl, MaskFn, float, t.Generator | None]] = [
         (w, w.mask_fn, w.dropout_p, w.generator) for w in wrappers
@@ -527,6 +535,7 @@ def mask_fn_mode(
             wrapper.generator = old_generator
 
 
+@checked
 @contextmanager
 def set_mask_batch_size(model: PatchableModel, batch_size: int | None) -> Iterator[None]:
     """Inside, every example of a batch of `batch_size` has masks of its own.
@@ -537,8 +546,7 @@ def set_mask_batch_size(model: PatchableModel, batch_size: int | None) -> Iterat
     if batch_size is None:
         yield
         return
-    if batch_size < 1:
-        raise ConfigError(f"`batch_size` is {batch_size}; expected at least 1 example.")
+    batch_size = check_count("batch_size", batch_size)
     wrappers = list(model.dest_wrappers)
     with ExitStack() as stack:
         stack.enter_context(preserved_masks(model))

@@ -13,23 +13,33 @@ from contextlib import contextmanager
 from datetime import datetime
 from enum import Enum
 from functools import reduce
+from hashlib import sha256
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch as t
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
-from auto_circuit.errors import ConfigError, DataError, GraphError, near_matches
+from auto_circuit.checks import checked
+from auto_circuit.errors import (
+    ConfigError,
+    DataError,
+    FileError,
+    GraphError,
+    near_matches,
+)
+from auto_circuit.files import checked_file_name, checksum, read_bytes, write_bytes
 from auto_circuit.types import AblationType, EdgeCounts, PatchType
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
 TREE_KEY = "auto_circuit_tree"
+CHECKSUM_KEY = "auto_circuit_checksum"
 STORED_ENUMS: dict[str, type[Enum]] = {
     enum.__name__: enum for enum in (AblationType, EdgeCounts, PatchType)
 }
@@ -65,6 +75,7 @@ def _checkout_root() -> Path | None:
 # ------------------------------------------------------------------------------ files
 
 
+@checked
 def save_cache(
     data_dict: Mapping[Any, Any], folder_name: str, base_filename: str
 ) -> Path:
@@ -77,40 +88,74 @@ def save_cache(
     base_filename: the file is `<base>-dd-mm-YYYY_HH-MM-SS.safetensors`, or `.json` if
         there are no tensors. No existing file is overwritten.
 
-    Raises DataError for a value of another type; it says where it is.
+    Raises DataError for a value of another type (it says where it is), ConfigError for a
+    name that leaves the folder, FileError if nothing can be written there.
     Differs from auto-circuit: no pickle, and the path is returned.
     """
+    checked_file_name("base_filename", base_filename)
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_to_tree(data_dict, (), tensors), allow_nan=False)
-    folder = repo_path_to_abs_path(folder_name)
-    folder.mkdir(parents=True, exist_ok=True)
+    content = _file_content(data_dict, tensors)
     timestamp = datetime.now().strftime("%d-%m-%Y_%H-%M-%S")
     suffix = ".safetensors" if tensors else ".json"
-    path = _new_file(folder, f"{base_filename}-{timestamp}", suffix)
-    if tensors:
-        save_file(tensors, path, metadata={TREE_KEY: text})
-    else:
-        path.write_text(text)
+    path = _new_file(folder_name, f"{base_filename}-{timestamp}", suffix)
+    try:
+        write_bytes(path, content)
+    except FileError:
+        path.unlink(missing_ok=True)
+        raise
     return path
 
 
+def _file_content(data: Mapping[Any, Any], tensors: dict[str, Tensor]) -> bytes:
+    """The data as the bytes of a file; its tensors are put into `tensors`."""
+    try:
+        tree = _to_tree(data, (), tensors)
+        if not tensors:
+            return json.dumps({"checksum": checksum(tree), "tree": tree}).encode()
+        text = json.dumps(tree, allow_nan=False)
+        metadata = {TREE_KEY: text, CHECKSUM_KEY: _checksum(text, tensors)}
+        return save(tensors, metadata)
+    except DataError:
+        raise
+    except (RecursionError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise DataError(f"Cannot save these data: {error}.") from error
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """What changes if a tensor, its name or type, or the text changes."""
+    digest = sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(t.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@checked
 def load_cache(folder_name: str, filename: str) -> dict[Any, Any]:
     """Load what `save_cache` saved: equal values, equal types, tensors on the CPU.
 
-    Raises DataError if there is no such file or `save_cache` did not write it.
+    Raises DataError if there is no such file, `save_cache` did not write it, or it is
+    damaged; FileError for what cannot be read.
     Differs from auto-circuit: pickles are not read, because loading one can run code.
     """
     path = repo_path_to_abs_path(Path(folder_name) / filename)
-    if not path.is_file():
-        folder = path.parent
-        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-        raise DataError(f"There is no file {path}.{near_matches(path.name, names)}")
+    content = read_bytes(path)
     try:
         if path.suffix == ".json":
-            return _from_tree(json.loads(path.read_text()), {})
+            return _json_content(content)
         if path.suffix == ".safetensors":
-            return _load_safetensors(path)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return _safetensors_content(content)
+    except (
+        AttributeError,
+        DataError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise DataError(
             f"{path} is not a file of `save_cache`, or it is damaged ({error})."
         ) from error
@@ -120,23 +165,41 @@ def load_cache(folder_name: str, filename: str) -> dict[Any, Any]:
     )
 
 
-def _load_safetensors(path: Path) -> dict[Any, Any]:
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {})[TREE_KEY]
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+def _json_content(content: bytes) -> dict[Any, Any]:
+    found = json.loads(content.decode())
+    if isinstance(found, dict) and "tree" in found:  # older files have no checksum
+        if found["checksum"] != checksum(found["tree"]):
+            raise DataError("its checksum is wrong")
+        found = found["tree"]
+    return _from_tree(found, {})
+
+
+def _safetensors_content(content: bytes) -> dict[Any, Any]:
+    tensors = load(content)
+    header_size = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + header_size])["__metadata__"]
+    text = metadata[TREE_KEY]
+    found = metadata.get(CHECKSUM_KEY)  # older files have none
+    if found is not None and found != _checksum(text, tensors):
+        raise DataError("its checksum is wrong")
     return _from_tree(json.loads(text), tensors)
 
 
-def _new_file(folder: Path, stem: str, suffix: str) -> Path:
+def _new_file(folder_name: Path | str, stem: str, suffix: str) -> Path:
     """A path in the folder, `stem` and a number if need be, at which no file was."""
+    folder = repo_path_to_abs_path(folder_name)
     n_tries = 0
-    while True:
-        path = folder / f"{stem}{f'-{n_tries}' if n_tries else ''}{suffix}"
-        try:
-            path.touch(exist_ok=False)
-            return path
-        except FileExistsError:
-            n_tries += 1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = folder / f"{stem}{f'-{n_tries}' if n_tries else ''}{suffix}"
+            try:
+                path.touch(exist_ok=False)
+                return path
+            except FileExistsError:
+                n_tries += 1
+    except (OSError, ValueError) as error:
+        raise FileError(f"Cannot write into the folder {folder}: {error}.") from error
 
 
 def _to_tree(value: Any, where: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
@@ -217,6 +280,7 @@ def _from_tree(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 # ---------------------------------------------------------------------------- modules
 
 
+@checked
 def module_by_name(model: Module, module_name: str) -> Module:
     """The submodule at a dotted name, of the wrapped model if `model` wraps one.
 
@@ -236,6 +300,7 @@ def module_by_name(model: Module, module_name: str) -> Module:
     return module
 
 
+@checked
 def set_module_by_name(model: Module, module_name: str, new_module: Module) -> None:
     """Put a module in the place of the one at a dotted name.
 
@@ -273,6 +338,7 @@ def remove_hooks() -> Iterator[set[RemovableHandle]]:
             handle.remove()
 
 
+@checked
 def percent_gpu_mem_used(total_gpu_mib: int | float | None = None) -> str:
     """How much of the GPU's memory torch has allocated, such as "12.5%".
 
@@ -298,6 +364,7 @@ class TokenRank(NamedTuple):
     prob: float
 
 
+@checked
 def top_tokens(
     model: Any, logits: Float[Tensor, "vocab"], top_k: int = 10
 ) -> list[TokenRank]:
@@ -313,6 +380,7 @@ def _token_rank(model: Any, logits: Tensor, token_id: int) -> TokenRank:
     return TokenRank(rank, token, float(logits[token_id]), prob)
 
 
+@checked
 def run_prompt(
     model: Any,
     prompt: str,
@@ -331,6 +399,7 @@ def run_prompt(
     get_most_similar_embeddings(model, logits, answer, top_k)
 
 
+@checked
 def get_most_similar_embeddings(
     model: Any,
     out: Float[Tensor, "d"],

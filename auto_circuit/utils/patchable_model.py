@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,6 +15,7 @@ from ordered_set import OrderedSet
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
+from auto_circuit.checks import checked, is_number, shown
 from auto_circuit.errors import ConfigError, DataError, GraphError, near_matches
 from auto_circuit.model_utils.model_adapter import ModelAdapter
 from auto_circuit.padding import check_attention_mask, check_last_is_text, padding_mask
@@ -22,6 +24,7 @@ from auto_circuit.types import DestNode, Edge, Node, PruneScores, SrcNode
 from auto_circuit.utils.edge_blocks import PatchPlan
 from auto_circuit.utils.patch_session import PatchSession
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
+from auto_circuit.utils.tensor_ops import score_in_dtype, score_tensors
 from auto_circuit.weights import WeightFingerprint
 
 LAST_POSITION = (slice(None), -1)
@@ -149,6 +152,7 @@ class PatchableModel(Module):
             )
         return self._wrappers_by_name[module_name]
 
+    @checked
     def find_edges(self, edge: Edge | str) -> list[Edge]:
         """The edges that an Edge or a name means.
 
@@ -161,10 +165,8 @@ class PatchableModel(Module):
             if known != edge:
                 raise self._unknown_edge(repr(edge))
             return [edge]
-        name, _, position = edge.partition(" @ ")
-        seq_idxs: list[int | None] = list(self.edge_dict)
-        if position:
-            seq_idxs = [int(position) if position.isdecimal() else None]
+        name, position = split_edge_name(edge)
+        seq_idxs = list(self.edge_dict) if position is None else [position]
         found = [self.edge_name_dict.get(seq_idx, {}).get(name) for seq_idx in seq_idxs]
         edges = [edge for edge in found if edge is not None]
         if not edges or len(edges) != len(found):
@@ -177,6 +179,7 @@ class PatchableModel(Module):
             )
         return edges
 
+    @checked
     def check_edges(self, edges: Collection[Edge]) -> None:
         """Raise GraphError, with near matches, unless all are edges of this graph."""
         for edge in edges:
@@ -198,6 +201,7 @@ class PatchableModel(Module):
         """Destination module name -> its mask."""
         return {wrapper.module_name: wrapper.mask for wrapper in self.dest_wrappers}
 
+    @checked
     def new_prune_scores(self, init_val: float = 0.0) -> PruneScores:
         """A score of `init_val` for every edge."""
         scores = {}
@@ -207,10 +211,16 @@ class PatchableModel(Module):
             scores[wrapper.module_name] = t.full_like(one, init_val)
         return scores
 
-    def check_scores(self, prune_scores: PruneScores) -> None:
-        """Raise GraphError for scores that are not of this graph: other names or shapes."""
-        expected = {name: zero.shape for name, zero in self.new_prune_scores().items()}
-        for module_name, scores in prune_scores.items():
+    @checked
+    def check_scores(self, prune_scores: PruneScores) -> PruneScores:
+        """The scores, as tensors on the masks' device (see `score_tensors`).
+
+        Raises GraphError for scores that are not of this graph: other names or shapes.
+        """
+        masks = self.new_prune_scores()
+        expected = {name: zero.shape for name, zero in masks.items()}
+        found = score_tensors(prune_scores) if prune_scores else {}
+        for module_name, scores in found.items():
             if module_name not in expected:
                 hint = near_matches(module_name, expected)
                 raise GraphError(
@@ -230,7 +240,9 @@ class PatchableModel(Module):
                 f"destination modules, among them {missing[0]!r}. Start from "
                 "`model.new_prune_scores()`."
             )
+        return {name: scores.to(masks[name].device) for name, scores in found.items()}
 
+    @checked
     def circuit_prune_scores(
         self,
         edges: Collection[Edge | str] | None = None,
@@ -241,17 +253,27 @@ class PatchableModel(Module):
 
         edges: Edges or names. edge_dict: Edge or name -> score. bool: boolean tensors.
         Raises ConfigError unless exactly one of the two is given, GraphError for an
-        unknown edge.
+        unknown edge, for one that gets two scores, and for what is no score.
         """
         if (edges is None) == (edge_dict is None):
             raise ConfigError("Give either `edges` or `edge_dict`, not both or neither.")
-        values: Mapping[Any, float] = (
-            edge_dict if edge_dict is not None else dict.fromkeys(edges or (), 1.0)
+        values: list[tuple[Any, Any]] = (
+            [(edge, 1.0) for edge in edges or ()]
+            if edge_dict is None
+            else list(edge_dict.items())
         )
         scores = self.new_prune_scores()
-        for edge_or_name, value in values.items():
+        given: dict[Edge, float] = {}
+        for edge_or_name, value in values:
             for edge in self.find_edges(edge_or_name):
-                scores[edge.dest.module_name][edge.patch_idx] = value
+                what = f"The score of {edge!r}"
+                if not is_number(value):
+                    raise GraphError(f"{what} is {shown(value)}; expected a number.")
+                of_module = scores[edge.dest.module_name]
+                score = score_in_dtype(what, value, of_module.dtype)
+                if given.setdefault(edge, score) != score:
+                    raise GraphError(f"{what} is given twice: {given[edge]} and {score}.")
+                of_module[edge.patch_idx] = score
         return {k: v != 0 for k, v in scores.items()} if bool else scores
 
     def current_patch_masks_as_prune_scores(self) -> PruneScores:
@@ -429,6 +451,23 @@ class PatchableModel(Module):
 def _shown(tokenizer: Any, tokens: Tensor) -> str:
     ids = tokens.tolist()
     return repr(ids if tokenizer is None else tokenizer.decode(ids))
+
+
+@checked
+def split_edge_name(name: str) -> tuple[str, int | None]:
+    """("A0.1->MLP 2", 3) for "A0.1->MLP 2 @ 3", and no position for "A0.1->MLP 2".
+
+    Raises GraphError if what follows the first " @ " is no position.
+    """
+    bare_name, at, position = name.partition(" @ ")
+    if not at:
+        return name, None
+    if re.fullmatch("0|[1-9][0-9]{0,8}", position) is None:
+        raise GraphError(
+            f'The graph has no edge {name[:200]!r}: what follows the "@" is no position. '
+            f'Expected a whole number from 0 on, such as "{bare_name[:80]} @ 0".'
+        )
+    return bare_name, int(position)
 
 
 @contextmanager

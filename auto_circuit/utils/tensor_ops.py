@@ -13,15 +13,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 from warnings import warn
 
+import numpy as np
 import torch as t
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from auto_circuit.checks import checked, shown
 from auto_circuit.data import NEED_NO_WRONG_ANSWERS, PromptPairBatch
 from auto_circuit.errors import DataError, GraphError
 from auto_circuit.types import PruneScores
+
+ROUNDING = 64 * t.finfo(t.float32).eps
+"""Numbers that differ by less, relatively, are equal but for rounding."""
 
 HARD_CONCRETE_LEFT = -0.1
 HARD_CONCRETE_RIGHT = 1.1
@@ -38,6 +44,7 @@ class UndefinedPercentWarning(UserWarning):
 # --------------------------------------------------------------------- hard concrete
 
 
+@checked
 def sample_hard_concrete(
     mask: Float[Tensor, "*mask"],
     batch_size: int,
@@ -69,11 +76,13 @@ def sample_hard_concrete(
     return _stretch(concrete).to(mask.dtype)
 
 
+@checked
 def hard_concrete_value(mask: Float[Tensor, "*mask"]) -> Float[Tensor, "*mask"]:
     """The mask without randomness, in [0, 1]: the stretched sigmoid of the logits."""
     return _stretch(t.sigmoid(mask))
 
 
+@checked
 def hard_concrete_expected_l0(mask: Float[Tensor, "*mask"]) -> Float[Tensor, "*mask"]:
     """The probability that a sample is not 0, for every entry.
 
@@ -92,6 +101,7 @@ def _stretch(concrete: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- answers
 
 
+@checked
 def indices_vals(
     vals: Shaped[Tensor, "*lead vocab"], indices: Int[Tensor, "*lead n"]
 ) -> Shaped[Tensor, "*lead n"]:
@@ -109,6 +119,7 @@ def indices_vals(
     return vals.gather(-1, indices.to(vals.device, t.int64))
 
 
+@checked
 def vocab_avg_val(
     vals: Float[Tensor, "*lead vocab"], indices: Int[Tensor, "*lead n"]
 ) -> Float[Tensor, "*lead"]:
@@ -116,6 +127,7 @@ def vocab_avg_val(
     return at_least_float32(indices_vals(vals, indices)).mean(-1)
 
 
+@checked
 def batch_answer_vals(
     vals: Float[Tensor, "batch *pos vocab"],
     batch: PromptPairBatch,
@@ -130,6 +142,7 @@ def batch_answer_vals(
     return _per_prompt(sums / is_answer.sum(-1))
 
 
+@checked
 def batch_avg_answer_val(
     vals: Float[Tensor, "batch *pos vocab"],
     batch: PromptPairBatch,
@@ -143,6 +156,7 @@ def batch_avg_answer_val(
     return batch_answer_vals(vals, batch, wrong_answer).mean()
 
 
+@checked
 def batch_answer_diffs(
     vals: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
 ) -> Float[Tensor, "batch"]:
@@ -154,6 +168,7 @@ def batch_answer_diffs(
     return batch_answer_vals(vals, batch) - batch_answer_vals(vals, batch, True)
 
 
+@checked
 def batch_avg_answer_diff(
     vals: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
 ) -> Float[Tensor, ""]:
@@ -161,6 +176,7 @@ def batch_avg_answer_diff(
     return batch_answer_diffs(vals, batch).mean()
 
 
+@checked
 def batch_answer_diff_percents(
     pred_vals: Float[Tensor, "batch *pos vocab"],
     target_vals: Float[Tensor, "batch *pos vocab"],
@@ -174,6 +190,7 @@ def batch_answer_diff_percents(
     Differs from auto-circuit: where the target's difference is 0 within rounding, the
     percentage is NaN, with an UndefinedPercentWarning, and not infinite or noise.
     """
+    check_same_shape(pred_vals, target_vals)
     target_diffs = batch_answer_diffs(target_vals, batch)
     target_diffs = nan_where_zero(
         target_diffs, answer_diff_rounding_errors(target_vals, batch)
@@ -181,6 +198,7 @@ def batch_answer_diff_percents(
     return 100 * batch_answer_diffs(pred_vals, batch) / target_diffs
 
 
+@checked
 def answer_diff_rounding_errors(
     vals: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
 ) -> Float[Tensor, "batch"]:
@@ -190,6 +208,7 @@ def answer_diff_rounding_errors(
     return sizes * (t.finfo(vals.dtype).eps / 2)
 
 
+@checked
 def nan_where_zero(
     wholes: Float[Tensor, "*n"], rounding_errors: Float[Tensor, "*n"]
 ) -> Float[Tensor, "*n"]:
@@ -207,6 +226,7 @@ def nan_where_zero(
     return wholes.masked_fill(is_zero, t.nan)
 
 
+@checked
 def batch_correct_answers(
     logits: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
 ) -> Float[Tensor, "batch"]:
@@ -214,11 +234,13 @@ def batch_correct_answers(
 
     Correct: the best correct answer is strictly above every other token of the
     vocabulary; a tie is not correct. With answers at several positions, the share of
-    them that are correct.
+    them that are correct. NaN for a prompt that has a logit NaN.
     """
-    return _per_prompt((answer_margins(logits, batch) > 0).to(t.float32))
+    margins = answer_margins(logits, batch)
+    return _per_prompt(_is_above(margins, t.zeros_like(margins)))
 
 
+@checked
 def answer_margins(
     logits: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
 ) -> Float[Tensor, "batch *pos"]:
@@ -228,6 +250,7 @@ def answer_margins(
     return indices_vals(logits, tokens).amax(-1) - others
 
 
+@checked
 def batch_best_answer_val(
     vals: Float[Tensor, "batch *pos vocab"],
     batch: PromptPairBatch,
@@ -238,6 +261,7 @@ def batch_best_answer_val(
     return _per_prompt(indices_vals(vals, tokens).amax(-1))
 
 
+@checked
 def answer_targets(
     vals: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
 ) -> Float[Tensor, "batch *pos vocab"]:
@@ -266,6 +290,7 @@ def answer_targets(
     return t.zeros_like(vals).scatter(-1, tokens.to(vals.device), 1.0)
 
 
+@checked
 def correct_answer_proportion(
     logits: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
 ) -> Float[Tensor, ""]:
@@ -277,13 +302,15 @@ def correct_answer_proportion(
     return batch_correct_answers(logits, batch).mean()
 
 
+@checked
 def batch_greater_answers(
     logits: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
 ) -> Float[Tensor, "batch"]:
     """For each prompt: 1 if a correct answer is strictly above all wrong ones, else 0.
 
     A wrong answer that is also a correct one does not count as wrong. With answers at
-    several positions, the share of them where this is so.
+    several positions, the share of them where this is so. NaN for a prompt with an answer
+    whose logit is NaN.
     """
     tokens, _ = _answer_tokens(logits, batch)
     wrong_tokens, _ = _answer_tokens(logits, batch, wrong_answer=True)
@@ -291,9 +318,18 @@ def batch_greater_answers(
     wrong_vals = indices_vals(logits, wrong_tokens)
     wrong_vals = wrong_vals.masked_fill(also_correct.to(logits.device), -t.inf)
     best_answer = indices_vals(logits, tokens).amax(-1)
-    return _per_prompt((best_answer > wrong_vals.amax(-1)).to(t.float32))
+    return _per_prompt(_is_above(best_answer, wrong_vals.amax(-1)))
 
 
+def _is_above(
+    vals: Float[Tensor, "*any"], others: Float[Tensor, "*any"]
+) -> Float[Tensor, "*any"]:
+    """1 where a value is larger, else 0; NaN where one of the two is."""
+    is_nan = vals.isnan() | others.isnan()
+    return (vals > others).to(t.float32).masked_fill(is_nan, t.nan)
+
+
+@checked
 def correct_answer_greater_than_incorrect_proportion(
     logits: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
 ) -> Float[Tensor, ""]:
@@ -377,12 +413,24 @@ def _per_prompt(vals: Float[Tensor, "batch *pos"]) -> Float[Tensor, "batch"]:
 # ------------------------------------------------------------------------ divergences
 
 
+def check_same_shape(output: Tensor, target: Tensor) -> None:
+    """Raise DataError unless a circuit's output has the shape of what it is compared with."""
+    if output.shape != target.shape:
+        raise DataError(
+            f"The circuit's output has the shape {tuple(output.shape)}, and what it is "
+            f"compared with {tuple(target.shape)}; expected the same. Were they made with "
+            "another model, another `slice_output`, or other prompts?"
+        )
+
+
+@checked
 def at_least_float32(vals: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     """The values, half precision turned into float32."""
     is_half = vals.dtype in (t.float16, t.bfloat16)
     return vals.float() if is_half else vals
 
 
+@checked
 def kl_divs(
     input_logprobs: Float[Tensor, "*lead vocab"],
     target_logprobs: Float[Tensor, "*lead vocab"],
@@ -390,9 +438,10 @@ def kl_divs(
     """KL(target || input) at every leading index, in nats.
 
     At least 0 but for rounding, 0 for equal distributions. A token that the target
-    never takes (log-probability -inf) adds nothing. Raises DataError for an output of a
-    single entry, whose divergence is 0 whatever it is.
+    never takes (log-probability -inf) adds nothing. Raises DataError for outputs of
+    different shapes, and for one of a single entry, whose divergence is 0 whatever it is.
     """
+    check_same_shape(input_logprobs, target_logprobs)
     if target_logprobs.shape[-1] == 1:
         raise DataError(
             "The model's output is a single number, no distribution over words, so every "
@@ -404,6 +453,7 @@ def kl_divs(
     return terms.masked_fill(targets == -t.inf, 0.0).sum(-1)
 
 
+@checked
 def multibatch_kl_div(
     input_logprobs: Float[Tensor, "*lead vocab"],
     target_logprobs: Float[Tensor, "*lead vocab"],
@@ -415,21 +465,113 @@ def multibatch_kl_div(
 # ----------------------------------------------------------------------- prune scores
 
 
-def flat_prune_scores(prune_scores: Mapping[str, Tensor]) -> Shaped[Tensor, "edges"]:
-    """All scores in one dimension, module after module.
+@checked
+def score_tensors(prune_scores: Mapping[str, Any]) -> PruneScores:
+    """Scores as dense tensors of real numbers or booleans, whose values are those given.
 
-    Raises GraphError if there are none.
+    numpy arrays and nested lists of numbers become tensors; whole numbers become float32,
+    or float64 where that would change them. Raises GraphError, which names the module, for
+    what cannot be turned into scores without a change, and if there are none.
     """
     if not prune_scores:
         raise GraphError("The prune scores are empty: they name no module.")
-    return t.cat([scores.detach().flatten() for scores in prune_scores.values()])
+    return {name: _score_tensor(name, scores) for name, scores in prune_scores.items()}
 
 
+def _score_tensor(name: str, scores: Any) -> Tensor:
+    if not isinstance(name, str):
+        raise GraphError(f"The scores name {shown(name)}; expected a module's name.")
+    if not isinstance(scores, Tensor):
+        scores = _array_tensor(name, scores)
+    problem = None
+    if scores.is_meta:
+        problem = "have no values (they are on the device 'meta')"
+    elif scores.is_complex():
+        problem = f"are complex numbers ({scores.dtype})"
+    elif scores.is_quantized:
+        problem = f"are quantized ({scores.dtype})"
+    if problem:
+        raise GraphError(f"The scores of {name!r} {problem}; expected real numbers.")
+    scores = scores.detach()
+    if scores.layout != t.strided:
+        scores = scores.to_dense()
+    if scores.is_floating_point():
+        # torch compares no numbers of 8 bits.
+        return scores if scores.itemsize > 1 else scores.float()
+    return scores if scores.dtype == t.bool else _as_floats(name, scores)
+
+
+def _array_tensor(name: str, scores: Any) -> Tensor:
+    try:
+        array = np.array(scores) if isinstance(scores, (list, tuple)) else scores
+    except (ValueError, TypeError, OverflowError, RuntimeError, RecursionError):
+        array = None  # ragged, too large, nested without end
+    is_array = isinstance(array, np.ndarray)
+    if not is_array or array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
+        kind = f"a {array.dtype} array" if is_array else shown(scores)
+        raise GraphError(
+            f"The scores of {name!r} are {kind}; expected a Tensor of real numbers, "
+            "[position?, head?, source]."
+        )
+    if array.dtype.kind == "u" and array.size and array.max() > t.iinfo(t.int64).max:
+        raise GraphError(f"The scores of {name!r} are too large to be told apart.")
+    array = array.astype(np.int64) if array.dtype.kind == "u" else array
+    # torch reads neither other byte orders nor arrays that run backwards.
+    return t.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
+
+
+def _as_floats(name: str, scores: Tensor) -> Tensor:
+    """Whole numbers as floats, each of which is the same number."""
+    wide = scores.long()
+    limit = 0
+    for dtype in (t.float32, t.float64):
+        limit = round(2 / t.finfo(dtype).eps)
+        if bool(((wide >= -limit) & (wide <= limit)).all()):
+            return wide.to(dtype)
+    raise GraphError(
+        f"The scores of {name!r} are whole numbers above {limit}, which floating point "
+        "does not tell apart. Divide them by a number."
+    )
+
+
+def score_in_dtype(what: str, value: int | float, dtype: t.dtype) -> float:
+    """A score as a float. Raises GraphError if `dtype` would make it infinite or 0.
+
+    what: what the error calls it. Infinite scores are scores; NaN is not.
+    """
+    try:
+        score = float(value)
+    except OverflowError:
+        score = math.nan
+    limits = t.finfo(dtype)
+    too_large = abs(score) > limits.max and not math.isinf(score)
+    too_small = 0 < abs(score) <= limits.tiny * limits.eps / 2
+    if math.isnan(score) or too_large or too_small:
+        raise GraphError(
+            f"{what} is {shown(value)}; as a score ({dtype}) it must be a number whose size "
+            f"is 0, from {limits.tiny:.1e} to {limits.max:.1e}, or infinite."
+        )
+    return score
+
+
+@checked
+def flat_prune_scores(prune_scores: Mapping[str, Tensor]) -> Shaped[Tensor, "edges"]:
+    """All scores in one dimension, module after module.
+
+    Raises GraphError if there are none, and for what is no score (`score_tensors`).
+    """
+    tensors = list(score_tensors(prune_scores).values())
+    device = tensors[0].device
+    return t.cat([scores.flatten().to(device) for scores in tensors])
+
+
+@checked
 def desc_prune_scores(prune_scores: Mapping[str, Tensor]) -> Float[Tensor, "edges"]:
     """All |scores|, the largest first.
 
     Raises GraphError if a score is NaN, which has no rank.
     """
+    prune_scores = score_tensors(prune_scores)
     for module_name, scores in prune_scores.items():
         n_nan = int(scores.isnan().sum())
         if n_nan:
@@ -441,6 +583,7 @@ def desc_prune_scores(prune_scores: Mapping[str, Tensor]) -> Float[Tensor, "edge
     return _magnitudes(flat_prune_scores(prune_scores)).sort(descending=True).values
 
 
+@checked
 def prune_scores_threshold(
     prune_scores: Mapping[str, Tensor] | Float[Tensor, "edges"], edge_count: int
 ) -> Float[Tensor, ""]:
@@ -466,6 +609,7 @@ def prune_scores_threshold(
     return desc_scores[edge_count - 1]
 
 
+@checked
 def circuit_mask(
     prune_scores: PruneScores,
     edge_count: int,
@@ -481,12 +625,13 @@ def circuit_mask(
     Returns ({module: tensor like its scores, True in the circuit}, number of edges).
     Raises GraphError for more edges than there are, fewer than 0, and NaN scores.
     """
+    prune_scores = score_tensors(prune_scores)
     if desc_scores is None:
         desc_scores = desc_prune_scores(prune_scores)
     threshold = prune_scores_threshold(desc_scores, edge_count)
     mask = {
         module_name: (
-            _magnitudes(scores.detach()).to(threshold.dtype) >= threshold
+            _magnitudes(scores).to(threshold.dtype) >= threshold.to(scores.device)
             if edge_count > 0
             else t.zeros_like(scores, dtype=t.bool)
         )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch as t
 
-from auto_circuit.errors import ConfigError, GraphError
+from auto_circuit.errors import ConfigError, DataError, GraphError
 from auto_circuit.metrics.circuit_outs import iter_circuit_outs
 from auto_circuit.metrics.faithfulness import (
     MIB_BUDGETS,
@@ -27,7 +27,7 @@ from auto_circuit.prune_algos.random_edges import random_prune_scores
 from auto_circuit.types import AblationType, PruneScores
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import UndefinedPercentWarning, circuit_mask
+from auto_circuit.utils.tensor_ops import circuit_mask
 from tests.micro import micro_loader, micro_model
 from tests.models import gpt2, state_snapshot
 from tests.test_prune import token_loader
@@ -210,8 +210,12 @@ def test_measured_curve() -> None:
 
 
 def test_undefined_faithfulness() -> None:
-    with pytest.warns(UndefinedPercentWarning, match="undefined"):
-        assert math.isnan(faithfulness(1.0, 2.0, 2.0))
+    for full_model in (2.0, 2.000001, 1.999999):
+        with pytest.raises(DataError, match="equal within rounding"):
+            faithfulness(1.0, 2.0, full_model)
+    assert faithfulness(2.0005, 2.0, 2.001) == pytest.approx(0.5)
+    assert math.isnan(faithfulness(math.nan, 2.0, 3.0))
+    assert math.isnan(faithfulness(1.0, 2.0, math.nan))
 
 
 # ----------------------------------------------------------------------------- ranking

@@ -57,7 +57,7 @@ def test_binomial_tail(n: int, p: Fraction) -> None:
 def test_binomial_tail_at_the_ends() -> None:
     assert binomial_tail(1, 5, 0.0) == 0.0 and binomial_tail(5, 5, 1.0) == 1.0
     assert binomial_tail(6, 5, 0.5) == 0.0 and binomial_tail(-1, 5, 0.5) == 1.0
-    with pytest.raises(ConfigError, match="from 0 to 1"):
+    with pytest.raises(ConfigError, match="at least 0 and at most 1"):
         binomial_tail(1, 5, 1.5)
 
 

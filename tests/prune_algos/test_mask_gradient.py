@@ -11,14 +11,13 @@ import pytest
 import torch as t
 from torch import Tensor
 
-from auto_circuit.checks import check_choice
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
 from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
-from auto_circuit.prune_algos.objectives import GradFunction, answer_loss
+from auto_circuit.prune_algos.objectives import answer_loss
 from auto_circuit.types import AblationType, PatchType, PruneScores
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import (
@@ -349,6 +348,6 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_an_unknown_function() -> None:
-    # Under pytest, beartype is faster than we are with the algorithms' own signatures.
+    options: dict[str, Any] = {**EAP, "grad_function": "logits"}
     with pytest.raises(ConfigError, match="is 'logits'; expected one of 'logit', 'prob'"):
-        check_choice("grad_function", "logits", GradFunction)
+        mask_gradient_prune_scores(make(), token_loader(), None, **options)

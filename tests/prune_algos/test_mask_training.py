@@ -19,16 +19,13 @@ from auto_circuit.prune_algos.mask_training import (
     training_steps,
 )
 from auto_circuit.prune_algos.matryoshka import (
-    SizeDistribution,
     soft_top_k,
     soft_top_k_gradient,
     train_matryoshka,
 )
 from auto_circuit.prune_algos.objectives import (
-    AnswerFunction,
     FaithfulnessTarget,
     answer_loss,
-    check_choice,
     faithfulness_loss,
 )
 from auto_circuit.prune_algos.subnetwork_probing import (
@@ -370,20 +367,6 @@ def test_a_training_that_diverges_stops(
     ):
         train(graph, token_loader(), n_steps=10)
     assert state_snapshot(graph) == before
-
-
-@pytest.mark.parametrize(
-    "name,choices",
-    [
-        ("faithfulness_target", FaithfulnessTarget),
-        ("answer_function", AnswerFunction),
-        ("sizes", SizeDistribution),
-    ],
-)
-def test_unknown_choices(name: str, choices: Any) -> None:
-    # Under pytest, beartype is faster than we are with the algorithms' own signatures.
-    with pytest.raises(ConfigError, match=f"`{name}` is 'nothing'; expected one of '"):
-        check_choice(name, "nothing", choices)
 
 
 @pytest.mark.parametrize("tree", [True, False])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.errors import ConfigError, near_matches
 from auto_circuit.metrics.circuit_outs import (
@@ -73,6 +74,7 @@ AlgoCompletenessScores = dict[AlgoKey, CompletenessScores]
 TaskCompletenessScores = dict[TaskKey, AlgoCompletenessScores]
 
 
+@checked
 def same_under_knockout(
     task: TaskLike,
     circuit_ps: PruneScores,
@@ -121,6 +123,7 @@ def same_under_knockout(
     ]
 
 
+@checked
 def measure_same_under_knockouts(
     circuit_ps: TaskPruneScores,
     knockout_ps: TaskPruneScores,
@@ -160,6 +163,7 @@ def measure_same_under_knockouts(
     return found
 
 
+@checked
 def knocked_out_edges(
     task: TaskLike,
     circuit: Circuit,
@@ -184,6 +188,7 @@ def knocked_out_edges(
     return knockouts
 
 
+@checked
 def find_task_like(key: TaskKey, tasks: Sequence[TaskLike] | None) -> Any:
     """The task with this key: one of `tasks`, or a predefined one if they are None.
 
@@ -203,6 +208,7 @@ def find_task_like(key: TaskKey, tasks: Sequence[TaskLike] | None) -> Any:
     return known[key]
 
 
+@checked
 def known_circuit_size(task: TaskLike, circuit_size: int | None) -> int:
     """The given size, or that of the task's known circuit. Raises ConfigError if none."""
     size = task.true_edge_count if circuit_size is None else circuit_size

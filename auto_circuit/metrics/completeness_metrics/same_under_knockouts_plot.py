@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from auto_circuit.checks import checked
 from auto_circuit.types import COLOR_PALETTE, AlgoKey, TaskKey
 
 Scores = Sequence[tuple[int, int, float, float]]
@@ -14,6 +15,7 @@ BARS = (("KL(Model || Circuit)", 2), ("KL(Model - K || Circuit - K)", 3))
 """The bars of each circuit: (their name, the place of their height in its score)."""
 
 
+@checked
 def same_under_knockouts_fig(
     task_completeness_scores: Mapping[TaskKey, Mapping[AlgoKey, Scores]],
     *,

@@ -10,11 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch as t
 from torch import Tensor
 
+from auto_circuit.checks import (
+    check_choice,
+    check_count,
+    check_number,
+    checked,
+    seeded_generator,
+)
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.errors import ConfigError, TrainingError, near_matches
 from auto_circuit.metrics.circuit_outs import Circuit, check_circuit, n_circuit_edges
@@ -50,6 +57,7 @@ TARGET_SHARE = 5
 """The penalty starts when more than one in this many edges of the circuit is out."""
 
 
+@checked
 def train_same_under_knockouts(
     task_prune_scores: TaskPruneScores,
     algo_keys: Sequence[AlgoKey],
@@ -102,6 +110,7 @@ def train_same_under_knockouts(
     return trained
 
 
+@checked
 def train_same_under_knockout_prune_scores(
     task: PrunableTask,
     algo_ps: PruneScores,
@@ -131,7 +140,11 @@ def train_same_under_knockout_prune_scores(
     Differs from auto-circuit: circuit and model see the same random mask; the penalty is
     on the expected size; a target is at least one edge.
     """
-    _check(epochs, mask_fn, faithfulness_target)
+    check_count("epochs", epochs)
+    check_number("learning_rate", learning_rate, above=0)
+    check_number("regularize_lambda", regularize_lambda, low=0)
+    # Without a function, masks would not stay between 0 and 1.
+    check_choice("mask_fn", mask_fn, Literal["hard_concrete", "sigmoid"])
     model: PatchableModel = task.model
     circuit, n_edges = circuit_mask(algo_ps, circuit_size)
     check_circuit(model, circuit)
@@ -141,7 +154,7 @@ def train_same_under_knockout_prune_scores(
             "of at least 1."
         )
     device = next(iter(model.patch_masks.values())).device
-    generator = t.Generator(device).manual_seed(seed)
+    generator = seeded_generator(seed, device)
     patches = batch_src_ablations(
         model, task.train_loader, AblationType.RESAMPLE, "corrupt"
     )
@@ -213,19 +226,4 @@ def _check_finite(loss: Tensor, learning_rate: int | float) -> None:
         raise TrainingError(
             f"The loss is {loss.item()}: the training diverged. Lower the learning rate "
             f"(it is {learning_rate})."
-        )
-
-
-def _check(epochs: int, mask_fn: MaskFn, faithfulness_target: KnockoutTarget) -> None:
-    if epochs < 1:
-        raise ConfigError(f"`epochs` is {epochs}; expected at least 1.")
-    if mask_fn not in ("hard_concrete", "sigmoid"):
-        raise ConfigError(
-            f"`mask_fn` is {mask_fn!r}; expected 'hard_concrete' or 'sigmoid', which keep "
-            "masks between 0 and 1."
-        )
-    if faithfulness_target not in get_args(KnockoutTarget):
-        raise ConfigError(
-            f"`faithfulness_target` is {faithfulness_target!r}; expected one of "
-            f"{get_args(KnockoutTarget)}."
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, near_matches
 from auto_circuit.metrics.protocols import PrunableTask
 from auto_circuit.types import TaskKey
 
 
+@checked
 def tasks_with_circuits(
     task_keys: Iterable[TaskKey], tasks: Sequence[PrunableTask] | None = None
 ) -> dict[TaskKey, PrunableTask]:

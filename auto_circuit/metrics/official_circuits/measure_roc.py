@@ -18,6 +18,7 @@ import torch as t
 from jaxtyping import Int
 from torch import Tensor
 
+from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.circuit_pruning import Selection, selection_ranks
 from auto_circuit.metrics.official_circuits.known_circuits import tasks_with_circuits
@@ -38,6 +39,7 @@ from auto_circuit.utils.tensor_ops import desc_prune_scores, flat_prune_scores
 ROC_ENDS: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 0.0), (1.0, 1.0))
 
 
+@checked
 def measure_roc(
     task_prune_scores: TaskPruneScores,
     *,
@@ -67,6 +69,7 @@ def measure_roc(
     }
 
 
+@checked
 def measure_task_roc(
     model: PatchableModel,
     official_edges: Collection[Edge],
@@ -103,6 +106,7 @@ def measure_task_roc(
     return list(dict.fromkeys([ROC_ENDS[0], *points, ROC_ENDS[1]]))
 
 
+@checked
 def roc_auc(points: Measurements, pessimistic: bool = False) -> float:
     """The area under a ROC, in [0, 1]: 1 is perfect, 0.5 is chance.
 
@@ -120,6 +124,7 @@ def roc_auc(points: Measurements, pessimistic: bool = False) -> float:
     )
 
 
+@checked
 def measure_roc_auc(
     task_prune_scores: TaskPruneScores,
     *,
@@ -149,7 +154,7 @@ def _true_counts(
     model: PatchableModel, official_edges: Collection[Edge], prune_scores: PruneScores
 ) -> tuple[Int[Tensor, "groups"], Int[Tensor, "groups"]]:
     """(edges of the known circuit, all edges) in each circuit, best tie group first."""
-    model.check_scores(prune_scores)
+    prune_scores = model.check_scores(prune_scores)
     n_true = len(set(official_edges))
     if not 0 < n_true < model.n_edges:
         raise ConfigError(

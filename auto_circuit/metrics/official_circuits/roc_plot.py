@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from auto_circuit.checks import checked
 from auto_circuit.metrics.line_style import line_style
 from auto_circuit.types import (
     AlgoKey,
@@ -19,6 +20,7 @@ BASE_WIDTH, WIDTH_STEP = 2, 2
 """The width in pixels of the last line, and by how much each before it is wider."""
 
 
+@checked
 def task_roc_plot(
     algo_measurements: AlgoMeasurements,
     title: str | None = None,
@@ -32,6 +34,7 @@ def task_roc_plot(
     return roc_plot({title or "": algo_measurements}, variable_width, algo_names)
 
 
+@checked
 def roc_plot(
     taskname_measurements: TaskMeasurements,
     variable_width: bool = False,

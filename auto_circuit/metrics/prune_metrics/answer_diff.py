@@ -8,6 +8,7 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.metrics.prune_metrics.full_model_outs import (
@@ -21,6 +22,7 @@ from auto_circuit.types import CircuitOutputs, Measurements
 from auto_circuit.utils.tensor_ops import batch_answer_diffs
 
 
+@checked
 def measure_answer_diff(
     model: SlicedModel,
     test_loader: Iterable[PromptPairBatch],
@@ -44,6 +46,7 @@ def measure_answer_diff(
     return prompt_means(model, test_loader, circuit_outs, prompt_func, full_model_outs)
 
 
+@checked
 def prompt_answer_diffs(
     out: Float[Tensor, "batch *pos vocab"],
     batch: PromptPairBatch,

@@ -10,6 +10,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.metrics.prune_metrics.full_model_outs import (
@@ -26,6 +27,7 @@ from auto_circuit.utils.tensor_ops import (
 )
 
 
+@checked
 def measure_answer_diff_percent(
     model: SlicedModel,
     test_loader: Iterable[PromptPairBatch],
@@ -47,6 +49,7 @@ def measure_answer_diff_percent(
     return means
 
 
+@checked
 def answer_diff_percent(
     model: SlicedModel,
     test_loader: Iterable[PromptPairBatch],
@@ -86,6 +89,7 @@ def answer_diff_percent(
     return means, stds, points
 
 
+@checked
 def prompt_answer_diff_percents(
     out: Float[Tensor, "batch *pos vocab"],
     batch: PromptPairBatch,
@@ -144,6 +148,7 @@ PERCENT_METRICS: tuple[PruneMetric, ...] = (
 """Those that are the ratio of a circuit's mean to the model's."""
 
 
+@checked
 def with_mean_of_ratios(metric: PruneMetric) -> PruneMetric:
     """A percentage as the mean over prompts of each one's; other metrics as they are.
 

@@ -9,6 +9,7 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.metrics.prune_metrics.full_model_outs import (
@@ -22,6 +23,7 @@ from auto_circuit.types import CircuitOutputs, Measurements
 from auto_circuit.utils.tensor_ops import batch_answer_vals
 
 
+@checked
 def measure_answer_val(
     model: SlicedModel,
     test_loader: Iterable[PromptPairBatch],
@@ -47,6 +49,7 @@ def measure_answer_val(
     return prompt_means(model, test_loader, circuit_outs, prompt_func, full_model_outs)
 
 
+@checked
 def prompt_answer_vals(
     out: Float[Tensor, "batch *pos vocab"],
     batch: PromptPairBatch,

@@ -8,6 +8,7 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
@@ -17,6 +18,7 @@ from auto_circuit.types import CircuitOutputs, Measurements
 from auto_circuit.utils.tensor_ops import batch_correct_answers, batch_greater_answers
 
 
+@checked
 def measure_correct_ans_percent(
     model: SlicedModel,
     dataloader: Iterable[PromptPairBatch],
@@ -42,6 +44,7 @@ def measure_correct_ans_percent(
     return prompt_means(model, dataloader, pruned_outs, prompt_func, full_model_outs)
 
 
+@checked
 def prompt_correct_percents(
     out: Float[Tensor, "batch *pos vocab"],
     batch: PromptPairBatch,

@@ -9,8 +9,9 @@ import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch, Side
-from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.errors import DataError
 from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.types import BatchKey
 from auto_circuit.utils.tensor_ops import (
@@ -23,6 +24,7 @@ from auto_circuit.utils.tensor_ops import (
 ProbFunc = Literal["logits", "softmax", "log_softmax"]
 
 
+@checked
 def apply_prob_func(
     logits: Float[Tensor, "*lead vocab"], prob_func: ProbFunc
 ) -> Float[Tensor, "*lead vocab"]:
@@ -34,11 +36,7 @@ def apply_prob_func(
         return logits
     if prob_func == "softmax":
         return at_least_float32(logits).softmax(-1)
-    if prob_func == "log_softmax":
-        return at_least_float32(logits).log_softmax(-1)
-    raise ConfigError(
-        f"`prob_func` is {prob_func!r}; expected 'logits', 'softmax' or 'log_softmax'."
-    )
+    return at_least_float32(logits).log_softmax(-1)
 
 
 class FullModelOuts:
@@ -55,6 +53,7 @@ class FullModelOuts:
         self._vals: dict[tuple[BatchKey, Side, ProbFunc], Tensor] = {}
         self._mean_answer_diffs: dict[ProbFunc, float] = {}
 
+    @checked
     def vals(
         self, batch: PromptPairBatch, side: Side, prob_func: ProbFunc = "logits"
     ) -> Float[Tensor, "batch *pos vocab"]:
@@ -67,6 +66,7 @@ class FullModelOuts:
                 self._vals[key] = apply_prob_func(self.vals(batch, side), prob_func)
         return self._vals[key]
 
+    @checked
     def mean_answer_diff(self, prob_func: ProbFunc = "logits") -> float:
         """The mean difference between correct and wrong answers on the clean prompts.
 

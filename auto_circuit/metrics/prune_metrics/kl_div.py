@@ -10,6 +10,7 @@ import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.metrics.prune_metrics.full_model_outs import (
@@ -23,6 +24,7 @@ from auto_circuit.types import CircuitOutputs, Measurements
 from auto_circuit.utils.tensor_ops import kl_divs
 
 
+@checked
 def measure_kl_div(
     model: SlicedModel,
     dataloader: Iterable[PromptPairBatch],
@@ -45,6 +47,7 @@ def measure_kl_div(
     return prompt_means(model, dataloader, circuit_outs, prompt_func, full_model_outs)
 
 
+@checked
 def prompt_kl_divs(
     out: Float[Tensor, "batch *pos vocab"],
     batch: PromptPairBatch,

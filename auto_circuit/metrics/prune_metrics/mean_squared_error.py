@@ -8,15 +8,17 @@ from collections.abc import Iterable
 from jaxtyping import Float
 from torch import Tensor
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_means
 from auto_circuit.metrics.prune_metrics.prune_metric import PruneMetric
 from auto_circuit.types import CircuitOutputs, Measurements
-from auto_circuit.utils.tensor_ops import at_least_float32
+from auto_circuit.utils.tensor_ops import at_least_float32, check_same_shape
 
 
+@checked
 def measure_mean_squared_error(
     model: SlicedModel,
     dataloader: Iterable[PromptPairBatch],
@@ -38,11 +40,14 @@ def measure_mean_squared_error(
     )
 
 
+@checked
 def prompt_squared_errors(
     out: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch, full: FullModelOuts
 ) -> Float[Tensor, "batch"]:
     """The mean squared difference of each prompt's outputs."""
-    differences = at_least_float32(out) - at_least_float32(full.vals(batch, "clean"))
+    clean_out = full.vals(batch, "clean")
+    check_same_shape(out, clean_out)
+    differences = at_least_float32(out) - at_least_float32(clean_out)
     return differences.square().flatten(1).mean(1)
 
 

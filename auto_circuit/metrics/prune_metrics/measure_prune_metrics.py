@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, near_matches
 from auto_circuit.metrics.protocols import TaskLike
 from auto_circuit.metrics.prune_metrics.prune_metrics import PruneMetric
@@ -29,6 +30,7 @@ from auto_circuit.utils.custom_tqdm import tqdm
 __all__ = ["measure_prune_metrics", "measurement_figs", "measurement_rows"]
 
 
+@checked
 def measure_prune_metrics(
     ablation_types: Sequence[AblationType],
     metrics: Sequence[PruneMetric],
@@ -63,6 +65,7 @@ def measure_prune_metrics(
     )
 
 
+@checked
 def measurement_rows(
     ablation_types: Sequence[AblationType],
     metrics: Sequence[PruneMetric],

@@ -7,12 +7,14 @@ the mean over all prompts of the loader, so it does not depend on how they are b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+from warnings import warn
 
 import torch as t
 from torch import Tensor
 
+from auto_circuit.checks import checked, shown
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.errors import DataError
 from auto_circuit.metrics.protocols import SlicedModel
@@ -23,6 +25,15 @@ PromptFunc = Callable[[Tensor, PromptPairBatch, FullModelOuts], Tensor]
 """(circuit's output [batch *pos vocab], batch, full model's outputs) -> [batch]"""
 
 
+OTHER_LOADER = (
+    "they were computed on another loader. Give the loader that `run_circuits` was given."
+)
+
+
+class NotANumberWarning(UserWarning):
+    """A number that was measured is NaN because a model's outputs are."""
+
+
 class PromptVals(NamedTuple):
     """A metric's value for every prompt of a loader, for one circuit."""
 
@@ -31,8 +42,10 @@ class PromptVals(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """The mean over prompts."""
-        return math.fsum(self.vals) / len(self.vals)
+        """The mean over prompts; NaN if a value is."""
+        if all(map(math.isfinite, self.vals)):
+            return math.fsum(self.vals) / len(self.vals)
+        return float(t.tensor(self.vals, dtype=t.float64).mean())
 
     @property
     def std(self) -> float:
@@ -42,6 +55,7 @@ class PromptVals(NamedTuple):
         return float(t.tensor(self.vals, dtype=t.float64).std())
 
 
+@checked
 def prompt_vals(
     model: SlicedModel,
     dataloader: Iterable[PromptPairBatch],
@@ -55,28 +69,52 @@ def prompt_vals(
         were computed on.
     full_model_outs: outputs of the full model to share between metrics.
 
-    Raises DataError for a loader without batches and for outputs of another loader.
+    Raises DataError for a loader without batches, without circuits, and for outputs of
+    another loader. Where an output is NaN, so is the value, with a NotANumberWarning.
     """
+    if not circuit_outs:
+        raise DataError("There are no circuits' outputs, so there is nothing to measure.")
     full = full_model_outs or FullModelOuts(model, dataloader)
     batches = list(dataloader)
     if not batches:
         raise DataError("The loader has no batches, so there is nothing to measure.")
+    for n_edges, outs in circuit_outs.items():
+        _check_outputs(outs, batches, n_edges)
     with t.no_grad():
-        return [
+        found = [
             PromptVals(
                 n_edges,
                 [
                     val
                     for batch in batches
-                    for val in prompt_func(
-                        _batch_output(outs, batch, n_edges), batch, full
-                    ).tolist()
+                    for val in prompt_func(outs[batch.key], batch, full).tolist()
                 ],
             )
             for n_edges, outs in circuit_outs.items()
         ]
+    _warn_of_nan(found, circuit_outs)
+    return found
 
 
+def _warn_of_nan(found: list[PromptVals], circuit_outs: CircuitOutputs) -> None:
+    """One warning if values are NaN because outputs are, and not because of a metric."""
+    suspects = [vals.n_edges for vals in found if any(map(math.isnan, vals.vals))]
+    bad = [
+        n_edges
+        for n_edges in suspects
+        if any(bool(out.isnan().any()) for out in circuit_outs[n_edges].values())
+    ]
+    if bad:
+        warn(
+            f"The outputs of {len(bad)} of {len(found)} circuits hold NaN (not a number), "
+            f"so their values are NaN; the first has {bad[0]} edges. Does the model itself "
+            "give NaN on these prompts, or does it overflow in half precision?",
+            NotANumberWarning,
+            stacklevel=4,
+        )
+
+
+@checked
 def prompt_means(
     model: SlicedModel,
     dataloader: Iterable[PromptPairBatch],
@@ -91,15 +129,39 @@ def prompt_means(
     return [(circuit.n_edges, circuit.mean) for circuit in per_circuit]
 
 
-def _batch_output(
-    outs: dict[int, Tensor], batch: PromptPairBatch, n_edges: int
-) -> Tensor:
-    out, n_prompts = outs.get(batch.key), len(batch.clean)
-    if out is None or len(out) != n_prompts:
-        found = "no such batch" if out is None else f"{len(out)} prompts for it"
+def _check_outputs(outs: Any, batches: Sequence[PromptPairBatch], n_edges: int) -> None:
+    """Raise DataError unless there is an output of the right length for every batch."""
+    if not isinstance(outs, Mapping):
         raise DataError(
-            f"The loader's batch {batch.key} has {n_prompts} prompts, but the outputs "
-            f"of the circuit with {n_edges} edges have {found}: they were computed on "
-            "another loader. Give the loader that `run_circuits` was given."
+            f"The outputs of the circuit with {n_edges} edges are {shown(outs)}; expected "
+            "{batch key: Tensor}, as `run_circuits` gives them."
         )
-    return out
+    for batch in batches:
+        out, n_prompts = outs.get(batch.key), len(batch.clean)
+        found = None
+        if out is None:
+            found = "no such batch"
+        elif not isinstance(out, Tensor) or not out.is_floating_point():
+            raise DataError(
+                f"The output of batch {batch.key} for the circuit with {n_edges} edges is "
+                f"{_kind(out)}; expected a Tensor of floating point numbers."
+            )
+        elif out.ndim < 2:
+            found = f"the shape {tuple(out.shape)} for it"
+        elif len(out) != n_prompts:
+            found = f"{len(out)} prompts for it"
+        if found:
+            raise DataError(
+                f"The loader's batch {batch.key} has {n_prompts} prompts, but the outputs "
+                f"of the circuit with {n_edges} edges have {found}: {OTHER_LOADER}"
+            )
+    n_unknown = len(set(outs) - {batch.key for batch in batches})
+    if n_unknown:
+        raise DataError(
+            f"The outputs of the circuit with {n_edges} edges have {n_unknown} batches "
+            f"that the loader does not have: {OTHER_LOADER}"
+        )
+
+
+def _kind(value: Any) -> str:
+    return f"of {value.dtype}" if isinstance(value, Tensor) else shown(value)

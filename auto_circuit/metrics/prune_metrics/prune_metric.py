@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch, check_wrong_answers
 from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.prune_metrics.prompt_stats import PromptFunc
@@ -16,6 +17,7 @@ MetricFunc = Callable[[Any, Iterable[PromptPairBatch], CircuitOutputs], Measurem
 """(model, dataloader, circuit outputs) -> [(number of edges, value)]"""
 
 
+@checked
 @dataclass(frozen=True)
 class PruneMetric:
     """One number for each circuit size, and how to draw it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, near_matches
 from auto_circuit.metrics.prune_metrics.answer_diff import (
     LOGIT_DIFF_METRIC,
@@ -94,6 +95,7 @@ PRUNE_METRIC_DICT: dict[PruneMetricKey, PruneMetric] = {
 }
 
 
+@checked
 def find_metric(
     key: PruneMetricKey, metrics: Sequence[PruneMetric] = PRUNE_METRICS
 ) -> PruneMetric:

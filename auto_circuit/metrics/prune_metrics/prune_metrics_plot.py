@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from auto_circuit.checks import checked
 from auto_circuit.metrics.area_under_curve_plot import average_auc_plot
 from auto_circuit.metrics.line_style import line_style
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
@@ -25,6 +26,7 @@ ZERO_EDGES_X = 0.5
 """Where 0 edges are drawn on a logarithmic axis."""
 
 
+@checked
 def measurement_figs(
     measurements: AblationMeasurements,
     auc_plots: bool = False,
@@ -60,6 +62,7 @@ def measurement_figs(
     return tuple(figs)
 
 
+@checked
 def edge_patching_plot(
     task_measurements: TaskMeasurements,
     metric: PruneMetric,

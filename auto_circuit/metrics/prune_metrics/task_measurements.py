@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.metrics.protocols import SlicedModel, TaskLike
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
@@ -27,6 +28,7 @@ MeasuredValue = tuple[int, float, float | None, int | None]
 """(number of edges, value, standard deviation, number of prompts)"""
 
 
+@checked
 def task_measurement_rows(
     task: TaskLike,
     algo_prune_scores: AlgoPruneScores,
@@ -76,6 +78,7 @@ def task_measurement_rows(
     return rows
 
 
+@checked
 def measured_values(
     metric: PruneMetric,
     model: SlicedModel,
@@ -99,6 +102,7 @@ def measured_values(
     ]
 
 
+@checked
 def nest_rows(rows: Iterable[MeasurementRow]) -> AblationMeasurements:
     """The rows as ablation -> metric -> task -> algorithm -> [(edges, value)]."""
     nested: AblationMeasurements = {}

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleDict
 from transformer_lens.model_bridge import TransformerBridge
 
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch, Side
 from auto_circuit.errors import ConfigError, ModelError
 from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter, Port, SrcSite
@@ -62,6 +63,7 @@ class AutoencoderTransformer(Module):
     the error was lost, and outputs were others.
     """
 
+    @checked
     def __init__(
         self,
         wrapped_model: TransformerBridge,
@@ -95,6 +97,7 @@ class AutoencoderTransformer(Module):
         """The wrapped model's output."""
         return self.wrapped_model(*args, **kwargs)
 
+    @checked
     def pruned(
         self,
         dataloader: PromptDataLoader,
@@ -150,6 +153,7 @@ class AutoencoderTransformer(Module):
         return tokens, mask
 
 
+@checked
 def sae_model(
     model: TransformerBridge,
     sae_input: AutoencoderInput,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Identity, Module, Parameter
 from transformer_lens.model_bridge import TransformerBridge
 
+from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, ModelError
 from auto_circuit.types import AutoencoderInput
 from auto_circuit.utils.misc import repo_path_to_abs_path
@@ -171,6 +172,7 @@ def _named_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     )
 
 
+@checked
 def load_autoencoder(
     wrapped_hook: Module,
     model: TransformerBridge,

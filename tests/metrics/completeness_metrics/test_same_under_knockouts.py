@@ -243,5 +243,7 @@ def test_training_errors() -> None:
         train_same_under_knockout_prune_scores(task, circuit_ps, 2, 0.1, 1, 0.1, None)
     with pytest.raises(ConfigError, match="circuit has no edges"):
         train_same_under_knockout_prune_scores(task, circuit_ps, 0, 0.1, 1, 0.1)
-    with pytest.raises(TrainingError, match="diverged"):
+    with pytest.raises(ConfigError, match="`regularize_lambda` is inf"):
         train_same_under_knockout_prune_scores(task, circuit_ps, 2, 0.1, 1, float("inf"))
+    with pytest.raises(TrainingError, match="diverged"):
+        train_same_under_knockout_prune_scores(task, circuit_ps, 2, 0.1, 1, 1e308)

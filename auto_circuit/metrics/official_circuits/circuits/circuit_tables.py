@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeVar
 
+from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, GraphError, near_matches
 from auto_circuit.types import DestNode, Edge, Node, SrcNode
 from auto_circuit.utils.patchable_model import PatchableModel
@@ -162,6 +163,7 @@ class CircuitGraph:
         return edges
 
 
+@checked
 def circuit_graph(
     model: PatchableModel,
     shape: ModelShape,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from auto_circuit.checks import checked
 from auto_circuit.metrics.official_circuits.circuits.circuit_tables import (
     NO_WORDS,
     ModelShape,
@@ -73,6 +74,7 @@ HEADS: Mapping[str, tuple[Place, ...]] = {
 """Head -> where its output counts."""
 
 
+@checked
 def docstring_true_edges(
     model: PatchableModel,
     token_positions: bool = False,
@@ -96,6 +98,7 @@ def docstring_true_edges(
     }
 
 
+@checked
 def docstring_node_based_official_edges(
     model: PatchableModel,
     token_positions: bool = False,

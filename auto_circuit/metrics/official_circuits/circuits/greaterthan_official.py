@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from auto_circuit.checks import checked
 from auto_circuit.metrics.official_circuits.circuits.circuit_tables import (
     GPT2_SMALL,
     NO_WORDS,
@@ -40,6 +41,7 @@ MLP_CHAINS: tuple[Sequence[str], ...] = (mlps(0, 9), LATE_MLPS)
 """MLPs with all the edges between them."""
 
 
+@checked
 def greaterthan_true_edges(
     model: PatchableModel,
     token_positions: bool = False,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from auto_circuit.checks import checked
 from auto_circuit.metrics.official_circuits.circuits.circuit_tables import (
     GPT2_SMALL,
     NO_WORDS,
@@ -79,6 +80,7 @@ CONNECTIONS: tuple[Connection, ...] = (
 )
 
 
+@checked
 def ioi_true_edges(
     model: PatchableModel,
     token_positions: bool = False,
@@ -106,6 +108,7 @@ def ioi_true_edges(
     return {edge for row in CONNECTIONS for edge in _connection_edges(graph, row)}
 
 
+@checked
 def ioi_true_edges_mlp_0_only(
     model: PatchableModel,
     token_positions: bool = False,
@@ -120,6 +123,7 @@ def ioi_true_edges_mlp_0_only(
     return {edge for edge in edges if _has_only_mlp_0(edge)}
 
 
+@checked
 def ioi_head_based_official_edges(
     model: PatchableModel,
     token_positions: bool = False,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from auto_circuit.checks import checked
 from auto_circuit.metrics.official_circuits.circuits.circuit_tables import (
     NO_WORDS,
     CircuitGraph,
@@ -39,6 +40,7 @@ EXTRACTING_HEADS = ("A21.9", "A22.17", "A22.15", "A17.30", "A19.24")
 """They bring it to the end."""
 
 
+@checked
 def sports_players_true_edges(
     model: PatchableModel,
     token_positions: bool = False,
@@ -64,6 +66,7 @@ def sports_players_true_edges(
     )
 
 
+@checked
 def sports_players_probe_true_edges(
     model: PatchableModel,
     token_positions: bool = False,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from auto_circuit.checks import checked
 from auto_circuit.metrics.official_circuits.circuits.circuit_tables import (
     NO_WORDS,
     ModelShape,
@@ -37,6 +38,7 @@ ZERO_EDGES = (
 )
 
 
+@checked
 def tracr_reverse_true_edges(
     model: PatchableModel,
     token_positions: bool = False,
@@ -52,6 +54,7 @@ def tracr_reverse_true_edges(
     return _edges(RESAMPLE_EDGES, model, token_positions, word_idxs, seq_start_idx)
 
 
+@checked
 def tracr_reverse_acdc_edges(
     model: PatchableModel,
     token_positions: bool = False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from auto_circuit.checks import checked
 from auto_circuit.metrics.official_circuits.circuits.circuit_tables import (
     NO_WORDS,
     ModelShape,
@@ -30,6 +31,7 @@ ZERO_EDGES = (
 )
 
 
+@checked
 def tracr_xproportion_official_edges(
     model: PatchableModel,
     token_positions: bool = False,
@@ -45,6 +47,7 @@ def tracr_xproportion_official_edges(
     return _edges(RESAMPLE_EDGES, model, token_positions, word_idxs, seq_start_idx)
 
 
+@checked
 def tracr_xproportion_acdc_edges(
     model: PatchableModel,
     token_positions: bool = False,
