@@ -208,7 +208,7 @@ def test_unknown_edges(
         ({"edges": {"B0.0->B1.1": "much"}}, "score of 'B0.0->B1.1' is 'much'"),
         ({"edges": {"B0.0->B1.1": True}}, "score of 'B0.0->B1.1' is True"),
         ({"edges": {"B0.0->B1.1": 10**400}}, "score of 'B0.0->B1.1' is 1000"),
-        ({"edges": {"B0.0->B1.1": math.nan}}, "score of 'B0.0->B1.1' is nan"),
+        ({"edges": {"B0.0->B1.1": math.nan}}, "has the number NaN"),
     ],
 )
 def test_malformed_files(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -417,7 +417,7 @@ def test_mib_bad_arguments(tmp_path: Path, gpt2_model: PatchableModel) -> None:
         (
             {"edges": {"m0->m1": {"score": math.inf, "in_graph": True}}},
             DataError,
-            "score of 'm0->m1' is inf",
+            "has the number Infinity",
         ),
     ],
 )
