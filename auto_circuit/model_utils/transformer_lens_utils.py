@@ -270,7 +270,13 @@ def native_bridge(config: TransformerBridgeConfig) -> TransformerBridge:
     `TransformerBridge.boot_native` builds the same model with an attention that does not
     expose its heads. This one has standard (not rotary) positions, any norm or none,
     causal or bidirectional attention, with or without MLPs. Its weights are random.
+    Raises ConfigError for rotary positions, which this attention would leave out.
     """
+    if config.positional_embedding_type != "standard":
+        raise ConfigError(
+            f"`positional_embedding_type` is {config.positional_embedding_type!r}; this "
+            "attention has 'standard' positions only, and would compute another model."
+        )
     model = NativeModel(config)
     for layer in model.layers:
         attention: Any = layer.attn
