@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch as t
 from jaxtyping import Int
@@ -36,10 +36,18 @@ from auto_circuit.prompt_encoding import (
     encode_numbers,
     encode_texts,
 )
-from auto_circuit.prompt_files import Prompt, PromptFile, read_prompt_files
+from auto_circuit.prompt_files import (
+    Prompt,
+    PromptFile,
+    is_text,
+    is_whole,
+    read_prompt_files,
+)
 from auto_circuit.types import BatchKey
 
 Answers = Tensor | list[Tensor]
+PerSplit = SupportsIndex | tuple[SupportsIndex, SupportsIndex]
+"""A whole number (numpy's too), or two: for (train, test)."""
 LOGGER = logging.getLogger(__name__)
 MAX_BATCH_SIZE = 2**31 - 1
 
@@ -117,6 +125,8 @@ def _check_sides(prompts: PromptPair | PromptPairBatch, n_lead: int) -> None:
     clean, corrupt = prompts.clean, prompts.corrupt
     for name, side in (("clean", clean), ("corrupt", corrupt)):
         _check_tensor(name, side, n_lead)
+        if not side.shape[n_lead - 1]:
+            raise DataError(f"`{name}` is {_shown(side)}; expected at least one token.")
     masks = {
         "clean_attention_mask": prompts.clean_attention_mask,
         "corrupt_attention_mask": prompts.corrupt_attention_mask,
@@ -195,8 +205,8 @@ class PromptDataset(Dataset[PromptPair]):
         self,
         clean_prompts: Sequence[Tensor] | Tensor,
         corrupt_prompts: Sequence[Tensor] | Tensor,
-        answers: Sequence[Tensor],
-        wrong_answers: Sequence[Tensor],
+        answers: Sequence[Tensor] | Tensor,
+        wrong_answers: Sequence[Tensor] | Tensor,
         clean_attention_masks: Tensor | None = None,
         corrupt_attention_masks: Tensor | None = None,
     ) -> None:
@@ -277,6 +287,23 @@ def collate_fn(batch: list[PromptPair]) -> PromptPairBatch:
         clean_attention_mask=_stack_masks([p.clean_attention_mask for p in batch]),
         corrupt_attention_mask=_stack_masks([p.corrupt_attention_mask for p in batch]),
     )
+
+
+def _check_names(seq_len: int | None, seq_labels: Any, word_idxs: Any) -> None:
+    if seq_labels is not None:
+        is_list = isinstance(seq_labels, list) and all(map(is_text, seq_labels))
+        if not is_list or (seq_len is not None and len(seq_labels) != seq_len):
+            raise DataError(
+                f"`seq_labels` is {seq_labels!r:.200}; expected a text for each of "
+                f"{'the' if seq_len is None else seq_len} positions, or None."
+            )
+    if word_idxs is not None and not (
+        isinstance(word_idxs, Mapping)
+        and all(is_text(word) and is_whole(idx) for word, idx in word_idxs.items())
+    ):
+        raise DataError(
+            f"`word_idxs` is {word_idxs!r:.200}; expected {{word: position}}, or None."
+        )
 
 
 def _check_same_shapes(prompts: Iterable[Tensor]) -> None:
@@ -366,6 +393,7 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
             raise ConfigError(f"The loader's options do not fit: {error}.") from error
         if seq_len is not None:
             seq_len = check_count("seq_len", seq_len)
+        _check_names(seq_len, seq_labels, word_idxs)
         self.seq_len = seq_len
         self.diverge_idx = diverge_idx
         self.kv_cache = kv_cache
@@ -421,13 +449,14 @@ def check_wrong_answers(prompts: Iterable[PromptPairBatch], who: str) -> None:
 # ------------------------------------------------------------------------------ loading
 
 
+@checked
 def load_datasets_from_json(
     model: Any | None,
     path: Path | str | Sequence[Path | str],
     device: t.device | str = "cpu",
     prepend_bos: bool | None = None,
-    batch_size: int | tuple[int, int] = 32,
-    train_test_size: tuple[int, int] = (128, 128),
+    batch_size: PerSplit = 32,
+    train_test_size: tuple[SupportsIndex, SupportsIndex] = (128, 128),
     return_seq_length: bool = False,
     tail_divergence: bool = False,
     shuffle: bool = True,
@@ -475,7 +504,7 @@ def load_datasets_from_json(
     """
     batch_sizes = per_split("batch_size", batch_size, at_most=MAX_BATCH_SIZE)
     n_train, n_test = sizes = _checked_sizes(train_test_size)
-    check_count("random_seed", random_seed, at_least=0)
+    random_seed = check_count("random_seed", random_seed, at_least=0)
     device = check_device("device", device)
     if prepend_bos and model is not None and getattr(model, "tokenizer", None):
         _check_has_bos(model.tokenizer)

@@ -13,7 +13,12 @@ from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
 
 from auto_circuit.checks import check_count, checked
-from auto_circuit.data import PromptDataLoader, load_datasets_from_json, per_split
+from auto_circuit.data import (
+    PerSplit,
+    PromptDataLoader,
+    load_datasets_from_json,
+    per_split,
+)
 from auto_circuit.errors import ConfigError, DataError, near_matches
 from auto_circuit.metrics.official_circuits.circuits.docstring_official import (
     docstring_node_based_official_edges,
@@ -45,8 +50,6 @@ from auto_circuit.types import AutoencoderInput, Edge, OutputSlice, TaskKey
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.misc import repo_path_to_abs_path
 from auto_circuit.utils.patchable_model import PatchableModel
-
-PerSplit = int | tuple[int, int]
 
 
 @checked
@@ -220,16 +223,23 @@ class Task:
                 "expected a name or a path."
             )
         name = str(self._dataset_name)
-        path = Path(name)
-        if path.suffix.lower() not in READERS:
-            path = repo_path_to_abs_path(f"datasets/{name}.json")
-        if not path.exists() and name in GENERATORS:
+        try:
+            path = Path(name)
+            if path.suffix.lower() not in READERS:
+                path = repo_path_to_abs_path(f"datasets/{name}.json")
+            exists = path.exists()
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"The task {self.key!r} has `_dataset_name` {name!r:.100}, which cannot be "
+                f"a path ({error!s:.100})."
+            ) from None
+        if not exists and name in GENERATORS:
             raise DataError(
                 f"The task {self.key!r} needs the prompt file {path}, which is not part of "
                 "the repository: its words must be tokens of the model's own tokenizer. "
                 f"With a network connection, write it with `python {GENERATORS[name]}`."
             )
-        if not path.exists():
+        if not exists:
             raise DataError(
                 f"The task {self.key!r} needs the prompt file {path}, which does not "
                 "exist. Write one in the format of `datasets/` (see "

@@ -17,6 +17,7 @@ from auto_circuit.data import (
     PromptDataLoader,
     PromptDataset,
     PromptPair,
+    PromptPairBatch,
     collate_fn,
     load_datasets_from_json,
 )
@@ -626,6 +627,91 @@ def test_a_model_without_a_kv_cache(tmp_path: Path) -> None:
     path = write_prompts(tmp_path, name_prompts(4))
     with pytest.raises(ConfigError, match="`tail_divergence` must be False"):
         load(path, model, (2, 2), tail_divergence=True)
+
+
+def test_arguments_of_the_loader(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path, [prompt([1, 2], [3, 4], [1], [0])] * 5)
+
+    def load_with(**options: Any) -> Any:
+        options = {"batch_size": 2, "train_test_size": (2, 1), **options}
+        return load_datasets_from_json(None, path, **options)
+
+    train, test = load_with(
+        batch_size=(np.int64(1), np.int32(2)), train_test_size=(np.int64(2), 3)
+    )
+    assert (len(train), len(test)) == (2, 2)
+    with pytest.raises(DataError, match=r"5 prompts, but train_test_size=\(2, 4\)"):
+        load_with(train_test_size=(2, 4))
+    with pytest.raises(ConfigError, match="`batch_size` is 2147483648"):
+        load_with(batch_size=2**31)
+    with pytest.raises(ConfigError, match="`random_seed` is -1; expected at least 0"):
+        load_with(random_seed=-1)
+    for device in ("nothing", "meta", "cuda:99"):
+        with pytest.raises(ConfigError, match=f"`device` is '{device}', which cannot be"):
+            load_with(device=device)
+
+
+TOKENS = t.tensor([1, 2])
+
+
+@pytest.mark.parametrize(
+    "wrong,message",
+    [
+        ({"corrupt": t.tensor([1, 2, 3])}, "expected the same shape, type and device"),
+        ({"corrupt": t.tensor([1.0, 2.0])}, "expected the same shape, type and device"),
+        ({"corrupt": TOKENS.to("meta")}, "expected the same shape, type and device"),
+        ({"clean": t.tensor(1)}, "`clean` is torch.int64 of shape .*least 1 dimension"),
+        ({"clean": TOKENS == 1}, "`clean` is torch.bool .*expected token ids"),
+        ({"clean": TOKENS[:0], "corrupt": TOKENS[:0]}, "expected at least one token"),
+        ({"answers": t.tensor(1)}, "`answers` is .*least 1 dimension"),
+        ({"answers": t.tensor([1.0])}, "expected token ids .integers. in all of them"),
+        ({"wrong_answers": TOKENS.to("meta")}, "on one device"),
+        ({"clean_attention_mask": TOKENS[:1]}, "expected a number for each token"),
+    ],
+)
+def test_pairs_that_do_not_fit(wrong: dict[str, t.Tensor], message: str) -> None:
+    parts: dict[str, Any] = dict.fromkeys(
+        ("clean", "corrupt", "answers", "wrong_answers"), TOKENS
+    )
+    PromptPair(**parts)
+    with pytest.raises(DataError, match=message):
+        PromptPair(**{**parts, **wrong})
+    batch = {name: row[None] for name, row in {**parts, **wrong}.items() if row.ndim}
+    if len(batch) == len({**parts, **wrong}):
+        with pytest.raises(DataError, match=message):
+            PromptPairBatch(0, 0, **batch)
+
+
+def test_batches_and_data_sets_that_do_not_fit() -> None:
+    one, two = TOKENS[None], t.stack([TOKENS, TOKENS])
+    with pytest.raises(DataError, match="`answers` has 1 rows, but the batch has 2"):
+        PromptPairBatch(0, 0, two, two, one, two)
+    with pytest.raises(
+        DataError, match="`wrong_answers` has 1 rows, but the batch has 2"
+    ):
+        PromptPairBatch(0, 0, two, two, two, [TOKENS])
+    longer = t.tensor([1, 2, 3])
+    with pytest.raises(DataError, match="shapes .* cannot be one batch"):
+        collate_fn([PromptPair(row, row, row, row) for row in (TOKENS, longer)])
+    rows = [TOKENS, longer]
+    ragged = PromptDataset(rows, rows, rows, rows)
+    with pytest.raises(DataError, match="shapes .* cannot be one batch"):
+        PromptDataLoader(ragged, None, 0, batch_size=2)
+    assert len(PromptDataLoader(ragged, None, 0, batch_size=1)) == 2
+    with pytest.raises(DataError, match=r"`seq_len` is 2, but prompts have \[2, 3\]"):
+        PromptDataLoader(ragged, 2, 0, batch_size=1)
+    mixed = [TOKENS, TOKENS.float()]
+    with pytest.raises(DataError, match="Prompt 1 has .* expected one type and device"):
+        PromptDataset(mixed, mixed, two, two)
+    whole = PromptDataset(two, two, two, two)
+    with pytest.raises(DataError, match="`seq_labels` .* a text for each of 2 positions"):
+        PromptDataLoader(whole, 2, 0, None, ["a"])
+    with pytest.raises(DataError, match="`word_idxs` is"):
+        PromptDataLoader(whole, 2, 0, None, None, {"a": True})
+    with pytest.raises(ConfigError, match="`batch_size` is 0; expected at least 1"):
+        PromptDataLoader(whole, 2, 0, batch_size=0)
+    with pytest.raises(ConfigError, match="The loader's options do not fit"):
+        PromptDataLoader(whole, 2, 0, num_workers=-1)
 
 
 def test_parts_of_a_data_set_have_equal_lengths() -> None:

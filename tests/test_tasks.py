@@ -9,9 +9,11 @@ import sys
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch as t
 
+from auto_circuit.data import load_datasets_from_json
 from auto_circuit.errors import ConfigError, DataError, ModelError
 from auto_circuit.experiment_utils import load_tl_model
 from auto_circuit.model_utils.micro_model_utils import MicroModel
@@ -24,9 +26,11 @@ from auto_circuit.tasks import (
     POCKET_TASKS,
     TASK_DICT,
     TASKS,
+    Task,
     find_task,
 )
 from tests.models import llama, randomize
+from tests.texts import name_prompts, text_model, word_tokenizer, write_prompts
 
 N_COMPONENT_EDGES = 1519
 REPO = Path(__file__).parents[1]
@@ -112,6 +116,74 @@ def test_bos_is_the_models_unless_the_task_says(
     prefix = mine.train_loader.kv_cache
     first = batch.clean[0] if prefix is None else prefix.tokens
     assert (int(first[0]) == model.tokenizer.bos_token_id) is has_bos
+
+
+def first_prompts(task: Task) -> list[list[int]]:
+    return next(iter(task.train_loader)).clean.tolist()
+
+
+def test_the_seed_shuffles_the_prompts(tmp_path: Path) -> None:
+    model = text_model(word_tokenizer())
+    path = write_prompts(tmp_path, name_prompts(20))
+    one = replace(
+        POCKET_IOI_TASK,
+        _model_def=model,
+        _dataset_name=path,
+        batch_size=np.int64(5),
+        batch_count=(2, np.int32(1)),
+        seed=1,
+    )
+    train, _ = load_datasets_from_json(
+        model,
+        path,
+        batch_size=5,
+        train_test_size=(10, 5),
+        tail_divergence=True,
+        random_seed=1,
+    )
+    assert first_prompts(one) == next(iter(train)).clean.tolist()
+    assert first_prompts(replace(one, seed=2)) != first_prompts(one)
+
+
+def test_the_suffix_of_a_prompt_file_says_its_format(tmp_path: Path) -> None:
+    model = text_model(word_tokenizer())
+    files = {
+        "x.csv": "clean,corrupt,answers\nAnn met Bob,Dan met Eve, Bob\n",
+        "x.jsonl": '{"clean": "Ann met Bob", "corrupt": "Dan met Eve", "answers": ["Bob"]}',
+    }
+    task = replace(POCKET_IOI_TASK, _model_def=model, batch_size=1, batch_count=(1, 0))
+    found = []
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        found.append(first_prompts(replace(task, _dataset_name=str(tmp_path / name))))
+    assert found[0] == found[1]
+    with pytest.raises(
+        DataError, match=r"needs the prompt file .*/y.csv, which does not"
+    ):
+        _ = replace(task, _dataset_name=tmp_path / "y.csv").train_loader
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"batch_size": 0}, "`batch_size` is 0; expected at least 1"),
+        ({"batch_count": -1}, "`batch_count` is -1; expected at least 0"),
+        ({"seed": -1}, "`seed` is -1; expected at least 0"),
+        ({"_dataset_name": "x" * 300}, "which cannot be a path"),
+        ({"_dataset_name": "bad.json"}, "bad.json is not JSON"),
+    ],
+)
+def test_bad_prompts_are_found_before_the_model_loads(
+    fields: dict[str, object],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text("{")
+    task = replace(POCKET_IOI_TASK, _model_def="no such model", **fields)
+    with pytest.raises((ConfigError, DataError), match=message):
+        _ = task.model
 
 
 def test_two_tasks_can_share_a_model() -> None:
