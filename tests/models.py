@@ -22,6 +22,10 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -97,6 +101,25 @@ def qwen2() -> TransformerBridge:
 def gemma2() -> TransformerBridge:
     config = Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=D_MODEL // N_HEADS)
     return _bridge(Gemma2ForCausalLM(config))
+
+
+def olmo() -> TransformerBridge:
+    """Its norm is layer norm without weights, in a class of its own."""
+    return _bridge(OlmoForCausalLM(OlmoConfig(**SIZES, num_key_value_heads=2)))
+
+
+def mixtral() -> TransformerBridge:
+    config = MixtralConfig(
+        **SIZES, num_key_value_heads=2, num_local_experts=2, sliding_window=None
+    )
+    config._experts_implementation = "eager"  # the default one knows no float64
+    return _bridge(MixtralForCausalLM(config))
+
+
+def folded(bridge: TransformerBridge) -> TransformerBridge:
+    """The norms' weights in the next weights, and more, as `load_tl_model` does it."""
+    bridge.enable_compatibility_mode()
+    return bridge.eval().requires_grad_(False)
 
 
 def gpt2_folded() -> TransformerBridge:

@@ -22,6 +22,7 @@ from auto_circuit.utils.graph_utils import (
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.models import (
     ARCHITECTURES,
+    D_MODEL,
     MORE_ARCHITECTURES,
     architectures,
     gpt2,
@@ -347,7 +348,8 @@ def test_a_changed_weight_is_noticed() -> None:
     bridge = gpt2()
     model = patchable_model(bridge, True, separate_qkv=True)
     with t.no_grad():
-        bridge.blocks[0].attn.o.bias.add_(1.0)
+        # Not the same for all dimensions: layer norm would take that away again.
+        bridge.blocks[0].attn.o.bias.add_(t.linspace(-1, 1, D_MODEL))
         corrupt = bridge(CORRUPT)
     set_all_masks(model, 1.0)
     patched = run(model, CLEAN, src_ablations(model, CORRUPT))

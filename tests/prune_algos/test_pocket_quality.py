@@ -169,6 +169,30 @@ GRADIENT_METHODS: dict[str, Callable[..., PruneScores]] = {
 FINDERS = tuple(GRADIENT_METHODS)[:6]
 
 
+def test_modified_gradients_are_near_the_exact_effects() -> None:
+    """Pocket IOI, 16 prompts: the correlation over the 50 best edges of each.
+
+    Over all edges it is the same, .99 for RelP and .94 for GIM, where EAP has .83.
+    """
+    task = replace(POCKET_IOI_TASK, batch_count=(1, 1))
+    edges, found = list(task.model.edges), {}
+    for name in ("EAP", "EAP, GIM", "EAP, RelP"):
+        scores = GRADIENT_METHODS[name](task.model, task.train_loader, None)
+        found[name] = t.stack([edge.prune_score(scores) for edge in edges]).double()
+    best = t.cat([ours.abs().topk(50).indices for ours in found.values()]).unique()
+    chosen = [edges[i] for i in best]
+    effects = edge_effects(task.model, task.train_loader, chosen)
+    exact = t.tensor([effects[edge] for edge in chosen]).double()
+    correlation = {
+        name: float(t.corrcoef(t.stack([ours[best], exact]))[0, 1])
+        for name, ours in found.items()
+    }
+    print({name: round(value, 3) for name, value in correlation.items()})
+    assert correlation["EAP, RelP"] > 0.97
+    assert correlation["EAP, GIM"] > 0.9
+    task.free()
+
+
 @pytest.mark.parametrize("task", POCKET_TASKS, ids=lambda task: task.key)
 def test_integrated_gradients_are_nearer_to_the_exact_effects(task: Task) -> None:
     """The order of the large effects, which make the circuit; and that of all effects.

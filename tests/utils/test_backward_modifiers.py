@@ -304,3 +304,142 @@ def test_patched_values_are_what_they_are_without(share: float) -> None:
     for modifier in (gim_backward, relp_backward):
         with modifier(model):
             t.testing.assert_close(logits(), true, atol=1e-6, rtol=0.0)
+
+
+# ------------------------------------------------------------- scores of edges, by hand
+
+
+def per_head(x: Tensor) -> Tensor:
+    """Inputs of heads' own: [batch seq head d_model]."""
+    return x.unsqueeze(2).repeat(1, 1, 4, 1)
+
+
+def in_heads(weight: Tensor, n_heads: int) -> Tensor:
+    """[d_model width] -> [head d_model d_head]."""
+    return weight.unflatten(1, (n_heads, -1)).movedim(1, 0)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | float) -> Tensor:
+    return t.einsum("bshd,hde->bshe", x, in_heads(weight, x.shape[2])) + bias
+
+
+class ByHand:
+    """Sources' outputs and destinations' inputs of one pass, written out once more."""
+
+    def __init__(self) -> None:
+        self.reads: dict[str, Tensor] = {}
+        self.writes: dict[str, Tensor] = {}
+
+    def read(self, name: str, x: Tensor) -> Tensor:
+        """What a destination reads, apart from the residual stream that goes on."""
+        self.reads[name] = x.clone()
+        return self.reads[name]
+
+    def write_heads(self, layer: int, z: Tensor, weight: Tensor) -> Tensor:
+        out = t.einsum("bshe,hed->bshd", z, weight.unflatten(0, (4, -1)))
+        self.writes.update({f"A{layer}.{h}": out[:, :, h] for h in range(4)})
+        return out.sum(2)
+
+    def write(self, name: str, x: Tensor) -> Tensor:
+        self.writes[name] = x
+        return x
+
+    def gpt2(self, hf: Any, tokens: Tensor, rules: str) -> Tensor:
+        frozen, model = rules != "", hf.transformer
+        positions = model.wpe(t.arange(tokens.shape[1]))
+        x = self.write("Resid Start", model.wte(tokens) + positions)
+        for i, block in enumerate(model.h):
+            weights = block.attn.c_attn.weight.chunk(3, -1)
+            biases = block.attn.c_attn.bias.unflatten(0, (3, 4, -1))
+            q, k, v = (
+                project(
+                    layer_norm(self.read(f"A{i} {n}", per_head(x)), block.ln_1, frozen),
+                    weight,
+                    bias,
+                )
+                for n, weight, bias in zip("QKV", weights, biases, strict=True)
+            )
+            z = attention(q, k, v, rules)
+            x = x + self.write_heads(i, z, block.attn.c_proj.weight)
+            x = x + block.attn.c_proj.bias
+            read = layer_norm(self.read(f"MLP {i}", x), block.ln_2, frozen)
+            hidden = by_rule(block.mlp.act, block.mlp.c_fc(read), rules)
+            x = x + self.write(f"MLP {i}", block.mlp.c_proj(hidden))
+        return hf.lm_head(layer_norm(self.read("Resid End", x), model.ln_f, frozen))
+
+    def llama(self, hf: Any, tokens: Tensor, rules: str) -> Tensor:
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        frozen, model = rules != "", hf.model
+        x = self.write("Resid Start", model.embed_tokens(tokens))
+        cos, sin = model.rotary_emb(x, t.arange(x.shape[1])[None])
+        for i, block in enumerate(model.layers):
+            attn = block.self_attn
+            # Key-value head 1 serves the query heads 2 and 3.
+            q, k, v = (
+                project(
+                    rms_norm(
+                        self.read(f"A{i} {n}", per_head(x)[:, :, ::group]),
+                        block.input_layernorm,
+                        frozen,
+                    ),
+                    projection.weight.T,
+                    0.0,
+                )
+                for n, projection, group in (
+                    ("Q", attn.q_proj, 1),
+                    ("K", attn.k_proj, 2),
+                    ("V", attn.v_proj, 2),
+                )
+            )
+            q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+            k, v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
+            z = attention(q, k, v, rules)
+            x = x + self.write_heads(i, z, attn.o_proj.weight.T)
+            read = self.read(f"MLP {i}", x)
+            normed = rms_norm(read, block.post_attention_layernorm, frozen)
+            mlp = block.mlp
+            gate = by_rule(mlp.act_fn, mlp.gate_proj(normed), rules)
+            gated = gate * mlp.up_proj(normed)
+            gated = scaled(gated, 0.5) if frozen else gated
+            x = x + self.write(f"MLP {i}", mlp.down_proj(gated))
+        return hf.lm_head(rms_norm(self.read("Resid End", x), model.norm, frozen))
+
+
+@pytest.mark.parametrize(
+    "name,rules",
+    [
+        ("gpt2", "gim"),
+        ("llama", "relp"),
+        pytest.param("gpt2", "relp", marks=pytest.mark.slow),
+        pytest.param("llama", "gim", marks=pytest.mark.slow),
+    ],
+)
+def test_scores_of_edges_in_a_model_written_by_hand(name: str, rules: str) -> None:
+    """(corrupt - clean) source times gradient at the destination, edge by edge."""
+    bridge: Any = {"gpt2": gpt2, "llama": llama}[name]().double()
+    model = patchable_model(bridge, True, "last_seq", separate_qkv=True)
+    loader = token_loader(3, 3)
+    (batch,) = loader
+    with {"gim": gim_backward, "relp": relp_backward}[rules](model):
+        scores = edge_attribution_patching_prune_scores(model, loader, None)
+    clean, corrupt = ByHand(), ByHand()
+    with t.no_grad():
+        getattr(corrupt, name)(bridge.original_model, batch.corrupt, rules)
+    bridge.requires_grad_(True)  # so that there is a graph
+    logits = getattr(clean, name)(bridge.original_model, batch.clean, rules)[:, -1]
+    loss = (logits[:, 2] - logits[:, 1]).mean()
+    grads = t.autograd.grad(loss, list(clean.reads.values()))
+    grad_of = dict(zip(clean.reads, grads, strict=True))
+    expected = []
+    for edge in model.edges:
+        component, _, head_and_letter = edge.dest.name.partition(".")
+        head, _, letter = head_and_letter.partition(".")
+        grad = grad_of[f"{component} {letter}" if letter else component]
+        grad = grad[:, :, int(head)] if head else grad
+        change = corrupt.writes[edge.src.name] - clean.writes[edge.src.name]
+        expected.append((change * grad).sum())
+    by_hand = t.stack(expected).detach()
+    ours = t.stack([edge.prune_score(scores) for edge in model.edges])
+    assert (by_hand.abs() > 1e-6).float().mean() > 0.9
+    t.testing.assert_close(ours.double(), by_hand, rtol=1e-4, atol=1e-8)
