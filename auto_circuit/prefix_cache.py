@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from auto_circuit.errors import ConfigError
+from auto_circuit.utils.module_use import being_read
+from auto_circuit.utils.torch_state import in_own_state
 from auto_circuit.weights import WeightFingerprint
 
 ROUNDING = 64
@@ -64,6 +66,7 @@ def begin_with(
     return (found == prefix).all(1) & (places[:, -1] < seq)
 
 
+@in_own_state(grad=False)
 def make_prefix_cache(model: Any, tokens: Int[Tensor, "prefix"]) -> PrefixCache:
     """A model's keys and values for a prefix. Raises ConfigError if it gives none."""
     from transformers import DynamicCache
@@ -72,7 +75,7 @@ def make_prefix_cache(model: Any, tokens: Int[Tensor, "prefix"]) -> PrefixCache:
     # itself drops what is outside of the window, and with it the count of positions.
     cache = DynamicCache()
     try:
-        with t.no_grad():
+        with being_read(model, model):
             model(tokens[None], past_key_values=cache, use_cache=True)
         layers = [_keys_and_values(layer) for layer in cache.layers]
         lengths = {part.shape[2] for pair in layers for part in pair}
@@ -99,9 +102,10 @@ def _no_cache(model: Any, why: str) -> ConfigError:
     )
 
 
+@in_own_state(grad=False)
 def is_exact(model: Any, prefix: PrefixCache, rest: Int[Tensor, "seq"]) -> bool:
     """Does the model say the same of a prompt with the cache as without it?"""
-    with t.no_grad():
+    with being_read(model, model):
         whole = model(t.cat([prefix.tokens, rest])[None])[0, -1]
         cached = model(rest[None], past_key_values=prefix.past_key_values(1))[0, -1]
     rounding = ROUNDING * t.finfo(whole.dtype).eps * (1 + whole.abs().max())

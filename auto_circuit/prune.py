@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch as t
 from torch import Tensor
 
 from auto_circuit.checks import checked
@@ -20,12 +19,14 @@ from auto_circuit.utils.custom_tqdm import tqdm
 from auto_circuit.utils.graph_utils import patch_mode, preserved_masks
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import circuit_mask, desc_prune_scores
+from auto_circuit.utils.torch_state import in_own_state
 
 Circuit = dict[str, Tensor]
 """Destination module -> [seq?, head?, src]: True for the edges of the circuit."""
 
 
 @checked
+@in_own_state(grad=False)
 def run_circuits(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -71,7 +72,7 @@ def run_circuits(
         patch_side = None
     outputs: CircuitOutputs = {n_edges: {} for n_edges in masks}
     batches = iter_src_ablations(model, dataloader, ablation_type, patch_side)
-    with t.no_grad(), preserved_masks(model):
+    with preserved_masks(model):
         for batch, patch_src_outs in tqdm(batches, total=len(dataloader), leave=False):
             tokens, kwargs = batch.model_input(input_side)
             with patch_mode(model, patch_src_outs):

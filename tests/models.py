@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -58,13 +58,18 @@ def _bridge(model: PreTrainedModel) -> TransformerBridge:
     return bridge.eval().requires_grad_(False)
 
 
-def gpt2(n_layers: int = N_LAYERS, n_heads: int = N_HEADS) -> TransformerBridge:
+def gpt2(
+    n_layers: int = N_LAYERS, n_heads: int = N_HEADS, dropout: float = 0.1
+) -> TransformerBridge:
     config = GPT2Config(
         n_layer=n_layers,
         n_head=n_heads,
         n_embd=D_MODEL,
         vocab_size=VOCAB,
         n_positions=N_CTX,
+        attn_pdrop=dropout,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
     )
     return _bridge(GPT2LMHeadModel(config))
 
@@ -163,10 +168,27 @@ def tokens(batch: int, seq: int, seed: int = 0) -> Tensor:
     return t.randint(0, VOCAB, (batch, seq), generator=generator)
 
 
+def _all_named_modules(model: t.nn.Module) -> Iterator[tuple[str, t.nn.Module]]:
+    """Also those of the Hugging Face model, which a bridge keeps apart."""
+    yield from model.named_modules()
+    inner = getattr(model, "wrapped_model", model)
+    original = vars(inner).get("original_model")
+    if original is not None:
+        yield from original.named_modules(prefix="original")
+
+
 def state_snapshot(model: t.nn.Module) -> dict[str, object]:
-    """Everything about a model that a context manager must leave as it was."""
+    """Everything about a model, and about torch, that we must leave as it was."""
     snapshot: dict[str, object] = {"rng": t.get_rng_state().tolist()}
-    for name, module in model.named_modules():
+    snapshot["torch"] = (
+        t.is_grad_enabled(),
+        t.is_inference_mode_enabled(),
+        t.is_autocast_enabled("cpu"),
+        t.get_default_dtype(),
+        t.get_default_device(),
+    )
+    for name, module in _all_named_modules(model):
+        snapshot[f"{name} ours"] = [key for key in vars(module) if "auto_circuit" in key]
         hooks = (module._forward_hooks, module._forward_pre_hooks)
         snapshot[f"{name} hooks"] = [len(h) for h in (*hooks, module._backward_hooks)]
         snapshot[f"{name} training"] = module.training

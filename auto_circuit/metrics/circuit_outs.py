@@ -21,6 +21,7 @@ from auto_circuit.utils.ablation_activations import (
 )
 from auto_circuit.utils.graph_utils import patch_mode, preserved_masks
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.torch_state import in_own_state, own_state
 
 CHUNK = 16
 """How many circuits' outputs of one batch are held in memory at a time."""
@@ -102,7 +103,11 @@ def _outs(
 ) -> list[Tensor]:
     tokens, kwargs = batch.model_input("clean")
     outs = []
-    with t.no_grad(), preserved_masks(model), patch_mode(model, patch_src_outs):
+    with (
+        own_state(model, grad=False),
+        preserved_masks(model),
+        patch_mode(model, patch_src_outs),
+    ):
         for circuit in circuits:
             set_masks(model, complement(circuit))
             outs.append(model.sliced(tokens, **kwargs).clone())
@@ -110,6 +115,7 @@ def _outs(
 
 
 @checked
+@in_own_state(grad=False)
 def circuit_prompt_vals(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -131,7 +137,6 @@ def circuit_prompt_vals(
     full = FullModelOuts(model, dataloader)
     vals: list[list[Tensor]] = [[] for _ in circuits]
     for batch, idx, out in iter_circuit_outs(model, dataloader, circuits, ablation_type):
-        with t.no_grad():
-            prompt_vals = metric.prompt_func(out, batch, full)
+        prompt_vals = metric.prompt_func(out, batch, full)
         vals[idx].append(prompt_vals.to("cpu", t.float64))
     return t.stack([t.cat(of_circuit) for of_circuit in vals])

@@ -29,12 +29,14 @@ from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.custom_tqdm import tqdm
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import multibatch_kl_div
+from auto_circuit.utils.tensor_ops import at_least_float32, multibatch_kl_div
+from auto_circuit.utils.torch_state import in_own_state
 
 AcdcTarget = Literal["kl_div", "mse"]
 
 
 @checked
+@in_own_state(grad=False)
 def acdc_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -93,6 +95,7 @@ def acdc_prune_scores(
 
 
 @checked
+@in_own_state(grad=False)
 def removed_edges(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -115,6 +118,7 @@ def removed_edges(
 
 
 @checked
+@in_own_state(grad=False)
 def take_edges_out(
     model: PatchableModel,
     batch: TrainingBatch,
@@ -170,6 +174,7 @@ def check_thresholds(thresholds: Sequence[float]) -> None:
 
 
 def _distance(outputs: Tensor, clean_outputs: Tensor, target: AcdcTarget) -> float:
+    outputs, clean_outputs = map(at_least_float32, (outputs, clean_outputs))
     if target == "mse":
         return float(mse_loss(outputs, clean_outputs))
     kl_div = multibatch_kl_div(outputs.log_softmax(-1), clean_outputs.log_softmax(-1))

@@ -25,9 +25,11 @@ from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import circuit_mask
+from auto_circuit.utils.torch_state import in_own_state
 
 
 @checked
+@in_own_state(grad=False)
 def acdc_after_eap_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,

@@ -15,9 +15,11 @@ from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.ablation_activations import iter_src_ablations
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.torch_state import in_own_state
 
 
 @checked
+@in_own_state(grad=False)
 def activation_magnitude_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -29,16 +31,17 @@ def activation_magnitude_prune_scores(
     from auto-circuit, which took the mean before the absolute value, and another node's
     value in unfactorized graphs.
     """
-    total = t.zeros(model.plan.n_srcs)
+    total = t.zeros(model.plan.n_srcs, dtype=t.float64)
     count = 0
     clean = iter_src_ablations(model, dataloader, AblationType.RESAMPLE, "clean")
     for batch, outs in clean:
         _, kwargs = batch.model_input("clean")
-        magnitudes = outs.abs().mean(dim=-1)
+        wide = t.promote_types(outs.dtype, t.float32)
+        magnitudes = outs.abs().mean(dim=-1, dtype=wide)
         mask = kwargs.get("attention_mask")
         if mask is not None:
             magnitudes = magnitudes * mask[:, -outs.shape[2] :]
-        total = total + magnitudes.sum(dim=(1, 2)).cpu()
+        total = total + magnitudes.sum(dim=(1, 2)).cpu().double()
         count += magnitudes[0].numel() if mask is None else int(mask.sum())
     means = total / count
     return {

@@ -28,11 +28,13 @@ from auto_circuit.prune_algos.subnetwork_probing import (
 from auto_circuit.types import AblationType, Edge, MaskFn, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import circuit_mask
+from auto_circuit.utils.torch_state import in_own_state
 
 CircuitSize = int | Literal["true_size"]
 
 
 @checked
+@in_own_state(grad=True)
 def circuit_probing_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,

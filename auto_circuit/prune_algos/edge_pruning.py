@@ -52,6 +52,7 @@ from auto_circuit.utils.tensor_ops import (
     HARD_CONCRETE_TEMP,
     at_least_float32,
 )
+from auto_circuit.utils.torch_state import in_own_state
 
 Warmup = Literal["linear", "geometric"]
 INIT_LOGIT = 2.0
@@ -92,6 +93,7 @@ def edge_pruning_prune_scores(
 
 
 @checked
+@in_own_state(grad=True)
 def train_edge_pruning(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -149,7 +151,7 @@ def train_edge_pruning(
     ):
         set_all_masks(model, -INIT_LOGIT)  # of a patched edge: the gates are open
         for name, logits in first_logits.items():
-            masks[name].data = -logits
+            masks[name].data.copy_(-logits)
         optimizer = mask_optimizer(masks, learning_rate)
         ascent = t.optim.Adam([multipliers], lr=multiplier_learning_rate, maximize=True)
         decay = rate_decay(optimizer, 0.1, n_steps)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch as t
 from torch import Tensor
 
 from auto_circuit.checks import check_count, checked
@@ -28,10 +27,12 @@ from auto_circuit.utils.ablation_activations import (
     iter_src_ablations,
 )
 from auto_circuit.utils.custom_tqdm import tqdm
-from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.patchable_model import PatchableModel, unpatched
+from auto_circuit.utils.torch_state import in_own_state
 
 
 @checked
+@in_own_state(grad=False)
 def exact_edge_patching_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -66,6 +67,7 @@ def exact_edge_patching_prune_scores(
 
 
 @checked
+@in_own_state(grad=False)
 def edge_effects(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -84,14 +86,14 @@ def edge_effects(
     effects = dict.fromkeys(edges_from_the_end(edges), 0.0)
     for batch, outs in iter_src_ablations(model, dataloader, ablation_type, side):
         tokens, kwargs = batch.model_input("clean")
-        with t.no_grad():
+        with unpatched(model, grad=False):
             clean_outputs = model.sliced(tokens, **kwargs)
         ready = TrainingBatch(batch, tokens, kwargs, outs, clean_outputs)
 
         def loss(outputs: Tensor, batch: PromptPairBatch = batch) -> float:
             return float(answer_loss(outputs, batch, grad_function, answer_function))
 
-        unpatched = loss(clean_outputs)
+        before = loss(clean_outputs)
         weight = len(tokens) / dataloader.n_prompts
         with trial(model, ready, edges_at_once) as circuits:
             for tried in tqdm(list(chunks(list(effects), edges_at_once)), leave=False):
@@ -100,7 +102,7 @@ def edge_effects(
                 outputs = circuits.outputs(first=tried[-1])
                 for edge, of_circuit in zip(tried, outputs, strict=False):
                     circuits.patch(edge, slice(None), 0.0)
-                    effects[edge] += (loss(of_circuit) - unpatched) * weight
+                    effects[edge] += (loss(of_circuit) - before) * weight
     return effects
 
 

@@ -42,12 +42,14 @@ from auto_circuit.utils.graph_utils import (
     train_mask_mode,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.torch_state import in_own_state
 
 NodeScores = Float[Tensor, "*seq src"]
 """A number per source, and per position if the graph tells positions apart."""
 
 
 @checked
+@in_own_state(grad=True)
 def head_importance_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,

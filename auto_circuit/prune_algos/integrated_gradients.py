@@ -49,9 +49,11 @@ from auto_circuit.utils.ablation_activations import (
 )
 from auto_circuit.utils.graph_utils import patch_mode, set_all_masks, train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.torch_state import in_own_state
 
 
 @checked
+@in_own_state(grad=True)
 def input_integrated_gradients_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -87,6 +89,7 @@ def input_integrated_gradients_prune_scores(
 
 
 @checked
+@in_own_state(grad=True)
 def clean_corrupt_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -115,6 +118,7 @@ def clean_corrupt_prune_scores(
 
 
 @checked
+@in_own_state(grad=True)
 def activation_integrated_gradients_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,

@@ -35,9 +35,11 @@ from auto_circuit.utils.ablation_activations import (
 )
 from auto_circuit.utils.graph_utils import patch_mode, set_all_masks, train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.torch_state import in_own_state
 
 
 @checked
+@in_own_state(grad=True)
 def mask_gradient_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,

@@ -30,7 +30,7 @@ from auto_circuit.utils.ablation_activations import (
     iter_src_ablations,
 )
 from auto_circuit.utils.graph_utils import patch_mode
-from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.patchable_model import PatchableModel, unpatched
 from auto_circuit.utils.tensor_ops import desc_prune_scores
 
 
@@ -89,7 +89,7 @@ def training_batches(
     all_outs = iter_src_ablations(model, dataloader, ablation_type, patch_side)
     for batch, outs in islice(all_outs, max_batches):
         clean, clean_kwargs = batch.model_input("clean")
-        with t.no_grad():
+        with unpatched(model, grad=False):
             clean_outputs = model.sliced(clean, **clean_kwargs).clone()
         inputs, kwargs = batch.model_input(input_side)
         # The activations share memory from batch to batch; a mean is the same for all.

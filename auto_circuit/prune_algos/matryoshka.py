@@ -40,6 +40,7 @@ from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.graph_utils import train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.torch_state import in_own_state
 
 SizeDistribution = Literal["uniform", "log_uniform"]
 BISECTIONS = 50
@@ -73,6 +74,7 @@ def matryoshka_prune_scores(
 
 
 @checked
+@in_own_state(grad=True)
 def train_matryoshka(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -118,7 +120,7 @@ def train_matryoshka(
             size = _draw_size(sum(lengths), sizes, generator)
             kept = soft_top_k(scores.detach(), size, temperature)
             for mask, shares in zip(masks.values(), kept.split(lengths), strict=True):
-                mask.data = (1 - shares.view_as(mask)).to(mask.dtype)
+                mask.data.copy_(1 - shares.view_as(mask))
                 mask.grad = None
             outputs = circuit_outputs(model, batch)
             loss = faithfulness_loss(

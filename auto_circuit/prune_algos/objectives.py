@@ -15,6 +15,7 @@ from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
     answer_margins,
     answer_targets,
+    at_least_float32,
     batch_answer_diffs,
     batch_avg_answer_diff,
     batch_avg_answer_val,
@@ -84,7 +85,7 @@ def answer_loss(
 
     Raises DataError for answers that do not fit the outputs or the function.
     """
-    values = answer_values(outputs, grad_function)
+    values = answer_values(at_least_float32(outputs), grad_function)
     if answer_function == "avg_diff":
         return -batch_avg_answer_diff(values, batch)
     if answer_function == "avg_val":
@@ -132,6 +133,7 @@ def faithfulness_loss(
     Differs from auto-circuit, whose correct_percent had no gradient and the wrong sign,
     and which had no logit_diff.
     """
+    outputs, clean_outputs = map(at_least_float32, (outputs, clean_outputs))
     if target == "kl_div":
         return multibatch_kl_div(outputs.log_softmax(-1), clean_outputs.log_softmax(-1))
     if target == "mse":

@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from auto_circuit.utils.graph_utils import (
     starting_at,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.torch_state import own_computation
 
 
 def edges_from_the_end(edges: Iterable[Edge]) -> list[Edge]:
@@ -82,7 +82,7 @@ def trial(
     check_count("n_circuits", n_circuits)
     repeated = _repeated(batch, n_circuits)
     with (
-        t.no_grad(),
+        own_computation(grad=False),
         # One circuit needs no masks for each example.
         set_mask_batch_size(model, len(repeated.inputs) if n_circuits > 1 else None),
         preserved_masks(model),

@@ -32,9 +32,11 @@ from auto_circuit.utils.graph_utils import (
     train_mask_mode,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.torch_state import in_own_state
 
 
 @checked
+@in_own_state(grad=True)
 def mask_gradient_prompt_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,

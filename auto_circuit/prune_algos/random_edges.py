@@ -11,9 +11,11 @@ from auto_circuit.data import PromptDataLoader
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import Edge, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.torch_state import in_own_state
 
 
 @checked
+@in_own_state(grad=False)
 def random_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader | None,

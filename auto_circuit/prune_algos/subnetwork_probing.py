@@ -62,6 +62,7 @@ from auto_circuit.utils.graph_utils import (
 )
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import at_least_float32, hard_concrete_expected_l0
+from auto_circuit.utils.torch_state import in_own_state, own_computation
 
 INIT_LOGIT = 1.6094379124341003
 """log(5): gates start with minus this logit. Without noise they are then 0.1 open."""
@@ -132,6 +133,7 @@ def subnetwork_probing_prune_scores(
 
 
 @checked
+@in_own_state(grad=True)
 def train_subnetwork(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -234,7 +236,7 @@ def train_subnetwork(
     ):
         set_all_masks(model, float(-sign * init_val))
         for name, logits in first_logits.items():
-            masks[name].data = sign * logits
+            masks[name].data.copy_(sign * logits)
         optimizer = mask_optimizer(masks, learning_rate)
         decay = rate_decay(optimizer, last_rate_share, epochs * len(batches))
         for step, batch in all_steps:
@@ -342,7 +344,7 @@ def _validate(
 ) -> float:
     losses = []
     for batch in batches:
-        with t.no_grad(), patch_mode(model, batch.patch_src_outs):
+        with own_computation(grad=False), patch_mode(model, batch.patch_src_outs):
             outputs = circuit_outputs(model, batch)
         loss = faithfulness_loss(target, outputs, batch.batch, batch.clean_outputs)
         losses.append(float(loss))

@@ -20,7 +20,9 @@ from auto_circuit.utils.patchable_model import (
     LAST_POSITION,
     PatchableModel,
     last_position_only,
+    unpatched,
 )
+from auto_circuit.utils.torch_state import own_computation, own_defaults
 
 SrcOuts = Float[Tensor, "src batch seq d_model"]
 
@@ -125,12 +127,13 @@ def batch_src_ablations(
 
     All batches are held in memory: for large loaders use `iter_src_ablations`.
     """
-    return {
-        batch.key: outs.clone() if ablation_type in PER_BATCH_ABLATIONS else outs
-        for batch, outs in _iter_src_ablations(
-            model, dataloader, ablation_type, clean_corrupt
-        )
-    }
+    with own_computation():
+        return {
+            batch.key: outs.clone() if ablation_type in PER_BATCH_ABLATIONS else outs
+            for batch, outs in _iter_src_ablations(
+                model, dataloader, ablation_type, clean_corrupt
+            )
+        }
 
 
 @checked
@@ -170,7 +173,7 @@ def _iter_src_ablations(
     mean = outs = None
     if ablation_type.mean_over_dataset:
         mean = _dataset_mean(model, dataloader, ablation_type)
-    for batch in dataloader:
+    for batch in _batches(dataloader):
         if mean is not None:
             n_prompts = batch.clean.shape[0]
             # The engine overwrites what lies in memory as its buffer does, as the mean
@@ -243,10 +246,26 @@ def record_src_outs(
             buffer = heads.new_empty(shape)
         buffer[:, :, srcs] = heads
 
-    with t.no_grad(), _recorded(model, record), last_position_only(model):
+    with (
+        unpatched(model, grad=False),
+        _recorded(model, record),
+        last_position_only(model),
+    ):
         model(inputs, **kwargs)
     assert buffer is not None
     return buffer.movedim(2, 0)
+
+
+def _batches(dataloader: PromptDataLoader) -> Iterator[PromptPairBatch]:
+    """The loader's batches, in tensors of the kind that our passes make."""
+    with own_computation(), own_defaults():
+        batches = iter(dataloader)
+    while True:
+        with own_computation(), own_defaults():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def _ablate(
@@ -254,12 +273,22 @@ def _ablate(
 ) -> SrcOuts:
     if ablation_type == AblationType.RESAMPLE:
         return outs
+    with own_computation(grad=False), own_defaults():
+        return _ablated(outs, ablation_type, attention_mask)
+
+
+def _ablated(
+    outs: SrcOuts, ablation_type: AblationType, attention_mask: Tensor | None
+) -> SrcOuts:
     if ablation_type == AblationType.ZERO:
         return t.zeros_like(outs)
     dims = (1,) if ablation_type == AblationType.BATCH_TOKENWISE_MEAN else (1, 2)
     is_text = _is_text(outs, attention_mask)
-    total = (outs * is_text).sum(dims, keepdim=True)
-    return (total / is_text.sum(dims, keepdim=True).clamp(min=1)).expand_as(outs)
+    # Half precision loses too much in a sum, or overflows.
+    wide = t.promote_types(outs.dtype, t.float32)
+    total = (outs * is_text).sum(dims, keepdim=True, dtype=wide)
+    mean = total / is_text.sum(dims, keepdim=True).clamp(min=1)
+    return mean.to(outs.dtype).expand_as(outs)
 
 
 def _is_text(
@@ -280,13 +309,18 @@ def _dataset_mean(
         "corrupt": ablation_type.corrupt_dataset,
     }
     sides = [side for side in get_args(Side) if used[side]]
-    total, count = 0.0, 0
-    for batch in dataloader:
-        for side in sides:
-            tokens, kwargs = batch.model_input(side)
-            outs = record_src_outs(model, tokens, kwargs)
-            is_text = _is_text(outs, kwargs.get("attention_mask"))
-            total = total + (outs * is_text).sum(1, keepdim=True)
-            count = count + is_text.sum(1, keepdim=True)
-    assert isinstance(total, Tensor) and isinstance(count, Tensor)
-    return total / count.clamp(min=1)
+    total = count = outs = None
+    with own_computation(grad=False), own_defaults():
+        for batch in dataloader:
+            for side in sides:
+                tokens, kwargs = batch.model_input(side)
+                outs = record_src_outs(model, tokens, kwargs, reuse=outs)
+                is_text = _is_text(outs, kwargs.get("attention_mask"))
+                # Half precision loses too much in a sum, or overflows.
+                wide = t.promote_types(outs.dtype, t.float32)
+                of_batch = (outs * is_text).sum(1, keepdim=True, dtype=wide)
+                n_text = is_text.sum(1, keepdim=True)
+                total = of_batch if total is None else total + of_batch
+                count = n_text if count is None else count + n_text
+        assert total is not None and count is not None and outs is not None
+        return (total / count.clamp(min=1)).to(outs.dtype)

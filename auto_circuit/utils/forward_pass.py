@@ -30,7 +30,8 @@ BlockDelta = Float[Tensor, "token row d_model"]
 class BlockWork:
     """What one forward pass does with a block.
 
-    weights: [batch or 1, position or 1, row, column]; on the patched base, mask - 1.
+    weights: [batch or 1, position or 1, row, column], in float32 at least; on the patched
+        base, mask - 1.
     columns: the slots of `ForwardPass.diff` that they are multiplied with.
     row_idxs: the rows of the block that the weights are for; the others do not change.
     does_nothing: the weights are all zero.
@@ -190,6 +191,7 @@ class ForwardPass:
         """[batch or 1, seq or 1, row, src] -> [token, row, src]; a view if it can be."""
         assert self.diff is not None
         batch, seq = self.diff.shape[:2]
+        weights = weights.to(self.diff.dtype)
         if weights.shape[:2] == (1, 1):
             return weights[0].expand(batch * seq, -1, -1)
         return weights.expand(batch, seq, -1, -1).flatten(0, 1)
@@ -208,7 +210,9 @@ class ForwardPass:
         assert self.diff is not None
         by_token = products.unflatten(0, self.diff.shape[:2])
         expanded = [dim for dim in (0, 1) if weights.shape[dim] == 1]
-        return by_token.sum(expanded, keepdim=True) if expanded else by_token
+        if not expanded:
+            return by_token.to(weights.dtype)
+        return by_token.sum(expanded, keepdim=True, dtype=weights.dtype)
 
     def send_back(self, block: EdgeBlock, grads: BlockDelta) -> None:
         """Add to the gradient of the differences what comes from the block's rows."""

@@ -26,9 +26,17 @@ from auto_circuit.utils.edge_blocks import (
     edge_block_groups,
 )
 from auto_circuit.utils.edge_counts import edge_counts_util
+from auto_circuit.utils.module_use import in_use
 from auto_circuit.utils.patch_session import PatchSession
-from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
-from auto_circuit.utils.patchable_model import LAST_POSITION, PatchableModel
+from auto_circuit.utils.patch_wrapper import PatchWrapperImpl, mask_dtype
+from auto_circuit.utils.patchable_model import LAST_POSITION, PatchableModel, unpatched
+from auto_circuit.utils.torch_state import (
+    eval_mode,
+    in_own_state,
+    ordinary,
+    own_computation,
+    own_defaults,
+)
 from auto_circuit.weights import WeightFingerprint
 
 __all__ = [
@@ -94,7 +102,8 @@ def patchable_model(
     if ungroup:
         adapter = _ungrouped(adapter, model)
     srcs, dests = adapter.graph_nodes(model, factorized, separate_qkv)
-    wrappers = _make_wrappers(model, srcs, dests, factorized, seq_len, device)
+    with own_computation(), own_defaults():
+        wrappers = _make_wrappers(model, srcs, dests, factorized, seq_len, device)
     src_wrappers = OrderedSet(w for w in wrappers if w.is_src)
     dest_wrappers = OrderedSet(w for w in wrappers if w.is_dest)
     patchable = PatchableModel(
@@ -221,7 +230,8 @@ def _make_wrappers(
         shape = [] if seq_len is None else [seq_len]
         shape += [] if heads[0].head_idx is None else [len(heads)]
         shape += [in_srcs.stop - in_srcs.start]
-        mask = t.zeros(shape, dtype=param.dtype, device=device or param.device)
+        dtype = mask_dtype(param.dtype)
+        mask = t.zeros(shape, dtype=dtype, device=device or param.device)
         by_name.setdefault(module_name, {}).update(
             head_dim=heads[0].head_dim,
             seq_dim=None if seq_len is None else SEQ_DIM,
@@ -277,6 +287,16 @@ def _current_weights(model: PatchableModel) -> WeightFingerprint:
     return model.weights
 
 
+def _check_weights_allow_gradients(model: Module) -> None:
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ModelError(
+            "The model's weights were made in `torch.inference_mode()`, and PyTorch allows "
+            "no gradients through those. Load the model outside of it (what is computed "
+            "with it may be inside)."
+        )
+
+
+@in_own_state(grad=False)
 def _check_graph(model: PatchableModel) -> WeightFingerprint:
     """Run the model once: does every node fire, and do sources add up to destinations?
 
@@ -284,26 +304,25 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
     node, such as attention's output bias.
     """
     adapter, plan = model.adapter, model.plan
+    _check_weights_allow_gradients(model.wrapped_model)
     outs: dict[SrcPort, list[Tensor]] = {port: [] for port in plan.src_ports}
     reads: dict[DestPort, list[Tensor]] = {port: [] for port in plan.dest_ports}
     with ExitStack() as stack:
+        stack.enter_context(unpatched(model))
         stack.enter_context(adapter.open_sites(model.wrapped_model, model.separate_qkv))
         for src_port in plan.src_ports:
             stack.enter_context(_recording(src_port.site.module, outs[src_port]))
         for port in plan.dest_ports:
             stack.enter_context(_recording(port.module, reads[port]))
-        with t.no_grad():
-            model.wrapped_model(adapter.probe_input(model.wrapped_model))
+        model.wrapped_model(adapter.probe_input(model.wrapped_model))
     for src_port, fired in outs.items():
         _check_fired_once(src_port.wrapper.module_name, fired, model)
-    with t.no_grad():
-        sources = t.cat(
-            [port.outputs(out).movedim(2, 0) for port, (out,) in outs.items()]
-        )
+    sources = t.cat([port.outputs(out).movedim(2, 0) for port, (out,) in outs.items()])
     for port, fired in reads.items():
         _check_fired_once(port.name, fired, model)
         if not port.additive:
             model.constants[port.name] = _constant_at(port, fired[0], sources)
+    model.written = sources[0, 0, 0].clone()
     model.weights = WeightFingerprint(model.wrapped_model)
     return model.weights
 
@@ -396,6 +415,10 @@ def patch_mode(
     )
     weights = _current_weights(model)
     model.refresh_prefix()
+    with own_computation():
+        _heal_masks(model)
+        patch_src_outs = _as_written(model, patch_src_outs)
+    _check_receives(model, curr_src_outs)
     session = PatchSession(
         model.plan,
         patch_src_outs,
@@ -408,6 +431,8 @@ def patch_mode(
         keeps_layers,
     )
     with ExitStack() as stack:
+        stack.enter_context(in_use(model.wrapped_model, model, patches=True))
+        stack.enter_context(eval_mode(model.wrapped_model))
         stack.enter_context(
             model.adapter.open_sites(model.wrapped_model, model.separate_qkv)
         )
@@ -421,6 +446,65 @@ def patch_mode(
         session.open()
         model.patch_session = session
         yield
+
+
+def _as_written(model: PatchableModel, patch_src_outs: Tensor) -> Tensor:
+    """The activations to patch in, as the model's sources would write them.
+
+    Raises GraphError for those that cannot be converted exactly.
+    """
+    written = model.written
+    assert written is not None
+    given = f"The activations to patch in (`patch_src_outs`) are {_kind(patch_src_outs)}"
+    if patch_src_outs.layout != t.strided or patch_src_outs.is_meta:
+        raise GraphError(f"{given}, which hold no numbers that can be patched in.")
+    shape = tuple(patch_src_outs.shape)
+    if (len(shape), shape[:1], shape[-1:]) != (4, (model.plan.n_srcs,), written.shape):
+        raise GraphError(
+            f"The activations to patch in have shape {shape}; expected [sources, batch, "
+            f"positions, d_model] = [{model.plan.n_srcs}, batch, positions, "
+            f"{len(written)}]. Compute them with `src_ablations`."
+        )
+    if not _is_exact(patch_src_outs.dtype, written.dtype):
+        raise GraphError(
+            f"{given}; the model's sources write {_kind(written)}, to which they cannot be "
+            f"converted exactly. Convert them yourself (`.to({written.dtype})`), or "
+            "compute them with `src_ablations` on this model."
+        )
+    if patch_src_outs.requires_grad and t.is_grad_enabled():
+        raise GraphError(
+            "The activations to patch in require gradients, which patching does not give "
+            "them: it gives the masks' gradients alone. Pass `patch_src_outs.detach()`."
+        )
+    return ordinary(patch_src_outs.detach().to(written.device, written.dtype))
+
+
+def _check_receives(model: PatchableModel, curr_src_outs: Tensor | None) -> None:
+    """Raise GraphError unless what the sources write can be stored exactly."""
+    written = model.written
+    if curr_src_outs is None or written is None:
+        return
+    is_plain = curr_src_outs.layout == t.strided and not curr_src_outs.is_meta
+    if (
+        not is_plain
+        or curr_src_outs.requires_grad
+        or not _is_exact(written.dtype, curr_src_outs.dtype)
+    ):
+        raise GraphError(
+            "`curr_src_outs` receives what the sources write, which is "
+            f"{_kind(written)}; it is {_kind(curr_src_outs)}. Give a tensor without "
+            "gradients that can hold it: `torch.empty_like(patch_src_outs)`."
+        )
+
+
+def _is_exact(source: t.dtype, target: t.dtype) -> bool:
+    """Can all numbers of one type be converted to the other without rounding?"""
+    return source.is_floating_point and t.promote_types(source, target) == target
+
+
+def _kind(tensor: Tensor) -> str:
+    grad = ", requires_grad" if tensor.requires_grad else ""
+    return f"{tensor.dtype} on {tensor.device} ({tensor.layout}{grad})"
 
 
 @checked
@@ -457,12 +541,26 @@ def set_all_masks(model: PatchableModel, val: float) -> None:
 @contextmanager
 def preserved_masks(model: PatchableModel) -> Iterator[None]:
     """On exit, the masks have the values that they had on entry."""
-    before = {name: mask.data.clone() for name, mask in model.patch_masks.items()}
-    try:
-        yield
-    finally:
-        for name, mask in model.patch_masks.items():
-            mask.data = before[name]
+    with in_use(model.wrapped_model, model):
+        with own_computation():
+            _heal_masks(model)
+            kept = {mask: mask.data for mask in model.patch_masks.values()}
+            before = {mask: data.clone() for mask, data in kept.items()}
+        try:
+            yield
+        finally:
+            with own_computation():
+                for mask, data in kept.items():
+                    # The same memory again: what `current_patch_masks_as_prune_scores`
+                    # gave stays true.
+                    mask.data = data.copy_(before[mask])
+
+
+def _heal_masks(model: PatchableModel) -> None:
+    """Masks whose data somebody made in inference mode, or by `expand`, can be changed."""
+    for mask in model.patch_masks.values():
+        if mask.is_inference() or not mask.is_contiguous():
+            mask.data = mask.data.clone(memory_format=t.contiguous_format)
 
 
 @checked
@@ -479,15 +577,14 @@ def train_mask_mode(
     masks = model.patch_masks
     weights = list(model.wrapped_model.parameters())
     grads_before = [(p, p.requires_grad) for p in [*weights, *masks.values()]]
-    # A model has thousands of modules: only those are touched that are not as they should.
-    wrappers = set(model.dest_wrappers)
-    in_training = [module for module in model.modules() if module.training]
-    with preserved_masks(model):
+    wrappers_before = [(wrapper, wrapper.training) for wrapper in model.wrappers]
+    with ExitStack() as stack:
+        stack.enter_context(own_computation(grad=requires_grad or None))
+        stack.enter_context(preserved_masks(model))
+        stack.enter_context(eval_mode(model.wrapped_model))
         try:
-            for module in in_training:
-                module.training = False
-            for wrapper in wrappers:
-                wrapper.training = True
+            for wrapper, _ in wrappers_before:
+                wrapper.training = wrapper.is_dest
             for weight, required_grad in grads_before:
                 if required_grad:
                     weight.requires_grad_(False)
@@ -496,10 +593,8 @@ def train_mask_mode(
                 mask.grad = None
             yield masks
         finally:
-            for wrapper in wrappers:
-                wrapper.training = False
-            for module in in_training:
-                module.training = True
+            for wrapper, was_training in wrappers_before:
+                wrapper.training = was_training
             for param, required_grad in grads_before:
                 param.requires_grad_(required_grad)
             for mask in masks.values():
@@ -524,15 +619,16 @@ def mask_fn_mode(
     before: list[tuple[PatchWrapperImpl, MaskFn, float, t.Generator | None]] = [
         (w, w.mask_fn, w.dropout_p, w.generator) for w in wrappers
     ]
-    try:
-        for wrapper in wrappers:
-            wrapper.mask_fn, wrapper.dropout_p = mask_fn, dropout_p
-            wrapper.generator = generator
-        yield
-    finally:
-        for wrapper, old_fn, old_p, old_generator in before:
-            wrapper.mask_fn, wrapper.dropout_p = old_fn, old_p
-            wrapper.generator = old_generator
+    with in_use(model.wrapped_model, model):
+        try:
+            for wrapper in wrappers:
+                wrapper.mask_fn, wrapper.dropout_p = mask_fn, dropout_p
+                wrapper.generator = generator
+            yield
+        finally:
+            for wrapper, old_fn, old_p, old_generator in before:
+                wrapper.mask_fn, wrapper.dropout_p = old_fn, old_p
+                wrapper.generator = old_generator
 
 
 @checked

@@ -222,7 +222,9 @@ class PatchSession:
         with t.no_grad():
             heads = port.outputs(out)
         if self.curr_src_outs is not None:
-            self.curr_src_outs[srcs] = heads.movedim(2, 0)
+            # What was made in inference mode can be changed in it alone.
+            with t.inference_mode(self.curr_src_outs.is_inference()), t.no_grad():
+                self.curr_src_outs[srcs] = heads.movedim(2, 0)
         if len(recorded) == len(all_srcs):
             first = run.slots[srcs.start]
             out = run.diff[:, :, first : first + len(recorded)]

@@ -6,17 +6,28 @@ are read. What a forward pass leaves behind lives in `patch_session`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch as t
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from auto_circuit.errors import ConfigError
 from auto_circuit.types import MaskFn, PatchWrapper
 from auto_circuit.utils.tensor_ops import sample_hard_concrete
+from auto_circuit.utils.torch_state import own_computation
 
 MaskWeights = Float[Tensor, "batch seq head src"]
 """A mask as it is used: [batch or 1, position or 1, head or 1, incoming source]."""
+
+
+def mask_dtype(model_dtype: t.dtype) -> t.dtype:
+    """The dtype of masks and scores: the model's, but float32 for half precision.
+
+    Their gradients are added up over tokens, prompts and steps.
+    """
+    return t.promote_types(model_dtype, t.float32)
 
 
 class PatchWrapperImpl(PatchWrapper):
@@ -89,9 +100,19 @@ class PatchWrapperImpl(PatchWrapper):
         # Same Parameter, other shape: `patch_masks` dictionaries stay true. A model may
         # keep parts of its last pass (attention patterns), and with them the graph's idea
         # of the mask's shape; PyTorch drops it when the data change their type.
-        self.mask.data = values.to(t.float16 if values.dtype != t.float16 else t.float32)
-        self.mask.data = values.clone()
+        with own_computation():
+            self.mask.data = values.to(
+                t.float16 if values.dtype != t.float16 else t.float32
+            )
+            self.mask.data = values.clone()
         self.mask.grad = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
+        """As `Module._apply` (`.to()`, `.half()` ...), but masks stay float32 at least."""
+        super()._apply(fn, recurse)
+        if self.patch_mask is not None:
+            self.patch_mask.data = self.patch_mask.data.to(mask_dtype(self.mask.dtype))
+        return self
 
     def mask_weights(self, batch_size: int) -> MaskWeights:
         """The share of each edge that is patched, after mask function and dropout.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 from warnings import warn
@@ -22,9 +22,15 @@ from auto_circuit.padding import check_attention_mask, check_last_is_text, paddi
 from auto_circuit.prefix_cache import PrefixCache, begin_with, make_prefix_cache
 from auto_circuit.types import DestNode, Edge, Node, PruneScores, SrcNode
 from auto_circuit.utils.edge_blocks import PatchPlan
+from auto_circuit.utils.module_use import being_read, in_use
 from auto_circuit.utils.patch_session import PatchSession
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
 from auto_circuit.utils.tensor_ops import score_in_dtype, score_tensors
+from auto_circuit.utils.torch_state import (
+    own_computation,
+    own_defaults,
+    own_state,
+)
 from auto_circuit.weights import WeightFingerprint
 
 LAST_POSITION = (slice(None), -1)
@@ -95,6 +101,8 @@ class PatchableModel(Module):
         self._wrappers_by_name = {wrapper.module_name: wrapper for wrapper in wrappers}
         self.constants: dict[str, Tensor] = {}
         self.weights: WeightFingerprint | None = None
+        # What the sources write: an empty tensor of their dtype, device and width.
+        self.written: Tensor | None = None
         self.patch_session: PatchSession | None = None
         if edge_dict is not None:
             self.__dict__["edge_dict"] = edge_dict
@@ -205,10 +213,11 @@ class PatchableModel(Module):
     def new_prune_scores(self, init_val: float = 0.0) -> PruneScores:
         """A score of `init_val` for every edge."""
         scores = {}
-        for wrapper in self.dest_wrappers:
-            mask = wrapper.mask.data
-            one = mask if wrapper.mask_batch_size is None else mask[0]
-            scores[wrapper.module_name] = t.full_like(one, init_val)
+        with own_computation():
+            for wrapper in self.dest_wrappers:
+                mask = wrapper.mask.data
+                one = mask if wrapper.mask_batch_size is None else mask[0]
+                scores[wrapper.module_name] = t.full_like(one, init_val)
         return scores
 
     @checked
@@ -274,7 +283,10 @@ class PatchableModel(Module):
                 if given.setdefault(edge, score) != score:
                     raise GraphError(f"{what} is given twice: {given[edge]} and {score}.")
                 of_module[edge.patch_idx] = score
-        return {k: v != 0 for k, v in scores.items()} if bool else scores
+        if not bool:
+            return scores
+        with own_computation():
+            return {name: score != 0 for name, score in scores.items()}
 
     def current_patch_masks_as_prune_scores(self) -> PruneScores:
         """The masks as scores: views that change with the masks."""
@@ -291,11 +303,12 @@ class PatchableModel(Module):
         padding where the last position counts, that are longer than the context, or that
         have tokens which the model has not; GraphError if padding cannot be told from text.
         """
-        args, kwargs = self._model_call(args, kwargs)
-        try:
-            return self.wrapped_model(*args, **kwargs)
-        except IndexError as error:
-            raise self._explained(error, args) from error
+        with self._running():
+            args, kwargs = self._model_call(args, kwargs)
+            try:
+                return self.wrapped_model(*args, **kwargs)
+            except IndexError as error:
+                raise self._explained(error, args) from error
 
     def sliced(self, *args: Any, **kwargs: Any) -> Tensor:
         """`model(...)[model.out_slice]`.
@@ -308,13 +321,25 @@ class PatchableModel(Module):
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         """TransformerLens's `run_with_cache`, with the prefix."""
-        args, kwargs = self._model_call(args, kwargs)
-        return self.wrapped_model.run_with_cache(*args, **kwargs)  # type: ignore[operator]
+        with self._running():
+            args, kwargs = self._model_call(args, kwargs)
+            return self.wrapped_model.run_with_cache(*args, **kwargs)  # type: ignore[operator]
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """One pass. Patched, it runs in a state of its own; else in the caller's."""
+        with ExitStack() as stack:
+            stack.enter_context(being_read(self.wrapped_model, self))
+            if self.patch_session is not None:
+                stack.enter_context(own_computation())
+                stack.enter_context(own_defaults())
+            yield
 
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """TransformerLens's `run_with_hooks`, with the prefix."""
-        args, kwargs = self._model_call(args, kwargs)
-        return self.wrapped_model.run_with_hooks(*args, **kwargs)  # type: ignore[operator]
+        with self._running():
+            args, kwargs = self._model_call(args, kwargs)
+            return self.wrapped_model.run_with_hooks(*args, **kwargs)  # type: ignore[operator]
 
     def attention_mask(self, tokens: Tensor) -> Int[Tensor, "batch seq"] | None:
         """0 where a row of tokens starts or ends with the tokenizer's padding token.
@@ -482,11 +507,28 @@ def last_position_only(model: PatchableModel) -> Iterator[None]:
         # Contiguous: torch would otherwise multiply the examples one by one.
         return (args[0][:, -1:].contiguous(), *args[1:])
 
-    handle = unembed.register_forward_pre_hook(cut)
-    try:
+    with in_use(model.wrapped_model, model):
+        handle = unembed.register_forward_pre_hook(cut)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def unpatched(model: PatchableModel, grad: bool | None = None) -> Iterator[None]:
+    """Inside, the model runs as it is, in a state of its own (see `own_state`).
+
+    No other thread may run it meanwhile. Raises GraphError inside of `patch_mode`, where
+    the pass would be a patched one.
+    """
+    if model.patch_session is not None:
+        raise GraphError(
+            "This needs the model without patches, but it is in `patch_mode`. Record "
+            "activations, and measure the full model, before you enter `patch_mode`."
+        )
+    with in_use(model.wrapped_model, model), own_state(model, grad):
         yield
-    finally:
-        handle.remove()
 
 
 def _one_prefix(kv_caches: Sequence[PrefixCache | None]) -> PrefixCache | None:

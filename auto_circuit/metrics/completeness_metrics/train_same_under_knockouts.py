@@ -41,11 +41,13 @@ from auto_circuit.utils.ablation_activations import batch_src_ablations
 from auto_circuit.utils.graph_utils import mask_fn_mode, patch_mode, train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
+    at_least_float32,
     batch_avg_answer_diff,
     circuit_mask,
     hard_concrete_expected_l0,
     multibatch_kl_div,
 )
+from auto_circuit.utils.torch_state import own_state
 
 KnockoutTarget = Literal["kl_div", "logit_diff"]
 
@@ -158,7 +160,11 @@ def train_same_under_knockout_prune_scores(
     patches = batch_src_ablations(
         model, task.train_loader, AblationType.RESAMPLE, "corrupt"
     )
-    with train_mask_mode(model) as masks, mask_fn_mode(model, mask_fn, 0.0, generator):
+    with (
+        own_state(model, grad=True),
+        train_mask_mode(model) as masks,
+        mask_fn_mode(model, mask_fn, 0.0, generator),
+    ):
         for mask in masks.values():
             mask.data.fill_(INIT_LOGIT)
         optimizer = t.optim.Adam(masks.values(), lr=learning_rate)
@@ -209,7 +215,10 @@ def _difference(
     if faithfulness_target == "logit_diff":
         model_diff = batch_avg_answer_diff(model_out, batch)
         return model_diff - batch_avg_answer_diff(circuit_out, batch)
-    return multibatch_kl_div(circuit_out.log_softmax(-1), model_out.log_softmax(-1))
+    circuit_logprobs, model_logprobs = (
+        at_least_float32(out).log_softmax(-1) for out in (circuit_out, model_out)
+    )
+    return multibatch_kl_div(circuit_logprobs, model_logprobs)
 
 
 def _size_penalty(

@@ -14,12 +14,14 @@ from auto_circuit.data import PromptPairBatch, Side
 from auto_circuit.errors import DataError
 from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.types import BatchKey
+from auto_circuit.utils.patchable_model import PatchableModel, unpatched
 from auto_circuit.utils.tensor_ops import (
     answer_diff_rounding_errors,
     at_least_float32,
     batch_answer_diffs,
     nan_where_zero,
 )
+from auto_circuit.utils.torch_state import own_computation, own_state
 
 ProbFunc = Literal["logits", "softmax", "log_softmax"]
 
@@ -60,10 +62,12 @@ class FullModelOuts:
         """`model(batch.clean or batch.corrupt)[model.out_slice]`, after `prob_func`."""
         key = (batch.key, side, prob_func)
         if key not in self._vals:
-            if prob_func == "logits":
-                self._vals[key] = self._run(batch, side)
-            else:
-                self._vals[key] = apply_prob_func(self.vals(batch, side), prob_func)
+            with own_computation(grad=False):
+                if prob_func == "logits":
+                    self._vals[key] = self._run(batch, side)
+                else:
+                    logits = self.vals(batch, side)
+                    self._vals[key] = apply_prob_func(logits, prob_func)
         return self._vals[key]
 
     @checked
@@ -86,5 +90,7 @@ class FullModelOuts:
 
     def _run(self, batch: PromptPairBatch, side: Side) -> Tensor:
         tokens, kwargs = batch.model_input(side)
-        with t.no_grad():
-            return self.model(tokens, **kwargs)[self.model.out_slice]
+        model = self.model
+        is_ours = isinstance(model, PatchableModel)
+        with unpatched(model) if is_ours else own_state(model):
+            return model(tokens, **kwargs)[model.out_slice]

@@ -20,6 +20,7 @@ from auto_circuit.errors import DataError
 from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.types import CircuitOutputs, Measurements
+from auto_circuit.utils.torch_state import in_own_state
 
 PromptFunc = Callable[[Tensor, PromptPairBatch, FullModelOuts], Tensor]
 """(circuit's output [batch *pos vocab], batch, full model's outputs) -> [batch]"""
@@ -56,6 +57,7 @@ class PromptVals(NamedTuple):
 
 
 @checked
+@in_own_state(grad=False)
 def prompt_vals(
     model: SlicedModel,
     dataloader: Iterable[PromptPairBatch],
@@ -80,18 +82,17 @@ def prompt_vals(
         raise DataError("The loader has no batches, so there is nothing to measure.")
     for n_edges, outs in circuit_outs.items():
         _check_outputs(outs, batches, n_edges)
-    with t.no_grad():
-        found = [
-            PromptVals(
-                n_edges,
-                [
-                    val
-                    for batch in batches
-                    for val in prompt_func(outs[batch.key], batch, full).tolist()
-                ],
-            )
-            for n_edges, outs in circuit_outs.items()
-        ]
+    found = [
+        PromptVals(
+            n_edges,
+            [
+                val
+                for batch in batches
+                for val in prompt_func(outs[batch.key], batch, full).tolist()
+            ],
+        )
+        for n_edges, outs in circuit_outs.items()
+    ]
     _warn_of_nan(found, circuit_outs)
     return found
 

@@ -42,6 +42,8 @@ from auto_circuit.model_utils.transformer_lens_utils import (
 from auto_circuit.padding import padding_mask
 from auto_circuit.prefix_cache import PrefixCache
 from auto_circuit.types import AutoencoderInput, SrcNode
+from auto_circuit.utils.module_use import in_use
+from auto_circuit.utils.torch_state import in_own_state
 
 SAE_HOOKS: Mapping[AutoencoderInput, str] = {
     "resid_delta_mlp": "hook_mlp_out",
@@ -117,6 +119,7 @@ class AutoencoderTransformer(Module):
             kept[block] = sae.pruned([sae.latent_idxs[i] for i in active])
         return AutoencoderTransformer(self.wrapped_model, kept, self.sae_input)
 
+    @in_own_state(grad=False)
     def _activation_sums(
         self, dataloader: PromptDataLoader, include_corrupt: bool
     ) -> dict[int, Tensor]:
@@ -128,7 +131,7 @@ class AutoencoderTransformer(Module):
             latents = self.saes[block].encode(activations) * is_text
             sums[block] += latents.double().flatten(0, -2).sum(0).cpu()
 
-        with t.no_grad(), _seen(self, add):
+        with in_use(self.wrapped_model, self), _seen(self, add):
             for batch in dataloader:
                 for side in ("clean", "corrupt") if include_corrupt else ("clean",):
                     tokens, mask = self._whole_prompts(batch, side, dataloader.kv_cache)
