@@ -412,6 +412,11 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
             for idxs in self.batch_sampler:
                 _check_same_shapes(prompts[idx] for idx in idxs)
 
+    def __iter__(self) -> Any:
+        # The seed for its workers is drawn on the generator's device, not on the default.
+        with t.device("cpu"):
+            return super().__iter__()
+
     @property
     def prompt_dataset(self) -> PromptDataset:
         """The data set that it loads."""
@@ -517,12 +522,13 @@ def load_datasets_from_json(
         )
     file = read_prompt_files(path)
     prompts = _picked(file.prompts, sizes, random_seed if shuffle else None)
-    if model is None:
-        encoded = encode_numbers(prompts)
-    else:
-        encoded = encode_texts(prompts, model, prepend_bos, pad)
-        if encoded.has_bos:
-            file = file.with_bos()
+    with t.device("cpu"):  # whatever the caller's default is
+        if model is None:
+            encoded = encode_numbers(prompts)
+        else:
+            encoded = encode_texts(prompts, model, prepend_bos, pad)
+    if encoded.has_bos:
+        file = file.with_bos()
     check_pairs_differ(encoded)
     if return_seq_length:
         _check_positions(encoded, file)

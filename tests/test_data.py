@@ -137,6 +137,23 @@ def test_no_global_state_is_touched(tmp_path: Path) -> None:
     assert state() == before
 
 
+def test_the_default_device_and_dtype_do_not_count(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path, [prompt([1.5, 2], [3, 4], [1], [0])])
+
+    def loaded() -> t.Tensor:
+        (batch,), _ = load(path, None, (1, 0))
+        return batch.clean
+
+    expected = loaded()
+    t.set_default_dtype(t.float64)
+    try:
+        with t.device("meta"):
+            found = loaded()
+    finally:
+        t.set_default_dtype(t.float32)
+    assert t.equal(found, expected) and found.dtype == expected.dtype == t.float32
+
+
 def test_numbers_need_no_model(tmp_path: Path) -> None:
     prompts = [prompt([[i, 1.0]] * 3, [[-i, 1.0]] * 3, [1], [0]) for i in range(1, 5)]
     path = write_prompts(tmp_path, prompts, seq_labels=["a", "b", "c"])
