@@ -562,6 +562,13 @@ def test_bad_prompts(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
         load(path, text_model(word_tokenizer()), (2, 0))
 
 
+def test_a_tokenizer_with_more_words_than_the_model(tmp_path: Path) -> None:
+    model = text_model(word_tokenizer(), n_words=10)
+    path = write_prompts(tmp_path, [prompt()])
+    with pytest.raises(DataError, match="prompt 0 has the token id 10, .* words 0 to 9"):
+        load(path, model, (1, 0))
+
+
 def test_answers_of_several_tokens_in_a_byte_level_vocabulary(tmp_path: Path) -> None:
     path = write_prompts(tmp_path, [prompt(answers=[" zebra"])])
     with pytest.raises(DataError, match="must be one token, but it is"):

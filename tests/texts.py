@@ -66,10 +66,11 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def text_model(tokenizer: Any) -> TransformerBridge:
-    """A random GPT-2 that speaks the tokenizer's language."""
+def text_model(tokenizer: Any, n_words: int | None = None) -> TransformerBridge:
+    """A random GPT-2 that speaks the tokenizer's language, or only its first words."""
+    n_words = n_words or len(tokenizer)
     config = GPT2Config(
-        n_layer=2, n_head=4, n_embd=32, vocab_size=len(tokenizer), n_positions=32
+        n_layer=2, n_head=4, n_embd=32, vocab_size=n_words, n_positions=32
     )
     model = GPT2LMHeadModel(config)
     randomize(model)
