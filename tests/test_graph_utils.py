@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch as t
@@ -145,6 +146,29 @@ class NotASum(MicroModel):
         for block, resid in zip(self.blocks, self.resids, strict=True):
             x = resid(x * 2 + block(x))
         return self.output(x)
+
+
+class MassiveActivations(MicroModel):
+    """The first block writes 3e5, and the last one takes it away again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block, size in ((self.blocks[0], 1e6 / 3), (self.blocks[-1], -1e6 / 3)):
+            outputs: Any = block.head_outputs
+            outputs.register_forward_hook(lambda _, __, out, size=size: out + size)
+
+
+def test_activations_that_cancel() -> None:
+    graph = patchable_model(MassiveActivations(), True)
+    assert graph.n_edges == micro_model().n_edges
+
+
+def test_a_sum_is_checked_in_half_precision() -> None:
+    bridge = gpt2().to(t.bfloat16)
+    patchable_model(bridge, True, separate_qkv=True)
+    bridge.blocks[0].hook_out.register_forward_hook(lambda _, __, out: 3 * out)
+    with pytest.raises(ModelError, match="is not the sum of its sources"):
+        patchable_model(bridge, True, separate_qkv=True)
 
 
 class SkipsABlock(MicroModel):

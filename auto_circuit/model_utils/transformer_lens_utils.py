@@ -10,6 +10,11 @@ then the input of key-value head 1, and with `separate_qkv=False` the node `A0.g
 input of the whole group g: its query heads, its key and its value. With `ungroup=True`
 every query head has a key and a value of its own instead, `A0.1.K` being those that query
 head 1 reads, as in the graphs of EAP-IG and the MIB benchmark.
+
+In OLMo 2 and 3 a norm runs over the queries (and one over the keys) of all heads together. An
+edge into one head's Q or K then changes what all heads of the block read, as a change at
+TransformerLens's `hook_q_input` does: the norm is the model's, computed with the patched head
+among the others.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -236,6 +237,74 @@ def test_a_pickle_is_not_run(folder: Path) -> None:
     with pytest.raises(ModelError, match="not only tensors|cannot be read"):
         load_autoencoder(bridge, bridge, 0, "resid_delta_mlp")
     assert not (folder / "ran").exists()
+
+
+def sae_lens_folder(folder: Path, block: int = 0, **config: Any) -> dict[str, Tensor]:
+    """A published autoencoder as SAELens writes it; its weights."""
+    generator = t.Generator().manual_seed(block)
+    shapes = {"W_enc": (32, 7), "W_dec": (7, 32), "b_enc": (7,), "b_dec": (32,)}
+    if config.get("architecture") == "jumprelu":
+        shapes["threshold"] = (7,)
+    weights = {k: t.randn(shape, generator=generator) for k, shape in shapes.items()}
+    path = folder / f"tiny_resid_delta_mlp_{block}"
+    path.mkdir(exist_ok=True)
+    save_file(weights, path / "sae_weights.safetensors")
+    (path / "cfg.json").write_text(json.dumps({"d_in": 32, "d_sae": 7, **config}))
+    return weights
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+@pytest.mark.parametrize("centres", [True, False])
+def test_autoencoders_of_sae_lens(folder: Path, architecture: str, centres: bool) -> None:
+    config = {"architecture": architecture, "apply_b_dec_to_input": centres}
+    weights = sae_lens_folder(folder, **config)
+    bridge: Any = gpt2()
+    bridge.cfg.model_name = "tiny"
+    sae = load_autoencoder(bridge, bridge, 0, "resid_delta_mlp")
+    x = 3 * t.randn(50, 32, generator=t.Generator().manual_seed(9))
+    pre = (x - weights["b_dec"] * centres) @ weights["W_enc"] + weights["b_enc"]
+    latents = pre.relu() * (pre > weights.get("threshold", t.zeros(7)))
+    assert (latents == 0).any() and (latents > 0).any()
+    t.testing.assert_close(sae.encode(x), latents, rtol=0, atol=1e-4)
+    expected = latents @ weights["W_dec"] + weights["b_dec"]
+    t.testing.assert_close(sae(x), expected, rtol=0, atol=1e-3)
+    some = sae.pruned([5, 2]).encode(x)
+    t.testing.assert_close(some, latents[:, [2, 5]], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architecture": "gated"}, "of the kind 'gated'"),
+        ({"architecture": "topk", "activation_fn": "topk"}, "of the kind 'topk'"),
+        ({"activation_fn_str": "topk"}, "activation 'topk'"),
+        ({"normalize_activations": "layer_norm"}, "`normalize_activations` 'layer_norm'"),
+    ],
+)
+def test_other_autoencoders_of_sae_lens(
+    folder: Path, config: dict[str, Any], message: str
+) -> None:
+    sae_lens_folder(folder, **config)
+    bridge: Any = gpt2()
+    bridge.cfg.model_name = "tiny"
+    with pytest.raises(ModelError, match=message):
+        load_autoencoder(bridge, bridge, 0, "resid_delta_mlp")
+
+
+def test_damaged_autoencoders_of_sae_lens(folder: Path) -> None:
+    weights = sae_lens_folder(folder)
+    path = folder / "tiny_resid_delta_mlp_0"
+    bridge: Any = gpt2()
+    bridge.cfg.model_name = "tiny"
+    whole = (path / "sae_weights.safetensors").read_bytes()
+    (path / "sae_weights.safetensors").write_bytes(whole[:100])
+    with pytest.raises(ModelError, match="sae_weights.safetensors is damaged"):
+        load_autoencoder(bridge, bridge, 0, "resid_delta_mlp")
+    (path / "cfg.json").write_text("{")
+    with pytest.raises(ModelError, match="cfg.json is not there, or is not JSON"):
+        load_autoencoder(bridge, bridge, 0, "resid_delta_mlp")
+    with pytest.raises(ModelError, match="an autoencoder of SAELens.*cfg.json"):
+        SparseAutoencoder.from_state_dict(bridge, weights)
 
 
 def test_the_task_asks_for_latents(folder: Path) -> None:

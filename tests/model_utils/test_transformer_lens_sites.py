@@ -8,12 +8,26 @@ from typing import Any
 import pytest
 import torch as t
 from torch import Tensor
+from transformer_lens.model_bridge.sources._bridge_builder import (
+    build_bridge_from_module,
+)
+from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from auto_circuit.model_utils import transformer_lens_sites
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model, train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
-from tests.models import gpt2, gpt2_folded, llama, pythia, tokens
+from tests.models import (
+    N_HEADS,
+    SIZES,
+    gpt2,
+    gpt2_folded,
+    llama,
+    pythia,
+    randomize,
+    tokens,
+)
+from tests.path_patching import patch_each_edge
 
 SEQ = 5
 CLEAN, CORRUPT = tokens(3, SEQ, seed=1), tokens(3, SEQ, seed=2)
@@ -152,3 +166,35 @@ def test_weights_that_are_trained_get_the_gradients_of_the_switches(
     by_switches = gradients()
     assert len(by_weights) == 2 and all(gradient.any() for gradient in by_weights)
     t.testing.assert_close(by_weights, by_switches, atol=1e-12, rtol=0.0)
+
+
+def test_a_norm_over_all_heads_mixes_them() -> None:
+    """OLMo 2: an edge into one head's query changes what all heads of the block read."""
+    sizes = {**SIZES, "num_key_value_heads": N_HEADS}
+    config = Olmo2Config(**sizes)
+    inner = Olmo2ForCausalLM(config)
+    randomize(inner)
+    bridge = build_bridge_from_module(inner, "Olmo2ForCausalLM", hf_config=config)
+    bridge.eval().requires_grad_(False)
+    graph = patchable_model(bridge, True, None, None, True)
+    clean, corrupt = tokens(1, 6), tokens(1, 6, seed=1)
+    patch = src_ablations(graph, corrupt)
+    dests = ["A0.1.Q", "A0.2.K", "A1.0.Q", "A1.3.K", "A1.1.V"]
+    expected = patch_each_edge(
+        bridge, clean, corrupt, [("Resid Start", dest, None) for dest in dests]
+    )
+    whole = bridge(clean)
+    patterns = []
+    handle = bridge.blocks[1].attn.hook_pattern.register_forward_hook(
+        lambda _, __, out: patterns.append(out)
+    )
+    for dest, by_hooks in zip(dests, expected, strict=True):
+        with patch_mode(graph, patch, edges=[f"Resid Start->{dest}"]):
+            patched = graph(clean)[0]
+        assert (patched - whole[0]).abs().max() > 1e-3
+        t.testing.assert_close(patched, by_hooks, rtol=0, atol=1e-5)
+    graph(clean)
+    handle.remove()
+    of_query, of_plain = patterns[dests.index("A1.0.Q")], patterns[-1]
+    changes = (of_query - of_plain).abs().amax(dim=(0, 2, 3))
+    assert (changes > 1e-6).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch as t
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Identity, Module, Parameter
@@ -21,6 +23,9 @@ from auto_circuit.utils.misc import repo_path_to_abs_path
 
 CACHE_FOLDER = ".autoencoder_cache"
 """Where the weights of published autoencoders are looked for."""
+
+SAE_LENS_WEIGHTS = {"W_enc", "W_dec", "b_enc", "b_dec"}
+SAE_LENS_KINDS = ("standard", "jumprelu")
 
 PARAMETERS = ("pre_bias", "encoder_weight", "latent_bias", "decoder_weight")
 STATE_DICT_MAPS: tuple[Mapping[str, str], ...] = (
@@ -43,6 +48,8 @@ STATE_DICT_MAPS: tuple[Mapping[str, str], ...] = (
 
 class SparseAutoencoder(Module):
     """latents = relu(W_e (x - b) + b_l); reconstruction = W_d latents + b.
+
+    threshold: if given, a latent below its own is 0 (JumpReLU).
 
     wrapped_hook: the module whose output is encoded. n_latents, n_inputs: sizes.
     latent_idxs: which of the published latents these are (after `pruned`).
@@ -69,6 +76,7 @@ class SparseAutoencoder(Module):
         self.encoder_weight = Parameter(directions.T.clone(), requires_grad=False)
         self.latent_bias = Parameter(t.zeros(n_latents), requires_grad=False)
         self.decoder_weight = Parameter(directions, requires_grad=False)
+        self.threshold: Parameter | None = None
 
     @property
     def n_latents(self) -> int:
@@ -122,6 +130,8 @@ class SparseAutoencoder(Module):
         sae.encoder_weight.data = self.encoder_weight.data[rows]
         sae.latent_bias.data = self.latent_bias.data[rows]
         sae.decoder_weight.data = self.decoder_weight.data[:, rows]
+        if self.threshold is not None:
+            sae.threshold = Parameter(self.threshold.data[rows], requires_grad=False)
         return sae
 
     def encode(
@@ -129,7 +139,10 @@ class SparseAutoencoder(Module):
     ) -> Float[Tensor, "*lead latents"]:
         """How active each latent is: 0 or more."""
         centred = activations - self.pre_bias
-        return (centred @ self.encoder_weight.T + self.latent_bias).relu()
+        latents = centred @ self.encoder_weight.T + self.latent_bias
+        if self.threshold is None:
+            return latents.relu()
+        return latents.relu() * (latents > self.threshold)
 
     def decode(
         self, latents: Float[Tensor, "*lead latents"]
@@ -163,6 +176,12 @@ class SparseAutoencoder(Module):
 
 
 def _named_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if SAE_LENS_WEIGHTS <= state_dict.keys():
+        raise ModelError(
+            "These are the weights of an autoencoder of SAELens, whose kind is in its "
+            "`cfg.json`. Put both files into a folder of the name that the weights' file "
+            "has now, without its ending."
+        )
     for names in STATE_DICT_MAPS:
         if names.keys() <= state_dict.keys():
             return {ours: state_dict[theirs] for theirs, ours in names.items()}
@@ -185,7 +204,9 @@ def load_autoencoder(
     wrapped_hook: the module whose output it encodes. pythia_size: "<n>_<latents>", which
         of the autoencoders of a Pythia model.
     The file is `<model>_<autoencoder_input>[_<pythia_size>]_<layer_idx>` with the ending
-    .safetensors, or .pt, of which only tensors are read. Raises ModelError without it.
+    .safetensors, or .pt, of which only tensors are read; or it is a folder of that name with
+    SAELens's `cfg.json` and its .safetensors. Of SAELens's kinds "standard" and "jumprelu"
+    are known. Raises ModelError without a file, for other kinds, and for damaged files.
 
     Differs from auto-circuit, which downloaded pickles and ran what was in them.
     """
@@ -193,6 +214,8 @@ def load_autoencoder(
     parts = [name, autoencoder_input, *([pythia_size] if pythia_size else [])]
     stem = "_".join([*parts, str(layer_idx)])
     folder = repo_path_to_abs_path(CACHE_FOLDER)
+    if (folder / stem).is_dir():
+        return load_sae_lens(wrapped_hook, folder / stem)
     for suffix in (".safetensors", ".pt"):
         path = folder / f"{stem}{suffix}"
         if path.exists():
@@ -208,7 +231,10 @@ def load_autoencoder(
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is damaged: {error}.") from error
     try:
         content: Any = t.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
@@ -219,3 +245,72 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}; expected weights.")
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def load_sae_lens(wrapped_hook: Module, folder: Path) -> SparseAutoencoder:
+    """An autoencoder from a folder of SAELens: `cfg.json` and a .safetensors file.
+
+    Raises ModelError for kinds other than `SAE_LENS_KINDS`, and for damaged files.
+    """
+    config = _read_config(folder / "cfg.json")
+    _check_sae_lens_kind(folder, config)
+    paths = sorted(folder.glob("*.safetensors"))
+    if len(paths) != 1:
+        raise ModelError(f"{folder} has {len(paths)} .safetensors files; expected one.")
+    weights = _read_weights(paths[0])
+    needed = SAE_LENS_WEIGHTS | ({"threshold"} if _kind(config) == "jumprelu" else set())
+    if weights.keys() != needed:
+        raise ModelError(
+            f"{paths[0]} has the weights {sorted(weights)[:8]}; expected {sorted(needed)}."
+        )
+    weights = {name: values.float() for name, values in weights.items()}
+    encoder, bias = weights["W_enc"].T.contiguous(), weights["b_enc"]
+    if not config.get("apply_b_dec_to_input", True):
+        # Ours subtracts `b_dec` from the input: add what that takes away.
+        bias = bias + encoder @ weights["b_dec"]
+    sae = SparseAutoencoder.from_state_dict(
+        wrapped_hook,
+        {
+            "pre_bias": weights["b_dec"],
+            "encoder_weight": encoder,
+            "latent_bias": bias,
+            "decoder_weight": weights["W_dec"].T.contiguous(),
+        },
+    )
+    if "threshold" in weights:
+        sae.threshold = Parameter(weights["threshold"], requires_grad=False)
+    return sae
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not there, or is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds a {type(config).__name__}; expected an object.")
+    return config
+
+
+def _kind(config: Mapping[str, Any]) -> Any:
+    return config.get("architecture", "standard")
+
+
+def _check_sae_lens_kind(folder: Path, config: Mapping[str, Any]) -> None:
+    activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))
+    is_known = _kind(config) in SAE_LENS_KINDS
+    if not is_known or activation not in ("relu", "jumprelu"):
+        raise ModelError(
+            f"The autoencoder in {folder} is of the kind {_kind(config)!r} (activation "
+            f"{activation!r}); known are {list(SAE_LENS_KINDS)} with 'relu'."
+        )
+    for name, plain in (
+        ("normalize_activations", "none"),
+        ("finetuning_scaling_factor", False),
+        ("reshape_activations", "none"),
+    ):
+        if config.get(name, plain) not in (plain, None):
+            raise ModelError(
+                f"The autoencoder in {folder} has `{name}` {config[name]!r}; expected "
+                f"{plain!r}. Fold it into the weights first."
+            )
