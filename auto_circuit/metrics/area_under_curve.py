@@ -1,29 +1,41 @@
 """One number for a whole curve of measurements.
 
-The *area* of a curve is its mean height above its value at 0 edges:
+A curve has the value Y of a few circuit sizes x. Y is the measured value y, or
+log10(max(y, y_min)) if `log_y`; X is the number of edges, or its log10 if `log_x`.
+
+**To compare algorithms**, `task_areas` (and `area_share`, for one curve) look at all sizes from
+1 edge to all edges of the graph, the same range for every algorithm of a task. At a size that
+was not measured a curve has the value of the largest measured circuit that is not larger, since
+that is a circuit which one has; before the first, the value at 0 edges. So a curve is a
+staircase, and one with few sizes gets nothing for what lies between. Its height is stated as a
+share f of the way from the value at 0 edges to that of all edges: 0 does what no circuit does,
+1 what the whole model does, whether the metric rises or falls. Two areas answer two questions:
+
+- `kept`, the mean of f over X: how much of the task do small circuits do? Higher is better.
+  Overshoot (a circuit with 150 % of the logit difference) counts in favour, also above 1.
+- `off`, the mean of |1 - f| over X: how far are circuits from doing what the model does?
+  0 is best. What is missing and what is too much count alike.
+
+**For one curve by itself**, `measurements_auc` is its mean height above its value at 0 edges:
 
     area = integral of (Y(x) - Y(0)) dX / (X(last) - X(first))
 
-- Y is the measured value y, or log10(max(y, y_min)) if `log_y`.
-- X is the number of edges, or its log10 if `log_x`. 0 edges have no logarithm: there,
-  the integral starts at the smallest circuit with an edge, and 0 edges only give Y(0).
-- The integral is the sum of trapezoids between neighbouring points.
+by trapezoids between neighbouring points, over the curve's own sizes (on a logarithmic axis
+those above 0). A metric that rises with circuit size has a positive area and one that falls a
+negative one (with log_y, in decades: -2 is a mean fall to a hundredth). Areas of curves with
+different sizes cannot be compared.
 
-So a metric that rises with circuit size has a positive area and one that falls a
-negative one (with log_y, in decades: -2 is a mean fall to a hundredth). `area_share`
-divides by the height of the largest circuit, which makes curves comparable: 0 is a
-circuit that never does more than no circuit, 1 one that always does as much as the
-largest, whether the metric rises or falls.
-
-Differs from auto-circuit, where falling metrics had no area and logarithmic ones were
-measured from the wrong height.
+Differs from auto-circuit, where falling metrics had no area, logarithmic ones were measured from
+the wrong height, and `measurements_auc` was not divided by the width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 from warnings import warn
 
 from auto_circuit.checks import check_number, checked
@@ -43,6 +55,8 @@ from auto_circuit.types import (
     TaskMeasurements,
 )
 from auto_circuit.utils.tensor_ops import ROUNDING
+
+K = TypeVar("K", bound=Hashable)
 
 
 @checked
@@ -66,6 +80,48 @@ def measurements_auc(
     return area / (heights[-1][0] - heights[0][0])
 
 
+@dataclass(frozen=True)
+class Areas:
+    """The two areas of a curve's steps; see the module. NaN: not known.
+
+    kept: mean height, as a share of that of all edges; no bounds, higher is better.
+    off: mean distance from the height of all edges, as a share of it; 0 is best.
+    """
+
+    kept: float
+    off: float
+
+
+UNKNOWN_AREAS = Areas(math.nan, math.nan)
+
+
+def task_areas(
+    curves: Mapping[K, Measurements],
+    log_x: bool = False,
+    log_y: bool = False,
+    y_min: int | float | None = None,
+) -> dict[K, Areas]:
+    """The areas of all algorithms' curves on one task, over one range of sizes.
+
+    curves: any key -> [(number of edges, value)]. The range goes from 1 edge to the largest
+        size of all the curves, which should be all edges of the graph.
+
+    NaN for a curve without a point at 0 edges, and, with a warning, where the value of all edges
+    is that of 0 edges. Raises ConfigError as `area_share` does.
+    """
+    sizes = [x for points in curves.values() for x, _ in points]
+    n_edges = max(sizes, default=0)
+    full_values = [y for points in curves.values() for x, y in points if x == n_edges]
+    return {
+        key: (
+            _areas(points, log_x, log_y, y_min, n_edges, full_values[0])
+            if n_edges > 1 and any(x == 0 for x, _ in points)
+            else UNKNOWN_AREAS
+        )
+        for key, points in curves.items()
+    }
+
+
 @checked
 def area_share(
     points: Measurements,
@@ -73,26 +129,75 @@ def area_share(
     log_y: bool = False,
     y_min: int | float | None = None,
 ) -> float:
-    """The area divided by the height of the largest circuit; see the module.
+    """The area `kept` of one curve, from 1 edge to its largest circuit; see the module.
 
-    NaN, with a warning, if the largest circuit's value is that at 0 edges.
-    Raises as `measurements_auc` does.
+    0: never more than no circuit, 1: always as much as the largest. To compare curves, whose
+    sizes may differ, use `task_areas`.
+
+    NaN, with a warning, if the largest circuit's value is that at 0 edges. Raises ConfigError
+    without a point at 0 edges or above 1, with two values for one size, or without a `y_min`
+    where one is needed.
     """
-    last_height = _heights(points, log_x, log_y, y_min)[-1][1]
-    values = [abs(value) for _, value in points]
-    if not log_y and abs(last_height) <= ROUNDING * max(values) or last_height == 0:
+    n_edges, full_value = max(points, default=(0, 0.0))
+    return _areas(points, log_x, log_y, y_min, n_edges, full_value).kept
+
+
+def _areas(
+    points: Measurements,
+    log_x: bool,
+    log_y: bool,
+    y_min: int | float | None,
+    n_edges: int | float,
+    full_value: int | float,
+) -> Areas:
+    points = _checked(points, log_y, y_min)
+    if n_edges <= 1:
+        raise ConfigError(
+            "An area from 1 edge to all needs a size above 1 edge; there are only "
+            f"{_some([x for x, _ in points])}."
+        )
+    start, full = (_shown(y, log_y, y_min) for y in (points[0][1], full_value))
+    largest = max(abs(start), abs(full), *(abs(y) for _, y in points))
+    if full == start or not log_y and abs(full - start) <= ROUNDING * largest:
         warn(
             "The measurements of the largest circuit and of 0 edges are equal, so the "
             "share of the area is undefined (NaN).",
-            stacklevel=2,
+            stacklevel=3,
         )
-        return math.nan
-    return measurements_auc(points, log_x, log_y, y_min) / last_height
+        return UNKNOWN_AREAS
+    shares = [(_shown(y, log_y, y_min) - start) / (full - start) for _, y in points]
+    # Each step ends where the next one begins; what begins before 1 edge begins there.
+    ends = [max(1, x) for x, _ in points] + [n_edges]
+    xs = [math.log10(x) if log_x else float(x) for x in ends]
+    widths = [(x1 - x0) / (xs[-1] - xs[0]) for x0, x1 in pairwise(xs)]
+    return Areas(
+        kept=sum(w * f for w, f in zip(widths, shares, strict=True)),
+        off=sum(w * abs(1 - f) for w, f in zip(widths, shares, strict=True)),
+    )
+
+
+def mean_curve(curves: Sequence[Measurements]) -> Measurements:
+    """The mean of several curves' staircases, at every size that one of them has.
+
+    [(number of edges, value)], ascending. A size below the smallest of some curve, which says
+    nothing there, is left out.
+    """
+    firsts = [min((x for x, _ in points), default=math.inf) for points in curves]
+    sizes = {x for points in curves for x, _ in points if x >= max(firsts)}
+    return [
+        (size, sum(_step_value(points, size) for points in curves) / len(curves))
+        for size in sorted(sizes)
+    ]
+
+
+def _step_value(points: Measurements, size: int | float) -> int | float:
+    """The value of the largest measured circuit that is not larger."""
+    return max(point for point in points if point[0] <= size)[1]
 
 
 @checked
 def has_area(points: Measurements, log_x: bool = False) -> bool:
-    """Are there points enough: 0 edges, and one size above it (two if log_x)?"""
+    """Are there points enough for `measurements_auc`: 0 edges and one above (two if log_x)?"""
     sizes = {x for x, _ in points}
     return 0 in sizes and len(sizes) >= (3 if log_x else 2)
 
@@ -192,6 +297,22 @@ def _heights(
     points: Measurements, log_x: bool, log_y: bool, y_min: int | float | None
 ) -> list[tuple[float, float]]:
     """[(X, Y - Y at 0 edges)] of the points that the integral runs over."""
+    points = _checked(points, log_y, y_min)
+    if not has_area(points, log_x):
+        least = "two sizes" if log_x else "one size"
+        raise ConfigError(
+            f"An area needs at least {least} above 0 edges; there are only "
+            f"{_some([x for x, _ in points])}."
+        )
+    start = _shown(points[0][1], log_y, y_min)
+    heights = [(float(x), _shown(y, log_y, y_min) - start) for x, y in points]
+    return [(math.log10(x), h) for x, h in heights[1:]] if log_x else heights
+
+
+def _checked(
+    points: Measurements, log_y: bool, y_min: int | float | None
+) -> Measurements:
+    """The points, ascending, with 0 edges among them and each size once."""
     if log_y and (y_min is None or y_min <= 0):
         raise ConfigError(f"`log_y` needs a `y_min` above 0, not {y_min}.")
     points = sorted(points)
@@ -201,17 +322,14 @@ def _heights(
             "The area is measured from the value at 0 edges, which is missing; the "
             f"sizes are {_some(sizes)}. Measure with `zero_edges=True`."
         )
-    if not has_area(points, log_x):
-        least = "two sizes" if log_x else "one size"
-        raise ConfigError(
-            f"An area needs at least {least} above 0 edges; there are only "
-            f"{_some(sizes)}."
-        )
     if len(set(sizes)) < len(sizes):
         raise ConfigError(f"A circuit size has two values; the sizes are {_some(sizes)}.")
-    ys = [math.log10(max(y, y_min)) if log_y and y_min else y for _, y in points]
-    heights = [(float(x), float(y - ys[0])) for x, y in zip(sizes, ys, strict=True)]
-    return [(math.log10(x), h) for x, h in heights[1:]] if log_x else heights
+    return points
+
+
+def _shown(value: int | float, log_y: bool, y_min: int | float | None) -> float:
+    """Where a value is on the figure's axis."""
+    return math.log10(max(value, y_min)) if log_y and y_min else float(value)
 
 
 def _some(sizes: Sequence[int | float]) -> str:

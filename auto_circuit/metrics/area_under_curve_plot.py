@@ -6,10 +6,17 @@ import math
 from collections.abc import Mapping
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from auto_circuit.checks import checked
-from auto_circuit.metrics.area_under_curve import area_share, has_area
+from auto_circuit.metrics.area_under_curve import task_areas
 from auto_circuit.types import COLOR_PALETTE, AlgoKey, TaskMeasurements
+
+PANELS = {
+    "kept": "How much of the task do small circuits do?<br>(area; higher is better)",
+    "off": "How far are circuits from the model?<br>(area of |1 - share|; 0 is best)",
+}
+"""Which of `Areas` -> the question that it answers."""
 
 
 @checked
@@ -21,45 +28,55 @@ def average_auc_plot(
     title: str | None = None,
     algo_names: Mapping[AlgoKey, str] | None = None,
 ) -> go.Figure:
-    """The mean over tasks of each algorithm's `area_share`: bars, tasks stacked.
+    """The mean over tasks of each algorithm's areas (`task_areas`): bars, tasks stacked.
 
-    0: never more than no circuit, 1: always as much as the largest circuit; higher is
-    better for rising and for falling metrics. The title names the algorithms that have
-    no area in some task (too few points, or all tasks' values undefined); they have no
-    bar there.
+    On the left what is `kept` (higher is better; overshoot counts in favour), on the right how
+    far circuits are `off` the model, on both sides (0 is best). All algorithms of a task are
+    compared over the same sizes. The title names the algorithms that have no area in some
+    task (no measurement of 0 edges, or undefined values); they have no bar there.
 
     Differs from auto-circuit, which divided by the area of random scores and so had no
     meaning where that was near 0.
     """
-    fig = go.Figure()
-    left_out: dict[AlgoKey, None] = {}
-    for task_idx, (task, by_algo) in enumerate(task_measurements.items()):
-        shares = {
-            algo: (
-                area_share(points, log_x, log_y, y_min)
-                if has_area(points, log_x)
-                else math.nan
+    areas = {
+        task: task_areas(by_algo, log_x, log_y, y_min)
+        for task, by_algo in task_measurements.items()
+    }
+    names = {
+        algo: (algo_names or {}).get(algo, algo)
+        for by_algo in areas.values()
+        for algo in by_algo
+    }
+    left_out = {
+        algo: None
+        for by_algo in areas.values()
+        for algo, of_algo in by_algo.items()
+        if math.isnan(of_algo.kept)
+    }
+    fig = make_subplots(rows=1, cols=len(PANELS), subplot_titles=[*PANELS.values()])
+    for col, which in enumerate(PANELS, start=1):
+        for task_idx, (task, by_algo) in enumerate(areas.items()):
+            drawn = {
+                names[algo]: getattr(of_algo, which)
+                for algo, of_algo in by_algo.items()
+                if not math.isnan(of_algo.kept)
+            }
+            fig.add_bar(
+                x=list(drawn),
+                y=[area / len(areas) for area in drawn.values()],
+                customdata=list(drawn.values()),
+                hovertemplate="%{x}: %{customdata:.4f}",
+                name=task,
+                legendgroup=task,
+                showlegend=col == 1,
+                marker={"color": COLOR_PALETTE[task_idx % len(COLOR_PALETTE)]},
+                row=1,
+                col=col,
             )
-            for algo, points in by_algo.items()
-        }
-        left_out |= {algo: None for algo, share in shares.items() if math.isnan(share)}
-        drawn = {algo: share for algo, share in shares.items() if not math.isnan(share)}
-        fig.add_bar(
-            x=[(algo_names or {}).get(algo, algo) for algo in drawn],
-            y=[share / len(task_measurements) for share in drawn.values()],
-            customdata=list(drawn.values()),
-            hovertemplate="%{x}: %{customdata:.4f}",
-            name=task,
-            marker={"color": COLOR_PALETTE[task_idx % len(COLOR_PALETTE)]},
-        )
     if left_out:
-        names = ", ".join((algo_names or {}).get(algo, algo) for algo in left_out)
-        title = f"{title or ''}<br><sub>No area for: {names}</sub>"
-    fig.update_layout(
-        title=title,
-        barmode="relative",
-        template="plotly_white",
-        xaxis_title="Algorithm",
-        yaxis_title="Mean Share of Largest Circuit's Value",
-    )
+        missing = ", ".join(names[algo] for algo in left_out)
+        title = f"{title or ''}<br><sub>No area for: {missing}</sub>"
+    fig.update_xaxes(title_text="Algorithm")
+    fig.update_yaxes(title_text="Mean over Tasks")
+    fig.update_layout(title=title, barmode="relative", template="plotly_white")
     return fig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,19 @@ class PruneAlgo:
         if self.needs_wrong_answers:
             check_wrong_answers(dataloader, f"the algorithm {self.short_name!r}")
 
+    def with_seed(self, seed: int) -> PruneAlgo:
+        """The same algorithm, drawing all that it draws at random from this seed.
+
+        An algorithm draws if its function has a parameter `seed`, or if it starts warm from
+        one that draws (`warm_start`). One that draws nothing is returned as it is.
+        """
+        defaults = _defaults(self.func)
+        options: dict[str, Any] = {"seed": seed} if "seed" in defaults else {}
+        warm_start = defaults.get("warm_start")
+        if isinstance(warm_start, PruneAlgo):
+            options["warm_start"] = warm_start.with_seed(seed)
+        return replace(self, func=partial(self.func, **options)) if options else self
+
 
 @checked
 def with_squared_error(algo: PruneAlgo) -> PruneAlgo:
@@ -52,18 +65,18 @@ def with_squared_error(algo: PruneAlgo) -> PruneAlgo:
     For models whose output is a number (see `answer_loss`). Raises ConfigError for an
     algorithm that has neither an `answer_function` nor a `faithfulness_target`.
     """
-    parameters = inspect.signature(algo.func).parameters
+    defaults = _defaults(algo.func)
     options: dict[str, Any] = {}
-    if "answer_function" in parameters:
+    if "answer_function" in defaults:
         options = {"grad_function": "logit", "answer_function": "mse"}
-    elif "faithfulness_target" in parameters:
+    elif "faithfulness_target" in defaults:
         options = {"faithfulness_target": "mse"}
     else:
         raise ConfigError(
             f"The algorithm {algo.key!r} has no `answer_function` and no "
             "`faithfulness_target` that could be the squared error."
         )
-    warm_start = parameters["warm_start"].default if "warm_start" in parameters else None
+    warm_start = defaults.get("warm_start")
     if isinstance(warm_start, PruneAlgo):
         options["warm_start"] = with_squared_error(warm_start)
     return PruneAlgo(
@@ -73,3 +86,9 @@ def with_squared_error(algo: PruneAlgo) -> PruneAlgo:
         _short_name=f"{algo.short_name} (MSE)",
         needs_true_edges=algo.needs_true_edges,
     )
+
+
+def _defaults(func: Callable[..., PruneScores]) -> dict[str, Any]:
+    """Every parameter's name and default."""
+    parameters = inspect.signature(func).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}

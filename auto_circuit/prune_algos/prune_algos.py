@@ -142,7 +142,10 @@ def find_prune_algo(name: str) -> PruneAlgo:
 
 @checked
 def run_prune_algo(task: PrunableTask, algo: PruneAlgo) -> PruneScores:
-    """One algorithm's scores on one task's training prompts."""
+    """One algorithm's scores on one task's training prompts.
+
+    What it draws at random it draws from its own seed: see `PruneAlgo.with_seed`.
+    """
     return algo.func(task.model, task.train_loader, task.true_edges)
 
 

@@ -13,8 +13,10 @@ from auto_circuit.metrics.area_under_curve import (
     algo_measurements_auc,
     area_share,
     edges_for_share,
+    mean_curve,
     measurements_auc,
     metric_measurements_auc,
+    task_areas,
     task_measurements_auc,
 )
 from auto_circuit.metrics.area_under_curve_plot import average_auc_plot
@@ -27,19 +29,30 @@ KL: Measurements = [(0, 10.0), (1, 10.0), (10, 1.0), (100, 0.1), (1000, 0.01)]
 def test_linear_area_by_hand() -> None:
     # Heights 0, 2, 4: (0+2)/2 * 2 + (2+4)/2 * 8 = 26, over a width of 10.
     assert measurements_auc(RISING) == pytest.approx(2.6)
-    assert area_share(RISING) == pytest.approx(2.6 / 4)
+    # Steps: 0 from 1 edge to 2, then 2 up to 10 edges, of a full height of 4.
+    assert area_share(RISING) == pytest.approx(2 * 8 / 9 / 4)
 
 
 def test_a_falling_curve_has_a_negative_area() -> None:
     falling: Measurements = [(x, -y) for x, y in RISING]
     assert measurements_auc(falling) == pytest.approx(-2.6)
-    assert area_share(falling) == pytest.approx(2.6 / 4)
+    assert area_share(falling) == pytest.approx(area_share(RISING))
 
 
 def test_logarithmic_sizes_by_hand() -> None:
     points: Measurements = [(0, 1.0), (1, 2.0), (10, 4.0), (1000, 5.0)]
     # Heights 1, 3, 4 at X = 0, 1, 3: (1+3)/2 * 1 + (3+4)/2 * 2 = 9, over a width of 3.
     assert measurements_auc(points, log_x=True) == pytest.approx(3.0)
+    # Steps: 1 for a decade and 3 for two, of 4.
+    assert area_share(points, log_x=True) == pytest.approx((1 + 2 * 3) / 3 / 4)
+
+
+def test_a_curve_that_starts_after_1_edge() -> None:
+    points: Measurements = [(0, 0.0), (10, 4.0), (1000, 6.0)]
+    # Its own two decades: (4+6)/2.
+    assert measurements_auc(points, log_x=True) == pytest.approx(5.0)
+    # All three decades: 0 in the first, 4 of 6 in the others.
+    assert area_share(points, log_x=True) == pytest.approx(2 * 4 / 6 / 3)
 
 
 def test_logarithmic_values_by_hand() -> None:
@@ -55,8 +68,9 @@ def test_two_different_divergence_curves_have_different_areas() -> None:
     slow: Measurements = [(0, 10.0), (1, 10.0), (10, 9.0), (100, 8.0), (1000, 0.01)]
     fast_share = area_share(KL, True, True, 1e-2)
     slow_share = area_share(slow, True, True, 1e-2)
-    assert fast_share == pytest.approx(0.5)
-    assert 0 < slow_share < 0.25
+    # 0, 1 and 2 of 3 decades below the value at 0 edges.
+    assert fast_share == pytest.approx(1 / 3)
+    assert 0 < slow_share < 0.05
     assert measurements_auc(KL, True, True, 1e-2) < measurements_auc(
         slow, True, True, 1e-2
     )
@@ -64,6 +78,69 @@ def test_two_different_divergence_curves_have_different_areas() -> None:
 
 def test_points_may_come_in_any_order() -> None:
     assert measurements_auc(RISING[::-1]) == measurements_auc(RISING)
+
+
+ACDC: Measurements = [(0, 0.0), (80, 82.0), (900, 99.0), (1519, 100.0)]
+"""Three sizes above 0, as few thresholds make them."""
+EAP: Measurements = [(0, 0.0), (1, 5.0), (9, 35.0), (20, 60.0), (50, 82.0)]
+EAP += [(400, 97.0), (1519, 100.0)]
+OVERSHOOT: Measurements = [(0, 0.0), (5, 150.0), (1000, 160.0), (1519, 100.0)]
+
+
+def areas_by_brute_force(points: Measurements, n_edges: int) -> tuple[float, float]:
+    """Size after size, over log10(size): the circuit that one has is the last measured."""
+    start, full = (dict(points)[size] for size in (0, n_edges))
+    height, kept, off = 0.0, 0.0, 0.0
+    for size in range(1, n_edges):
+        for at, value in points:
+            if at == size or (size == 1 and at == 0):
+                height = (value - start) / (full - start)
+        width = math.log10((size + 1) / size) / math.log10(n_edges)
+        kept += width * height
+        off += width * abs(1 - height)
+    return kept, off
+
+
+def test_all_algorithms_are_compared_over_the_same_sizes() -> None:
+    """A curve of few sizes once won: nobody looked at what it does between them."""
+    curves = {"ACDC": ACDC, "EAP": EAP, "Overshoot": OVERSHOOT, "GT": [(30, 90.0)]}
+    areas = task_areas(curves, log_x=True)
+    for algo in ("ACDC", "EAP", "Overshoot"):
+        kept, off = areas_by_brute_force(curves[algo], 1519)
+        assert areas[algo].kept == pytest.approx(kept)
+        assert areas[algo].off == pytest.approx(off)
+    assert areas["EAP"].kept > areas["ACDC"].kept
+    assert areas["EAP"].off < areas["ACDC"].off
+    # Who does most is not who is nearest to the model.
+    assert areas["Overshoot"].kept > 1 > areas["EAP"].kept
+    assert areas["Overshoot"].off > areas["EAP"].off
+    assert math.isnan(areas["GT"].kept) and math.isnan(areas["GT"].off)
+
+
+def test_a_curve_that_ends_early_is_a_share_of_all_edges() -> None:
+    areas = task_areas({"short": [(0, 0.0), (10, 50.0)], "EAP": EAP}, log_x=True)
+    beyond_10 = 1 - 1 / math.log10(1519)
+    assert areas["short"].kept == pytest.approx(0.5 * beyond_10)
+    assert areas["short"].off == pytest.approx(1 - 0.5 * beyond_10)
+
+
+@given(st.data())
+def test_areas_of_random_curves(data: st.DataObject) -> None:
+    sizes = data.draw(st.sets(st.integers(1, 59), max_size=6)) | {0, 60}
+    values = st.floats(-200, 200).map(lambda value: round(value, 3))
+    points: Measurements = [(size, data.draw(values)) for size in sorted(sizes)]
+    points[-1] = (60, points[0][1] + 50)
+    kept, off = areas_by_brute_force(points, 60)
+    (areas,) = task_areas({"it": points[::-1]}, log_x=True).values()
+    assert areas.kept == pytest.approx(kept, abs=1e-9)
+    assert areas.off == pytest.approx(off, abs=1e-9)
+
+
+def test_the_mean_of_curves_with_different_sizes() -> None:
+    curves: list[Measurements] = [[(0, 0.0), (4, 10.0), (9, 12.0)], [(6, 30.0), (0, 2.0)]]
+    assert mean_curve(curves) == [(0, 1.0), (4, 6.0), (6, 20.0), (9, 21.0)]
+    assert mean_curve([[(5, 1.0)], [(7, 2.0)]]) == [(7, 1.5)]
+    assert mean_curve([EAP]) == EAP
 
 
 HEIGHTS = st.lists(st.floats(-100, 100), min_size=2, max_size=8)
@@ -90,9 +167,7 @@ def test_area_is_between_the_lowest_and_highest_height(ys: list[float]) -> None:
 @given(st.floats(0.1, 10), st.booleans())
 def test_a_flat_curve_at_the_full_value_has_share_1(height: float, log_x: bool) -> None:
     points: Measurements = [(0, 0.0), (1, height), (10, height), (50, height)]
-    share = area_share(points, log_x)
-    # On a linear axis the rise from 0 to 1 edge takes a fiftieth of the width.
-    assert share == pytest.approx(1.0 if log_x else 0.99)
+    assert area_share(points, log_x) == pytest.approx(1.0)
 
 
 def test_values_that_are_not_numbers() -> None:
@@ -122,6 +197,13 @@ def test_a_share_of_no_height_is_nan_and_warns() -> None:
 def test_points_without_an_area(points: Measurements, log_x: bool, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         measurements_auc(points, log_x)
+
+
+def test_one_edge_has_no_area() -> None:
+    with pytest.raises(ConfigError, match=r"a size above 1 edge.*\[0, 1\]"):
+        area_share([(0, 0.0), (1, 1.0)])
+    assert math.isnan(task_areas({"it": [(0, 0.0), (1, 1.0)]})["it"].kept)
+    assert task_areas({}) == {}
 
 
 @pytest.mark.parametrize("y_min", [None, 0.0])
@@ -175,10 +257,11 @@ def test_the_figure_of_areas() -> None:
         title="Areas",
         algo_names={"EAP": "Edge Attribution"},
     )
-    first, second = fig.data
+    first, second, first_off, second_off = fig.data
     assert (first.name, second.name) == ("First", "Second")
     assert list(first.x) == ["Edge Attribution"]
-    assert list(first.y) == pytest.approx([0.25])
-    assert list(second.x) == ["Edge Attribution", "Random"]
+    assert list(first.y) == pytest.approx([1 / 6])
+    assert list(first_off.y) == pytest.approx([1 / 3])  # 1 - 1/3 is off, half of it here
+    assert list(second.x) == list(second_off.x) == ["Edge Attribution", "Random"]
     assert fig.layout.barmode == "relative"
     assert fig.layout.title.text == "Areas<br><sub>No area for: Official</sub>"

@@ -28,6 +28,7 @@ from auto_circuit.tasks import POCKET_IOI_TASK, Task
 from auto_circuit.types import PruneScores
 from auto_circuit.utils.graph_utils import patchable_model, set_mask_batch_size
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.tensor_ops import flat_prune_scores
 from tests.micro import micro_loader, micro_model
 from tests.models import gpt2, llama, state_snapshot
 from tests.test_prune import token_loader
@@ -112,6 +113,54 @@ def test_scores_fit_the_graph_and_the_model_is_left_alone(
     assert any((values != 0).any() for values in scores.values())
     again = score(algo, model)
     assert all(t.equal(scores[name], again[name]) for name in scores)
+
+
+DRAWING = [a for a in PRUNE_ALGOS if "seed" in inspect.signature(a.func).parameters]
+
+
+QUICKLY_DRAWING = ("Random", "EP", "MAttr", "STP")
+
+
+@pytest.mark.parametrize(
+    "algo,graph",
+    [
+        pytest.param(
+            *(algo, "micro positions" if is_quick else "gpt2"),
+            id=algo.key,
+            marks=() if is_quick else pytest.mark.slow,
+        )
+        for algo in DRAWING
+        for is_quick in (algo.short_name in QUICKLY_DRAWING,)
+    ],
+)
+def test_an_algorithm_that_draws_follows_the_seed(algo: PruneAlgo, graph: str) -> None:
+    def scores(seed: int) -> t.Tensor:
+        model = GRAPHS[graph]()
+        return flat_prune_scores(score(algo.with_seed(seed), model))
+
+    one = scores(1)
+    assert t.equal(one, scores(1))
+    # A circuit's edges can be the same ones for two seeds, but not for this many.
+    assert any(not t.equal(one, scores(seed)) for seed in (2, 3, 4, 5))
+
+
+def test_a_warm_start_that_draws_follows_the_seed() -> None:
+    def func(model: object, loader: object, edges: object, warm_start: Any = None) -> Any:
+        return warm_start.func(None, None, None)
+
+    def drawing(*args: object, seed: int = 0) -> Any:
+        return seed
+
+    start = PruneAlgo(key="Start", name="Start", func=drawing)
+    warm = PruneAlgo(key="Warm", name="Warm", func=partial(func, warm_start=start))
+    assert warm.with_seed(7).func(None, None, None) == 7
+    assert warm.func(None, None, None) == 0
+
+
+def test_an_algorithm_that_draws_nothing_has_no_seed() -> None:
+    algo = find_prune_algo("EAP")
+    assert algo.with_seed(7) is algo
+    assert {*QUICKLY_DRAWING, "SEP", "CP", "EP quick"} <= {a.short_name for a in DRAWING}
 
 
 def print_digests() -> None:

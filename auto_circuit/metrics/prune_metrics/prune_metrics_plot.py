@@ -36,7 +36,7 @@ def measurement_figs(
 ) -> tuple[go.Figure, ...]:
     """A figure per ablation and metric: value against circuit size, a panel per task.
 
-    auc_plots: after each, the mean heights of its curves (`average_auc_plot`).
+    auc_plots: after each, the areas of its curves (`average_auc_plot`).
     metrics: where metric keys are looked up. algo_names: legend labels (else the keys).
 
     Raises ConfigError for a metric key that is not in `metrics`.
@@ -69,7 +69,7 @@ def edge_patching_plot(
     title: str | None = None,
     algo_names: Mapping[AlgoKey, str] | None = None,
 ) -> go.Figure:
-    """A metric against circuit size: a panel for each task, a line for each algorithm.
+    """A metric against circuit size: a panel for each task, steps for each algorithm.
 
     An algorithm with a single point is a labelled cross. On a logarithmic axis 0 edges
     stand at 0.5, and values below the metric's `y_min` at `y_min`; hovering shows the
@@ -112,7 +112,8 @@ def _trace(
         text=[name] if single else None,
         textposition="top center",
         marker={"color": color, "symbol": "x" if single else "circle", "size": 6},
-        line={"color": color, "dash": dash},
+        # Between two sizes one has the smaller circuit: see `area_under_curve`.
+        line={"color": color, "dash": dash, "shape": "hv"},
     )
 
 
