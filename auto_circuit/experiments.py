@@ -21,14 +21,16 @@ is carried all the same: a right ranking is at 0.998, not at 1.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
-import shutil
+import os
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -38,25 +40,32 @@ import pandas as pd
 import tyro
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from auto_circuit.checks import checked
+from auto_circuit.checks import (
+    check_count,
+    check_device,
+    check_member,
+    check_number,
+    checked,
+)
 from auto_circuit.errors import AutoCircuitError, ConfigError
-from auto_circuit.metrics.area_under_curve import area_share, edges_for_share, has_area
+from auto_circuit.files import checked_file_name, folder_written_whole
+from auto_circuit.metrics.area_under_curve import edges_for_share, mean_curve, task_areas
+from auto_circuit.metrics.mean_interval import MAX_VALUES, MeanInterval, mean_interval
 from auto_circuit.metrics.official_circuits.measure_roc import measure_task_roc, roc_auc
-from auto_circuit.metrics.official_circuits.roc_plot import roc_plot
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOGIT_DIFF_PERCENT_METRIC,
     PruneMetric,
     find_metric,
     with_mean_of_ratios,
 )
-from auto_circuit.metrics.prune_metrics.prune_metrics_plot import measurement_figs
 from auto_circuit.metrics.prune_metrics.task_measurements import (
     nest_rows,
     task_measurement_rows,
 )
 from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO
+from auto_circuit.prune_algos.edge_attribution_patching import EDGE_ATTR_PATCH_PRUNE_ALGO
 from auto_circuit.prune_algos.prune_algos import (
     PRUNE_ALGOS,
     PruneAlgo,
@@ -70,7 +79,6 @@ from auto_circuit.robustness import (
     robustness_rows,
     values_by_choice,
 )
-from auto_circuit.robustness_plot import robustness_fig
 from auto_circuit.tasks import (
     POCKET_DOCSTRING_TASK,
     POCKET_GREATERTHAN_TASK,
@@ -82,21 +90,26 @@ from auto_circuit.tasks import (
     find_task,
 )
 from auto_circuit.types import (
+    AblationMeasurements,
+    AblationType,
     AlgoKey,
     AlgoMeasurements,
     AlgoPruneScores,
     EdgeCounts,
     MeasurementRow,
     Measurements,
+    PatchType,
     TaskKey,
-    TaskMeasurements,
-    TaskPruneScores,
     TestEdges,
 )
 from auto_circuit.utils.custom_tqdm import tqdm
 
 SHARE = 0.8
-Numbers = dict[tuple[TaskKey, AlgoKey], float]
+Numbers = dict[str, int | float | None]
+"""What one run says of one algorithm: a column of the summary -> a number, if it is known."""
+MAX_SEED = 2**32 - 1
+INTERRUPTED = 130
+"""The exit code of a program that was interrupted from the keyboard (128 + SIGINT)."""
 
 
 @checked
@@ -125,7 +138,13 @@ class ExperimentConfig(Choices):
     ungroup: bool = False
     """With grouped-query attention, a key and a value for every query head (EAP-IG, MIB)?"""
     seed: int = 42
-    """Which prompts are picked from each task's file, and in which order."""
+    """Which prompts are picked from each task's file, and in which order, and all that
+    algorithms draw at random."""
+    n_seeds: int = 3
+    """How many seeds (`seed`, `seed` + 1, ...): as many draws of the prompts."""
+    once: tuple[str, ...] = ("ACDC quick", "STP quick", "EP quick", "MAttr quick")
+    """Algorithms that run for the first seed only, because they are slow: their numbers are
+    those of one draw, without an interval."""
     device: str | None = None
     """Where models run, for example "cuda"; None: a GPU if there is one."""
     out: Path = Path("results")
@@ -145,6 +164,11 @@ class ExperimentConfig(Choices):
         )
 
     @property
+    def seeds(self) -> range:
+        """The seeds, ascending."""
+        return range(self.seed, self.seed + self.n_seeds)
+
+    @property
     def test_edges(self) -> TestEdges:
         """The circuit sizes, as the metrics take them."""
         return [*self.circuit_sizes, *self.circuit_shares] or self.edge_counts
@@ -155,59 +179,137 @@ def _plain(value: object) -> object:
 
 
 @dataclass(frozen=True)
-class ExperimentResults:
-    """What an experiment found: scores, measurements, a summary and where they lie.
+class TaskRun:
+    """What one seed found on one task.
 
-    rocs: of the tasks whose circuit is known; see `measure_task_roc`.
+    seconds: the time that each algorithm took to score the edges.
+    rocs, aurocs: points enough for a figure, and the exact area, of tasks whose circuit is
+        known; see `measure_task_roc`.
     """
 
-    config: ExperimentConfig
-    scores: TaskPruneScores
+    task: TaskKey
+    seed: int
+    scores: AlgoPruneScores
+    seconds: dict[AlgoKey, float]
     rows: list[MeasurementRow]
+    rocs: AlgoMeasurements
+    aurocs: dict[AlgoKey, float]
+
+
+@dataclass(frozen=True)
+class ExperimentResults:
+    """What an experiment found: each task's and seed's run, and a summary of them all."""
+
+    config: ExperimentConfig
+    runs: list[TaskRun]
     summary: pd.DataFrame
-    rocs: TaskMeasurements
+
+    @property
+    def rows(self) -> list[MeasurementRow]:
+        """The measurements of all runs."""
+        return [row for run in self.runs for row in run.rows]
 
 
 def run_experiment(config: ExperimentConfig) -> ExperimentResults:
     """Run a sweep and write its results to `config.folder`.
 
-    Raises ConfigError, before anything is computed, for unknown names, for circuit sizes
-    that a task's graph does not have, and for a folder that cannot be written.
+    Raises ConfigError, before anything is computed, for unknown names, numbers and devices that
+    make no sense, circuit sizes that a task's graph does not have, and a folder that cannot
+    be written; DataError for a prompt file that is not there. If it is interrupted
+    (KeyboardInterrupt), what is finished is written beside that folder; the text says where.
     """
-    tasks, algos, metrics = _named(config)
-    _check_sizes(tasks, config)
-    _make_out_folder(config)
+    tasks, algos, metrics = check_config(config)
+    _check_graphs(tasks, config)
     if config.mean_of_ratios:
         metrics = [with_mean_of_ratios(metric) for metric in metrics]
-    scores: TaskPruneScores = {}
-    rows: list[MeasurementRow] = []
-    rocs: TaskMeasurements = {}
-    seconds: Numbers = {}
-    aurocs: Numbers = {}
-    for task in tqdm(tasks, desc="Tasks"):
-        for metric in metrics:
-            metric.check_prompts(task.test_loader)
-        scores[task.key] = _timed_scores(task, algos, seconds)
-        rows += _measure(task, scores[task.key], metrics, config)
-        if task.true_edges is not None:
-            rocs[task.key] = _rocs(task, scores[task.key], aurocs)
-        task.free()
-    summary = summarize(rows, seconds, algos, aurocs, config.reverse_clean_corrupt)
-    results = ExperimentResults(config, scores, rows, summary, rocs)
-    write_results(results, metrics, algos)
+    runs: list[TaskRun] = []
+    todo = [(replace(t, seed=seed), seed) for t in tasks for seed in config.seeds]
+    try:
+        for task, seed in tqdm(todo, desc="Tasks and seeds"):
+            runs.append(_run_task(task, _algos_of(algos, seed, config), metrics, config))
+            task.free()
+    except KeyboardInterrupt:
+        if not runs:
+            raise
+        folder = _interrupted_folder(config)
+        write_results(_results(config, runs, algos), metrics, algos, folder)
+        raise KeyboardInterrupt(
+            f"{len(runs)} of {len(todo)} runs were finished: {folder}"
+        ) from None
+    results = _results(config, runs, algos)
+    write_results(results, metrics, algos, config.folder)
     return results
 
 
-def _named(
+def _results(
+    config: ExperimentConfig, runs: list[TaskRun], algos: Sequence[PruneAlgo]
+) -> ExperimentResults:
+    summary = summarize(runs, algos, config.reverse_clean_corrupt)
+    return ExperimentResults(config, runs, summary)
+
+
+def _interrupted_folder(config: ExperimentConfig) -> Path:
+    return config.folder.with_name(f"{config.folder.name}-interrupted")
+
+
+# ------------------------------------------------------------- checks, before any work
+
+
+def check_config(
     config: ExperimentConfig,
 ) -> tuple[list[Task], list[PruneAlgo], list[PruneMetric]]:
-    """What the configuration names."""
+    """What the configuration names. Raises for all that is wrong without loading a model.
+
+    ConfigError for names, numbers, devices and folders; DataError for a prompt file that is
+    not there.
+    """
+    checked_file_name("name", config.name)
+    _check_numbers(config)
     tasks = [_task(key, config) for key in config.tasks]
     algos = [find_prune_algo(name) for name in config.algos]
     metrics = [find_metric(key) for key in config.metrics]
+    for name in config.once:
+        find_prune_algo(name)
     _check_not_empty(config)
     _check_circuits_are_known(tasks, algos)
+    for task in tasks:
+        task._dataset_path()
+    if config.device is not None:
+        check_device("device", config.device)
+    _check_out_folder(config)
     return tasks, algos, metrics
+
+
+def _task(key: TaskKey, config: ExperimentConfig) -> Task:
+    task = find_task(key)
+    ungroup = task.ungroup or config.ungroup
+    return chosen_task(replace(task, device=config.device, ungroup=ungroup), config)
+
+
+def _check_numbers(config: ExperimentConfig) -> None:
+    check_member("ablation", config.ablation, AblationType)
+    check_member("patch_type", config.patch_type, PatchType)
+    check_member("edge_counts", config.edge_counts, EdgeCounts)
+    check_count("seed", config.seed, 0, MAX_SEED)
+    check_count("n_seeds", config.n_seeds, 1, MAX_VALUES)
+    for size in config.circuit_sizes:
+        check_count("circuit_sizes", size, 0)
+    for share in config.circuit_shares:
+        check_number("circuit_shares", share, 0, 1)
+
+
+def _check_not_empty(config: ExperimentConfig) -> None:
+    for field in ("tasks", "algos", "metrics"):
+        names: tuple[str, ...] = getattr(config, field)
+        if not names:
+            raise ConfigError(f"`{field}` is empty; name at least one.")
+        if len(set(names)) < len(names):
+            raise ConfigError(f"`{field}` names one of {list(names)} twice.")
+    algos = [find_prune_algo(name) for name in config.algos]
+    if len(set(algos)) < len(algos):
+        raise ConfigError(
+            f"`algos` names an algorithm of {list(config.algos)} in two ways."
+        )
 
 
 def _check_circuits_are_known(tasks: Sequence[Task], algos: Sequence[PruneAlgo]) -> None:
@@ -222,12 +324,34 @@ def _check_circuits_are_known(tasks: Sequence[Task], algos: Sequence[PruneAlgo])
             )
 
 
-def _check_sizes(tasks: Sequence[Task], config: ExperimentConfig) -> None:
-    for task in tasks if config.circuit_sizes else ():
+def _check_out_folder(config: ExperimentConfig) -> None:
+    """A folder can be made there, and there is room for something."""
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.out) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, ValueError) as error:  # ValueError: NUL characters
+        raise ConfigError(
+            f"Results cannot be written to the folder {str(config.out)!r:.300} ({error}). "
+            "Choose another one with `out`."
+        ) from error
+    for folder in (config.folder, _interrupted_folder(config)):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(
+                f"Results cannot be written to the folder {folder}: there is a file of that "
+                "name. Move it away, or choose another `out`."
+            )
+
+
+def _check_graphs(tasks: Sequence[Task], config: ExperimentConfig) -> None:
+    """What is only known when a task has loaded, looked at before the first one runs."""
+    for task in tasks if config.circuit_sizes or config.token_positions else ():
         n_edges = task.model.n_edges
         task.free()
         for size in config.circuit_sizes:
-            if not 0 <= size <= n_edges:
+            if size > n_edges:
                 raise ConfigError(
                     f"`circuit_sizes` asks for {size} edges, but the graph of task "
                     f"{task.key!r} has {n_edges}. Leave this size out, or give "
@@ -235,55 +359,28 @@ def _check_sizes(tasks: Sequence[Task], config: ExperimentConfig) -> None:
                 )
 
 
-def _make_out_folder(config: ExperimentConfig) -> None:
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=config.out).close()
-    except OSError as error:
-        raise ConfigError(
-            f"Results cannot be written to the folder {config.out} ({error}). Choose "
-            "another one with `out`."
-        ) from error
+# -------------------------------------------------------------------------- one run
 
 
-def _task(key: TaskKey, config: ExperimentConfig) -> Task:
-    task = find_task(key)
-    ungroup = task.ungroup or config.ungroup
-    task = replace(task, seed=config.seed, device=config.device, ungroup=ungroup)
-    return chosen_task(task, config)
+def _algos_of(
+    algos: Sequence[PruneAlgo], seed: int, config: ExperimentConfig
+) -> list[PruneAlgo]:
+    """The algorithms that run for this seed, drawing from it."""
+    once = [find_prune_algo(name) for name in config.once]
+    return [
+        algo.with_seed(seed) for algo in algos if seed == config.seed or algo not in once
+    ]
 
 
-def _check_not_empty(config: ExperimentConfig) -> None:
-    for field in ("tasks", "algos", "metrics"):
-        names: tuple[str, ...] = getattr(config, field)
-        if not names:
-            raise ConfigError(f"`{field}` is empty; name at least one.")
-        if len(set(names)) < len(names):
-            raise ConfigError(f"`{field}` names one of {list(names)} twice.")
-
-
-def _timed_scores(
-    task: Task, algos: Sequence[PruneAlgo], seconds: Numbers
-) -> AlgoPruneScores:
-    scores: AlgoPruneScores = {}
-    task.model  # loads now, so that no algorithm's time includes it  # noqa: B018
-    for algo in algos:
-        algo.check_prompts(task.train_loader)
-    for algo in tqdm(algos, desc=task.key, leave=False):
-        if algo.needs_true_edges and task.true_edges is None:
-            continue
-        start = time.perf_counter()
-        scores[algo.key] = run_prune_algo(task, algo)
-        seconds[task.key, algo.key] = time.perf_counter() - start
-    return scores
-
-
-def _measure(
+def _run_task(
     task: Task,
-    scores: AlgoPruneScores,
+    algos: Sequence[PruneAlgo],
     metrics: Sequence[PruneMetric],
     config: ExperimentConfig,
-) -> list[MeasurementRow]:
+) -> TaskRun:
+    for metric in metrics:
+        metric.check_prompts(task.test_loader)
+    scores, seconds = _timed_scores(task, algos)
     rows = task_measurement_rows(
         task,
         scores,
@@ -293,74 +390,136 @@ def _measure(
         config.reverse_clean_corrupt,
         config.test_edges,
     )
-    return [replace(row, seed=config.seed) for row in rows]
+    rocs, aurocs = _rocs(task, scores)
+    return TaskRun(
+        task=task.key,
+        seed=task.seed,
+        scores=scores,
+        seconds=seconds,
+        rows=[replace(row, seed=task.seed) for row in rows],
+        rocs=rocs,
+        aurocs=aurocs,
+    )
 
 
-def _rocs(task: Task, scores: AlgoPruneScores, aurocs: Numbers) -> AlgoMeasurements:
-    """Points enough for a figure, and, into `aurocs`, the exact area."""
-    edges = task.true_edges or ()
-    for algo, of_algo in scores.items():
-        exact = measure_task_roc(task.model, edges, of_algo, all_edges=True)
-        aurocs[task.key, algo] = roc_auc(exact)
-    return {algo: measure_task_roc(task.model, edges, s) for algo, s in scores.items()}
+def _rocs(
+    task: Task, scores: AlgoPruneScores
+) -> tuple[AlgoMeasurements, dict[AlgoKey, float]]:
+    """Points enough for a figure, and the exact areas; none without a known circuit."""
+    edges = task.true_edges
+    if edges is None:
+        return {}, {}
+    rocs = {algo: measure_task_roc(task.model, edges, s) for algo, s in scores.items()}
+    exact = {
+        algo: measure_task_roc(task.model, edges, of_algo, all_edges=True)
+        for algo, of_algo in scores.items()
+    }
+    return rocs, {algo: roc_auc(points) for algo, points in exact.items()}
+
+
+def _timed_scores(
+    task: Task, algos: Sequence[PruneAlgo]
+) -> tuple[AlgoPruneScores, dict[AlgoKey, float]]:
+    """Scores and seconds; algorithms that need a known circuit are left out without one."""
+    scores: AlgoPruneScores = {}
+    seconds: dict[AlgoKey, float] = {}
+    task.model  # loads now, so that no algorithm's time includes it  # noqa: B018
+    for algo in algos:
+        algo.check_prompts(task.train_loader)
+    for algo in tqdm(algos, desc=f"{task.key}, seed {task.seed}", leave=False):
+        if algo.needs_true_edges and task.true_edges is None:
+            continue
+        start = time.perf_counter()
+        scores[algo.key] = run_prune_algo(task, algo)
+        seconds[algo.key] = time.perf_counter() - start
+    return scores, seconds
 
 
 # --------------------------------------------------------------------------- the summary
 
 
 def summarize(
-    rows: Sequence[MeasurementRow],
-    seconds: Numbers,
-    algos: Sequence[PruneAlgo],
-    aurocs: Numbers,
-    is_reversed: bool = False,
+    runs: Sequence[TaskRun], algos: Sequence[PruneAlgo], is_reversed: bool = False
 ) -> pd.DataFrame:
     """A row per task and algorithm: how small a circuit does the task, and how well.
 
-    edges_for_80_percent: the smallest tested circuit with 80 % of the model's logit
-    difference (empty: none). area: that of the percentage against the logarithm of the
-    circuit's size, as a share of always having the largest circuit's. auroc: how well the
-    scores tell the known circuit's edges from all others (1 is perfect, 0.5 chance; empty:
-    no circuit is known). seconds: the time that the algorithm took to score the edges.
+    Each number is the mean over seeds; `<number>_plus_minus` is half the width of its 95 %
+    interval (`mean_interval`; empty for one seed), n_seeds says of how many.
+
+    edges_for_80_percent: the smallest tested circuit from which on *all* larger ones have 80 %
+    of the model's logit difference (empty: for some seed there is none). area: how much of
+    it circuits have, from 1 edge to all on a logarithmic axis (`Areas.kept`: higher is
+    better, overshoot counts in favour). off: how far they are from the model, both ways
+    (`Areas.off`, 0 is best). auroc: how well the scores tell the known circuit's edges from all
+    others (1 is perfect, 0.5 chance; empty: no circuit is known). seconds: the time that the
+    algorithm took to score the edges.
 
     is_reversed: tests that take the circuit out of the model (`reverse_clean_corrupt`).
         What counts is then what is lost of the model's logit difference.
     """
+    values: dict[tuple[TaskKey, AlgoKey], list[Numbers]] = {}
+    for run in runs:
+        for algo, numbers in _run_numbers(run, is_reversed).items():
+            values.setdefault((run.task, algo), []).append(numbers)
     names = {algo.key: algo.short_name for algo in algos}
-    curves: dict[tuple[TaskKey, AlgoKey], Measurements] = {key: [] for key in seconds}
-    for row in rows:
+    return pd.DataFrame(
+        {"task": task, "algorithm": names[algo], "n_seeds": len(of_seeds)}
+        | _mean_numbers(of_seeds)
+        for (task, algo), of_seeds in values.items()
+    )
+
+
+def _run_numbers(run: TaskRun, is_reversed: bool) -> dict[AlgoKey, Numbers]:
+    """The numbers of each algorithm of one run."""
+    curves: dict[AlgoKey, Measurements] = {algo: [] for algo in run.seconds}
+    for row in run.rows:
         if row.metric == LOGIT_DIFF_PERCENT_METRIC.key:
             percent = 100 - row.value if is_reversed else row.value
-            curves[row.task, row.algo].append((row.n_edges, percent))
-    return pd.DataFrame(
-        {
-            "task": task,
-            "algorithm": names[algo],
+            curves[row.algo].append((row.n_edges, percent))
+    areas = task_areas(curves, log_x=True)
+    return {
+        algo: {
             "edges_for_80_percent": (
-                edges_for_share(curve, SHARE, target=100) if curve else None
+                edges_for_share(curve, SHARE, target=100, stay=True) if curve else None
             ),
-            "area": (
-                area_share(curve, log_x=True) if has_area(curve, log_x=True) else None
-            ),
-            "auroc": aurocs.get((task, algo)),
-            "seconds": seconds[task, algo],
+            "area": areas[algo].kept,
+            "off": areas[algo].off,
+            "auroc": run.aurocs.get(algo),
+            "seconds": run.seconds[algo],
         }
-        for (task, algo), curve in curves.items()
-    )
+        for algo, curve in curves.items()
+    }
+
+
+def _mean_numbers(
+    of_seeds: Sequence[Numbers],
+) -> dict[str, float]:
+    means = {
+        name: mean_interval([numbers[name] for numbers in of_seeds])
+        for name in of_seeds[0]
+    }
+    return {name: mean.mean for name, mean in means.items()} | {
+        f"{name}_plus_minus": mean.plus_minus for name, mean in means.items()
+    }
 
 
 def print_summary(results: ExperimentResults, console: Console) -> None:
     """The summary as a table, and where the figures are."""
-    table = Table(title=f"Circuits of {results.config.name}")
+    config = results.config
+    one_seed = "Numbers without ± are those of one seed: other prompts give others."
+    table = Table(
+        title=f"Circuits of {config.name}",
+        caption=f"Means over seeds ± half of their 95 % interval. {one_seed}",
+    )
     table.add_column("Task")
     table.add_column("Algorithm")
-    lost = results.config.reverse_clean_corrupt
-    of_what = "of logit diff lost" if lost else "of logit diff"
+    of_what = "of logit diff lost" if config.reverse_clean_corrupt else "of logit diff"
     columns = {
-        "edges_for_80_percent": (f"Edges for 80 %\n{of_what}", "{:.0f}"),
-        "area": ("Area under\ncurve", "{:.3f}"),
-        "auroc": ("AUROC", "{:.3f}"),
-        "seconds": ("Seconds", "{:.1f}"),
+        "edges_for_80_percent": (f"Edges from which\n80 % {of_what}", 0),
+        "area": ("Area\n(high is good)", 3),
+        "off": ("Off the model\n(0 is best)", 3),
+        "auroc": ("AUROC", 3),
+        "seconds": ("Seconds", 1),
     }
     for column in list(columns):  # no known circuit, or no logit differences
         if results.summary[column].isna().all():
@@ -370,8 +529,12 @@ def print_summary(results: ExperimentResults, console: Console) -> None:
     last_task = None
     for row in results.summary.to_dict("records"):
         numbers = [
-            "-" if pd.isna(row[column]) else text.format(row[column])
-            for column, (_, text) in columns.items()
+            _shown_mean(
+                MeanInterval(row[column], row[f"{column}_plus_minus"]),
+                digits,
+                column != "seconds",
+            )
+            for column, (_, digits) in columns.items()
         ]
         if row["task"] != last_task:
             table.add_section()
@@ -379,7 +542,16 @@ def print_summary(results: ExperimentResults, console: Console) -> None:
         table.add_row(shown, row["algorithm"], *numbers)
         last_task = row["task"]
     console.print(table)
-    _print_folder(results.config.folder, console)
+    _print_folder(config.folder, console)
+
+
+def _shown_mean(mean: MeanInterval, digits: int, with_interval: bool) -> str:
+    if pd.isna(mean.mean):
+        return "-"
+    shown = f"{round(mean.mean, digits) + 0.0:.{digits}f}"  # no minus before a zero
+    if with_interval and not pd.isna(mean.plus_minus):
+        shown += f" ± {mean.plus_minus:.{digits}f}"
+    return shown
 
 
 def _print_folder(folder: Path, console: Console) -> None:
@@ -392,37 +564,33 @@ def _print_folder(folder: Path, console: Console) -> None:
 
 
 def write_results(
-    results: ExperimentResults, metrics: Sequence[PruneMetric], algos: Sequence[PruneAlgo]
+    results: ExperimentResults,
+    metrics: Sequence[PruneMetric],
+    algos: Sequence[PruneAlgo],
+    folder: Path,
 ) -> None:
-    """Write configuration, scores, measurements and figures; all of them or nothing."""
-    with _new_folder(results.config) as folder:
-        _write_scores(results.scores, folder / "scores")
-        _as_table(results.rows).to_parquet(folder / "measurements.parquet")
-        results.summary.to_csv(folder / "summary.csv", index=False)
-        _write_figures(results, metrics, algos, folder)
+    """Write configuration, scores, measurements and figures; all of them or nothing.
+
+    What was in the folder stays until all has been written. Raises FileError.
+    """
+    with folder_written_whole(folder) as new:
+        (new / "config.json").write_text(results.config.json)
+        _write_scores(results.runs, new / "scores")
+        _as_table(results.rows).to_parquet(new / "measurements.parquet")
+        results.summary.to_csv(new / "summary.csv", index=False)
+        _write_figures(results, metrics, algos, new)
 
 
-@contextmanager
-def _new_folder(config: ExperimentConfig) -> Iterator[Path]:
-    """A folder that becomes `config.folder` when all has been written."""
-    partial = config.folder.with_name(f".{config.folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "config.json").write_text(config.json)
-    yield partial
-    shutil.rmtree(config.folder, ignore_errors=True)
-    partial.rename(config.folder)
-
-
-def _write_scores(task_scores: TaskPruneScores, folder: Path) -> None:
+def _write_scores(runs: Sequence[TaskRun], folder: Path) -> None:
     folder.mkdir()
-    for task_key, algo_scores in task_scores.items():
+    for run in runs:
         flat = {
             f"{algo_key}/{module_name}": scores.contiguous().cpu()
-            for algo_key, prune_scores in algo_scores.items()
+            for algo_key, prune_scores in run.scores.items()
             for module_name, scores in prune_scores.items()
         }
-        save_file(flat, folder / f"{_slug(task_key)}.safetensors")
+        path = folder / f"{_slug(run.task)}-seed-{run.seed}.safetensors"
+        path.write_bytes(save(flat))
 
 
 def _write_figures(
@@ -431,22 +599,48 @@ def _write_figures(
     algos: Sequence[PruneAlgo],
     folder: Path,
 ) -> None:
-    """A curve and its areas for each metric, and the ROCs."""
+    """A mean curve and its areas for each metric, and the ROCs of the first seed."""
+    from auto_circuit.metrics.official_circuits.roc_plot import roc_plot
+    from auto_circuit.metrics.prune_metrics.prune_metrics_plot import measurement_figs
+
     names = {algo.key: algo.short_name for algo in algos}
-    nested = nest_rows(results.rows)
+    nested = mean_measurements(results.rows)
     figs = measurement_figs(nested, True, metrics=metrics, algo_names=names)
     stems = [_slug(metric.key) + kind for metric in metrics for kind in ("", "-area")]
     named = dict(zip(stems, figs, strict=True))
-    if results.rocs:
-        keys = {name: key for key, name in names.items()}
+    firsts = [run for run in results.runs if run.seed == results.config.seed and run.rocs]
+    if firsts:
         areas = {
-            (row["task"], keys[row["algorithm"]]): row["auroc"]
-            for row in results.summary.to_dict("records")
-            if row["task"] in results.rocs
+            (run.task, algo): auroc
+            for run in firsts
+            for algo, auroc in run.aurocs.items()
         }
-        named["roc"] = roc_plot(results.rocs, algo_names=names, areas=areas)
+        rocs = {run.task: run.rocs for run in firsts}
+        named["roc"] = roc_plot(rocs, algo_names=names, areas=areas)
     for name, fig in named.items():
         fig.write_html(folder / f"{name}.html", include_plotlyjs="directory")
+
+
+def mean_measurements(rows: Sequence[MeasurementRow]) -> AblationMeasurements:
+    """Ablation -> metric -> task -> algorithm -> [(edges, mean over seeds of the value)]."""
+    by_seed: dict[int | None, list[MeasurementRow]] = {}
+    curves: dict[MeasurementRow, list[Measurements]] = {}
+    for row in rows:
+        by_seed.setdefault(row.seed, []).append(row)
+    for of_seed in by_seed.values():
+        points: dict[MeasurementRow, Measurements] = {}
+        for row in of_seed:
+            curve = replace(
+                row, n_edges=0, value=0.0, std=None, n_prompts=None, seed=None
+            )
+            points.setdefault(curve, []).append((row.n_edges, row.value))
+        for curve, of_curve in points.items():
+            curves.setdefault(curve, []).append(of_curve)
+    return nest_rows(
+        replace(curve, n_edges=int(n_edges), value=float(value))
+        for curve, of_curve in curves.items()
+        for n_edges, value in mean_curve(of_curve)
+    )
 
 
 def _as_table(rows: Sequence[Any]) -> pd.DataFrame:
@@ -463,30 +657,50 @@ def _slug(text: str) -> str:
 def run_robustness(config: ExperimentConfig) -> list[RobustnessRow]:
     """Test the same circuits in other ways, and write how the verdicts change.
 
-    Raises, before anything is computed, ConfigError for unknown names and for other
-    metrics than the logit difference's percentage, in which verdicts are stated.
+    Raises, before anything is computed, as `run_experiment` does, and ConfigError for other
+    metrics than the logit difference's percentage, in which verdicts are stated, for sizes
+    that are no shares, and for several seeds. Interrupted, it writes as `run_experiment`.
     """
-    tasks, algos, metrics = _named(config)
+    tasks, algos, metrics = check_config(config)
     if metrics != [LOGIT_DIFF_PERCENT_METRIC] or config.circuit_sizes:
         raise ConfigError(
             "Robustness states verdicts in 'Logit Diff Percent', of circuits whose size is "
             "a share of the graph: leave `metrics` and `circuit_sizes` out."
         )
-    _make_out_folder(config)
+    if config.n_seeds != 1:
+        raise ConfigError(f"Robustness has one seed; `n_seeds` is {config.n_seeds}.")
 
     def find_scores(task: Task) -> AlgoPruneScores:
-        return _timed_scores(task, algos, {})
+        return _timed_scores(task, _algos_of(algos, config.seed, config))[0]
 
-    rows = []
-    for task in tqdm(tasks, desc="Tasks"):
-        rows += robustness_rows(task, config, config.circuit_shares, find_scores)
-        task.free()
-    names = {algo.key: algo.short_name for algo in algos}
-    with _new_folder(config) as folder:
-        _as_table(rows).to_parquet(folder / "robustness.parquet")
-        fig = robustness_fig(rows, names)
-        fig.write_html(folder / "robustness.html", include_plotlyjs="directory")
+    rows: list[RobustnessRow] = []
+    try:
+        for task in tqdm([replace(t, seed=config.seed) for t in tasks], desc="Tasks"):
+            rows += robustness_rows(task, config, config.circuit_shares, find_scores)
+            task.free()
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        folder = _interrupted_folder(config)
+        _write_robustness(config, rows, algos, folder)
+        raise KeyboardInterrupt(f"What was finished: {folder}") from None
+    _write_robustness(config, rows, algos, config.folder)
     return rows
+
+
+def _write_robustness(
+    config: ExperimentConfig,
+    rows: Sequence[RobustnessRow],
+    algos: Sequence[PruneAlgo],
+    folder: Path,
+) -> None:
+    from auto_circuit.robustness_plot import robustness_fig
+
+    with folder_written_whole(folder) as new:
+        (new / "config.json").write_text(config.json)
+        _as_table(rows).to_parquet(new / "robustness.parquet")
+        fig = robustness_fig(rows, {algo.key: algo.short_name for algo in algos})
+        fig.write_html(new / "robustness.html", include_plotlyjs="directory")
 
 
 def print_robustness(
@@ -544,6 +758,7 @@ ROBUSTNESS = ExperimentConfig(
     metrics=(LOGIT_DIFF_PERCENT_METRIC.key,),
     token_positions=True,
     circuit_shares=(0.001, 0.003, 0.01),
+    n_seeds=1,
 )
 """The pocket tasks whose prompts have one length, so that positions can be told apart."""
 
@@ -553,18 +768,21 @@ TRACR_REVERSE = ExperimentConfig(
     algos=tuple(
         algo.short_name
         for algo in PRUNE_ALGOS
-        if algo.short_name not in (*NUMBERS, ACDC_PRUNE_ALGO.short_name)
+        if algo not in (ACDC_PRUNE_ALGO, EDGE_ATTR_PATCH_PRUNE_ALGO)
+        and algo.short_name not in NUMBERS
     ),
     metrics=("Clean KL Div", LOGIT_DIFF_PERCENT_METRIC.key),
+    n_seeds=1,
 )
 """Every algorithm that compares words, against a circuit that is known exactly (of the ACDCs
-the quick one, which here is ACDC with half of the thresholds)."""
+the quick one, which here is ACDC with half of the thresholds; EAP by one of its names)."""
 
 TRACR_XPROPORTION = ExperimentConfig(
     name="tracr-xproportion",
     tasks=(TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK.key,),
     algos=("GT", "Act Mag", "Random", *NUMBERS),
     metrics=("Clean MSE",),
+    n_seeds=1,
 )
 """Every algorithm that compares numbers."""
 
@@ -578,22 +796,54 @@ EXPERIMENTS: dict[str, ExperimentConfig] = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the experiment that the command line describes."""
-    words = list(sys.argv[1:] if args is None else args)
-    name = words.pop(0) if words and words[0] in EXPERIMENTS else "sweep"
-    config = tyro.cli(
-        ExperimentConfig,
-        args=words,
-        default=EXPERIMENTS[name],
-        description=__doc__,
-    )
+    """Run the experiment that the command line describes.
+
+    Whatever is wrong is one line, and no traceback: exit code 2 for a command line that
+    cannot be read, 1 for values and files that make no sense, 130 if it is interrupted.
+    """
+    if not sys.stderr.isatty():  # Hugging Face's progress bars; ours look for themselves
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
+        name, config = parse(sys.argv[1:] if args is None else args)
         if name == "robustness":
             print_robustness(config, run_robustness(config), Console())
         else:
             print_summary(run_experiment(config), Console())
     except AutoCircuitError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(_one_line(f"{type(error).__name__}: {error}"))
+    except KeyboardInterrupt as error:
+        print(_one_line(f"Interrupted. {error}"), file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def parse(args: Sequence[str]) -> tuple[str, ExperimentConfig]:
+    """The experiment's name, and its configuration with the changes that `args` make.
+
+    Exits with code 2 and one line for options and values that cannot be read, and with 0 for
+    `--help`.
+    """
+    words = list(args)
+    name = words.pop(0) if words and words[0] in EXPERIMENTS else "sweep"
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            config = tyro.cli(
+                ExperimentConfig,
+                args=words,
+                default=EXPERIMENTS[name],
+                description=__doc__,
+            )
+    except SystemExit as stop:
+        if stop.code:
+            # Without the frame that tyro draws around its words.
+            text = re.sub("[│╭╮╰╯]|[─-]{4,}", " ", errors.getvalue())
+            print(_one_line(text), file=sys.stderr)
+        raise
+    return name, config
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

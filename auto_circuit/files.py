@@ -5,11 +5,13 @@ JSON is read strictly: what the standard does not know is an error.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +26,7 @@ from auto_circuit.errors import (
 )
 
 MAX_NAME_BYTES = 200
+MAX_ATTEMPTS = 10
 
 
 def path_in_folder(path: Path | str) -> Path:
@@ -63,8 +66,7 @@ def written_whole(path: Path | str) -> Iterator[Path]:
         final = final.resolve()
     if final.exists() and not final.is_file():
         raise FileError(f"Cannot write {path}: there is something that is no file.")
-    # In the same folder: to rename from one file system to another is not one step.
-    partial = final.parent / f".partial-{secrets.token_hex(8)}{final.suffix[-16:]}"
+    partial = _hidden_beside(final)
     try:
         partial.touch(exist_ok=False)
         permissions = partial.stat().st_mode & 0o777
@@ -85,6 +87,62 @@ def write_bytes(path: Path | str, content: bytes) -> None:
     """Write a file as `written_whole` does."""
     with written_whole(path) as partial:
         partial.write_bytes(content)
+
+
+@contextmanager
+def folder_written_whole(path: Path | str) -> Iterator[Path]:
+    """Yields a new folder to fill, which then takes the place of `path` with all it holds.
+
+    A folder that was at `path` is there, undamaged, until the new one is complete, and stays
+    if the body raises or the disk is full. Of processes that write the same folder at once, the
+    last one's stays. Raises ConfigError if there is no folder to put it in, and FileError
+    where the system refuses.
+    """
+    final = path_in_folder(path)
+    if final.is_symlink():
+        final = final.resolve()
+    if final.exists() and not final.is_dir():
+        raise FileError(f"Cannot write {path}: there is something that is no folder.")
+    partial = _hidden_beside(final)
+    try:
+        partial.mkdir()
+        yield partial
+        for written in (*partial.rglob("*"), partial):
+            _sync(written)
+        _put_in_place(partial, final)
+        _sync(final.parent)
+    except OSError as error:
+        raise FileError(f"Cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(new: Path, final: Path) -> None:
+    """Rename a folder; one that has the name already goes only when the new one has it."""
+    old = _hidden_beside(final)
+    try:
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                new.rename(final)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                if attempt == MAX_ATTEMPTS - 1:
+                    raise
+            # Another process can have moved it away in between, or put its own there.
+            shutil.rmtree(old, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                final.rename(old)
+    finally:
+        if old.exists() and not final.exists():
+            old.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _hidden_beside(path: Path) -> Path:
+    # In the same folder: to rename from one file system to another is not one step.
+    return path.parent / f".partial-{secrets.token_hex(8)}{path.suffix[-16:]}"
 
 
 def write_text(path: Path | str, text: str) -> None:

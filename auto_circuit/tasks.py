@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 import torch as t
 from torch.nn import Module
-from transformer_lens.model_bridge import TransformerBridge
 
 from auto_circuit.checks import check_count, checked
 from auto_circuit.data import (
@@ -40,11 +39,6 @@ from auto_circuit.metrics.official_circuits.circuits.tracr.reverse_official impo
 from auto_circuit.metrics.official_circuits.circuits.tracr.xproportion_official import (
     tracr_xproportion_official_edges,
 )
-from auto_circuit.model_utils.load_model import load_transformer
-from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import (
-    sae_model,
-)
-from auto_circuit.model_utils.tracr_model_utils import TRACR_TASK_KEY, get_tracr_model
 from auto_circuit.prompt_files import READERS, read_prompt_file
 from auto_circuit.types import AutoencoderInput, Edge, OutputSlice, TaskKey
 from auto_circuit.utils.graph_utils import patchable_model
@@ -161,6 +155,13 @@ class Task:
     def _bare_model(self) -> Module:
         if isinstance(self._model_def, Module):
             return self._model_def
+        # TransformerLens takes seconds to import: only when there is a model to load.
+        from auto_circuit.model_utils.load_model import load_transformer
+        from auto_circuit.model_utils.tracr_model_utils import (
+            TRACR_TASK_KEY,
+            get_tracr_model,
+        )
+
         for program in get_args(TRACR_TASK_KEY):
             if self._model_def == program:
                 return get_tracr_model(program, self._device)[0]
@@ -172,6 +173,12 @@ class Task:
         bridge = self._bare_model
         if self.autoencoder_input is None:
             return bridge
+        from transformer_lens.model_bridge import TransformerBridge
+
+        from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import (
+            sae_model,
+        )
+
         if not isinstance(bridge, TransformerBridge):
             raise ConfigError(
                 f"The task {self.key!r} asks for sparse autoencoders "
@@ -272,7 +279,7 @@ POCKET_MODEL = Path(__file__).parent / "pocket_model"
 POCKET_IOI_TASK = Task(
     key="Pocket IOI",
     name="Indirect Object Identification (pocket model)",
-    batch_size=(16, 64),
+    batch_size=(16, 96),
     batch_count=(4, 1),
     token_circuit=False,
     _model_def=POCKET_MODEL,
@@ -281,7 +288,7 @@ POCKET_IOI_TASK = Task(
 POCKET_IOI_TOKEN_TASK = Task(
     key="Pocket IOI Tokens",
     name="Indirect Object Identification by position (pocket model)",
-    batch_size=(16, 64),
+    batch_size=(16, 96),
     batch_count=(4, 1),
     token_circuit=True,
     _model_def=POCKET_MODEL,
@@ -290,7 +297,7 @@ POCKET_IOI_TOKEN_TASK = Task(
 POCKET_GREATERTHAN_TASK = Task(
     key="Pocket Greaterthan",
     name="Greater-than (pocket model)",
-    batch_size=(16, 64),
+    batch_size=(16, 96),
     batch_count=(4, 1),
     token_circuit=False,
     _model_def=POCKET_MODEL,
@@ -299,7 +306,7 @@ POCKET_GREATERTHAN_TASK = Task(
 POCKET_DOCSTRING_TASK = Task(
     key="Pocket Docstring",
     name="Docstring completion by position (pocket model)",
-    batch_size=(16, 64),
+    batch_size=(16, 96),
     batch_count=(4, 1),
     token_circuit=True,
     _model_def=POCKET_MODEL,

@@ -58,7 +58,11 @@ TestEdges = EdgeCounts | list[int | float] | list[int] | list[float]
 
 
 class PatchType(_TitledEnum):
-    """Which edges are patched: the circuit's (EDGE) or all the others (TREE)."""
+    """Which edges are patched: the circuit's (EDGE) or all the others (TREE).
+
+    With corrupt activations patched into clean prompts, TREE_PATCH is noising; with clean ones
+    patched into corrupt prompts, EDGE_PATCH is denoising.
+    """
 
     EDGE_PATCH = 1
     TREE_PATCH = 2
@@ -67,7 +71,8 @@ class PatchType(_TitledEnum):
 class AblationType(_TitledEnum):
     """Which activations are patched in.
 
-    RESAMPLE: those of another prompt. ZERO: zeros. TOKENWISE_MEAN_*: the mean at each
+    RESAMPLE (resample ablation, interchange): those of another prompt, the counterfactual.
+    ZERO (zero ablation): zeros. The others are mean ablations. TOKENWISE_MEAN_*: the mean at each
     token position over a data set's clean prompts, corrupt prompts, or both.
     BATCH_TOKENWISE_MEAN: the mean at each position over the batch that is patched in.
     BATCH_ALL_TOK_MEAN: the mean over that batch and all of its positions.

@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from auto_circuit.errors import ConfigError, FileError
-from auto_circuit.files import checked_file_name, write_text, written_whole
+from auto_circuit.files import (
+    checked_file_name,
+    folder_written_whole,
+    write_text,
+    written_whole,
+)
 
 
 def test_a_body_that_raises_leaves_the_old_file(tmp_path: Path) -> None:
@@ -69,3 +75,77 @@ def test_names_that_leave_the_folder(name: str) -> None:
 @pytest.mark.parametrize("name", ["a", "my run 3", "été", "x" * 200, "a.b-c_d"])
 def test_names_that_stay_in_the_folder(name: str) -> None:
     assert checked_file_name("name", name) == name
+
+
+def write_folder(folder: Path, text: str) -> None:
+    with folder_written_whole(folder) as new:
+        (new / "inner").mkdir()
+        (new / "inner" / "file.txt").write_text(text)
+
+
+def test_a_folder_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        write_folder(tmp_path / "results", text)
+        assert (tmp_path / "results/inner/file.txt").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_the_folder_before_stays_if_the_new_one_is_not_complete(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    write_folder(tmp_path / "results", "good")
+    with pytest.raises(error), folder_written_whole(tmp_path / "results") as new:
+        (new / "half").write_text("half")
+        assert (tmp_path / "results/inner/file.txt").read_text() == "good"
+        raise error
+    assert (tmp_path / "results/inner/file.txt").read_text() == "good"
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_the_folder_before_stays_if_it_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system moves the old one away, and then refuses to move the new one."""
+    write_folder(tmp_path / "results", "good")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if target.name == "results" and not target.exists() and not refused:
+            refused.append(path)
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    refused: list[Path] = []
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(FileError, match="Cannot write .*results: Input/output error"):
+        write_folder(tmp_path / "results", "new")
+    assert refused
+    assert (tmp_path / "results/inner/file.txt").read_text() == "good"
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_two_writers_of_one_folder(tmp_path: Path) -> None:
+    """One ends while the other one writes, and a third comes between its two renames."""
+    folder = tmp_path / "results"
+    with folder_written_whole(folder) as new:
+        write_folder(folder, "other")
+        (new / "mine").write_text("mine")
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+
+    threads = [Thread(target=write_folder, args=(folder, str(i))) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (folder / "inner/file.txt").read_text() in list("01234567")
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_what_is_no_folder_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("mine")
+    with pytest.raises(FileError, match="something that is no folder"):
+        write_folder(tmp_path / "results", "new")
+    assert (tmp_path / "results").read_text() == "mine"
+    with pytest.raises(ConfigError, match="there is no folder"):
+        write_folder(tmp_path / "nowhere" / "results", "new")

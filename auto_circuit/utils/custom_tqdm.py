@@ -6,5 +6,9 @@ from functools import partial
 
 from tqdm import auto
 
-tqdm = partial(auto.tqdm, dynamic_ncols=True)
-"""`tqdm.auto.tqdm` that fits the width of the terminal."""
+IS_NOTEBOOK = auto.notebook_tqdm is not auto.std_tqdm
+
+tqdm = partial(auto.tqdm, dynamic_ncols=True, disable=False if IS_NOTEBOOK else None)
+"""`tqdm.auto.tqdm` that fits the width of the terminal, and is silent where there is none.
+
+A notebook is no terminal, but shows its own kind of bar."""

@@ -15,7 +15,6 @@ from torch.nn import Module, Parameter
 
 from auto_circuit.checks import check_count, check_number, checked
 from auto_circuit.errors import ConfigError, GraphError, ModelError
-from auto_circuit.model_utils.adapters import find_adapter
 from auto_circuit.model_utils.model_adapter import ModelAdapter
 from auto_circuit.prefix_cache import PrefixCache
 from auto_circuit.types import DestNode, Edge, MaskFn, Node, OutputSlice, SrcNode
@@ -100,6 +99,9 @@ def patchable_model(
         )
     if seq_len is not None:
         seq_len = check_count("seq_len", seq_len)
+    # TransformerLens takes seconds to import: only when there is a model.
+    from auto_circuit.model_utils.adapters import find_adapter
+
     adapter = adapter or find_adapter(model)
     if ungroup:
         adapter = _ungrouped(adapter, model)
@@ -398,6 +400,9 @@ def patch_mode(
     keeps_layers: bool = False,
 ) -> Iterator[None]:
     """Inside, a call of `model` patches `patch_src_outs` along the edges of its masks.
+
+    With single edges this is path patching: it shows a source's direct effect on what one
+    destination reads. With all edges of a source it is activation patching.
 
     patch_src_outs: the activations to patch in, from `src_ablations`.
     edges: Edges or names ("A0.1->MLP 2") to patch, and no others. None: whatever the
