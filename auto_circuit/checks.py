@@ -98,7 +98,7 @@ def _test(annotation: Any) -> _Test | None:
     """Does a value fit an annotation? None: every value does."""
     origin = get_origin(annotation)
     if origin in (Union, UnionType):
-        tests = [_test(part) for part in get_args(annotation)]
+        tests = [_test(part) for part in _wide_parts(annotation)]
         known = [test for test in tests if test is not None]
         return (
             (lambda v: any(test(v) for test in known))
@@ -141,6 +141,12 @@ def _test_of_container(origin: Any, parts: tuple[Any, ...]) -> _Test | None:
         )
 
     return fits
+
+
+def _wide_parts(annotation: Any) -> list[Any]:
+    """The parts of a union; a whole number is a number."""
+    parts = get_args(annotation)
+    return [part for part in parts if part is not int or float not in parts]
 
 
 def _parts(annotation: Any) -> tuple[Any, ...]:
@@ -199,10 +205,8 @@ def _words(annotation: Any) -> str:
     """What an annotation allows, in words."""
     origin = get_origin(annotation)
     if origin in (Union, UnionType):
-        parts = get_args(annotation)
-        # A whole number is a number.
-        wide = [part for part in parts if part is not int or float not in parts]
-        return " or ".join(dict.fromkeys(_words(part) for part in wide))
+        words = [_words(part) for part in _wide_parts(annotation)]
+        return " or ".join(dict.fromkeys(words))
     if origin is Literal:
         choices = [repr(choice) for choice in get_args(annotation)]
         return f"one of {', '.join(choices)}"
