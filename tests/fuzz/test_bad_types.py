@@ -72,7 +72,8 @@ def test_arrays_and_lists_are_converted_exactly(
 
 
 def test_circuit_sizes_of_numpy(model: PatchableModel) -> None:
-    for counts in (np.array([2, 5]), [np.int64(2), np.int32(5)], range(2, 6, 3)):
+    many: list[Any] = [np.array([2, 5]), [np.int64(2), np.int32(5)], range(2, 6, 3)]
+    for counts in many:
         outs = run_circuits(model, micro_loader(), counts, numbered(model))
         assert list(outs) == [2, 5]
 
@@ -96,6 +97,6 @@ def test_outputs_are_tensors(model: PatchableModel, bad: Any) -> None:
     whole: Any = {**outs, 3: bad}
     with pytest.raises(DataError, match="of the circuit with 3 edges are"):
         LOGIT_DIFF_METRIC.metric_func(model, loader, whole)
-    outs[3] = dict.fromkeys(outs[3], bad)
+    outs[3].update(dict.fromkeys(outs[3], bad))
     with pytest.raises(DataError, match="for the circuit with 3 edges|no such batch"):
         LOGIT_DIFF_METRIC.metric_func(model, loader, outs)
