@@ -66,6 +66,7 @@ STATE = f"{LAWS}::test_state_is_restored_also_after_an_error"
 EXAMPLES = f"{LAWS}::test_masks_of_each_example_are_as_if_it_was_alone"
 SESSION = "utils/test_patch_session.py"
 HALF = "test_half_precision.py"
+CALLERS = "test_engine_callers.py"
 ACDC = "prune_algos/test_one_by_one.py"
 TRAINING = "prune_algos/test_mask_training.py"
 EAP = "prune_algos/test_mask_gradient.py"
@@ -256,7 +257,7 @@ ENGINE: tuple[Fault, ...] = (
     fault("a folded norm is not centred", HEADS,
         "        inputs -= inputs.mean(-1, keepdim=True, dtype=exact)",
         "        pass",
-        LAWS, "model_utils/test_transformer_lens_sites.py"),
+        CALLERS),
     fault("the scale's own gradient is missing", HEADS,
         "factor[:, :n_heads] = -share * inverse_scale / x.shape[-1]",
         "factor[:, :n_heads] = 0 * share",
@@ -286,7 +287,7 @@ ENGINE: tuple[Fault, ...] = (
     fault("Gemma's norm weights without their 1", SITES,
         "weight = 1.0 + weight if bridge.uses_weight_offset else weight",
         "weight = weight",
-        LAWS, "model_utils/test_transformer_lens_sites.py"),
+        CALLERS),
     fault("the epsilon of norms is the default", SITES,
         "            return float(epsilon)",
         "            return 1e-5",

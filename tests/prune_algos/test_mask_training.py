@@ -40,7 +40,7 @@ from auto_circuit.utils.tensor_ops import (
     hard_concrete_expected_l0,
     sample_hard_concrete,
 )
-from tests.micro import micro_model
+from tests.micro import micro_loader, micro_model
 from tests.models import gpt2, state_snapshot
 from tests.test_prune import token_loader
 
@@ -234,6 +234,29 @@ def test_matryoshka_learns() -> None:
     losses = [step.loss for step in training.steps]
     assert sum(losses[-20:]) < sum(losses[:20])
     assert len({step.n_edges for step in training.steps}) > 20
+
+
+def test_a_circuit_below_the_allowed_size_costs_nothing() -> None:
+    graph, loader = micro_model(), micro_loader([0.1])
+    for size, costs in ((12, False), (3, True)):
+        training = train_subnetwork(graph, loader, epochs=1, circuit_size=size)
+        (step,) = training.steps
+        assert 3 < step.n_edges < 12 and (step.penalty > 0) == costs
+        assert step.penalty >= 0
+
+
+def test_edge_prunings_multipliers_climb() -> None:
+    """They raise the loss as long as the target is not met: there are too many edges."""
+    training = train_edge_pruning(
+        *(micro_model(), micro_loader([0.1])),
+        target_sparsity=0.9,
+        n_steps=6,
+        learning_rate=1e-3,
+        multiplier_learning_rate=1.0,
+    )
+    penalties = [step.penalty for step in training.steps]
+    assert penalties[0] == 0.0
+    assert penalties == sorted(penalties) and penalties[-1] > penalties[1] > 0
 
 
 @pytest.mark.slow

@@ -66,6 +66,17 @@ def plain_acdc(
     return removed
 
 
+def test_acdc_compares_with_the_last_circuit() -> None:
+    """With the whole model, it would take out half as many edges here."""
+    bridge = gpt2(1, 2).to(t.float64)
+    model = patchable_model(bridge, True, "last_seq", separate_qkv=True)
+    loader = token_loader(3, 3)
+    for threshold, n_removed in ((3e-6, 2), (1e-5, 4)):
+        removed = removed_edges(model, loader, threshold)
+        assert removed == plain_acdc(model, loader, threshold)
+        assert len(removed) == n_removed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_acdc_is_the_plain_loop(make: Any) -> None:
