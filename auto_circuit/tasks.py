@@ -71,6 +71,8 @@ class Task:
     seed: shuffles the prompts.
     ungroup: see `patchable_model`. True gives the graph of EAP-IG and the MIB benchmark,
         with a key and a value for every query head.
+    keep_positions: see `patchable_model`. True: zero and mean ablations keep position
+        embeddings, as EAP-IG's tools do.
     prepend_bos: does every prompt begin with the tokenizer's BOS token? None: as the
         model's own `to_tokens` does (`cfg.default_prepend_bos`).
 
@@ -97,6 +99,7 @@ class Task:
     device: str | None = None
     seed: int = 42
     ungroup: bool = False
+    keep_positions: bool = False
     prepend_bos: bool | None = None
 
     @cached_property
@@ -110,6 +113,7 @@ class Task:
             seq_len=train_loader.seq_len if self.token_circuit else None,
             separate_qkv=self.separate_qkv,
             ungroup=self.ungroup,
+            keep_positions=self.keep_positions,
             kv_caches=(train_loader.kv_cache, test_loader.kv_cache),
         )
 

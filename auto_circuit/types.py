@@ -82,6 +82,10 @@ class AblationType(_TitledEnum):
     its head. `load_tl_model` folds them, and a Task in another dtype than float32 does not:
     compare zero ablations of one kind of weights only. The other ablations do not depend on
     it.
+
+    Learned position embeddings (GPT-2) are part of the first source, so that ZERO and the
+    mean over positions take them away too. EAP-IG's tools keep them, and so does
+    `patchable_model(..., keep_positions=True)`.
     """
 
     RESAMPLE = 1

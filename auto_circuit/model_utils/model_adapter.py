@@ -159,6 +159,8 @@ class ModelAdapter:
         always has; raises ModelError if that cannot be. None: no model of the family can.
     example: () -> a small model of the family, for the conformance tests; members of
         `adapters.ADAPTERS` have one.
+    embed_tokens: (model, tokens) -> what the first source would write without position
+        embeddings, [batch seq d_model]; None if there are none in what it writes.
     """
 
     name: str
@@ -172,4 +174,5 @@ class ModelAdapter:
     blocks: Callable[[Module], Sequence[Module]]
     is_transformer: bool
     ungrouped: Callable[[Module], ModelAdapter] | None = None
+    embed_tokens: Callable[[Module, Tensor], Tensor | None] = lambda model, tokens: None
     example: Callable[[], Module] | None = None

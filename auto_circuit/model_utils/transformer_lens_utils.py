@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 import torch as t
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Module
 from transformer_lens.config import TransformerBridgeConfig
@@ -236,6 +236,16 @@ def _blocks(model: Module) -> list[Module]:
     return list(model.blocks)
 
 
+def embed_tokens(
+    model: Module, tokens: Tensor
+) -> Float[Tensor, "batch seq d_model"] | None:
+    """The embeddings of tokens, where those of positions are added to them, else None."""
+    if "pos_embed" not in model._modules:
+        return None
+    embed: Any = model.embed
+    return embed(tokens)
+
+
 def has_grouped_queries(model: TransformerBridge) -> bool:
     """Do several query heads share one key-value head?"""
     return n_kv_heads(model) != model.cfg.n_heads
@@ -265,6 +275,7 @@ TRANSFORMER_BRIDGE_ADAPTER = ModelAdapter(
     blocks=_blocks,
     is_transformer=True,
     ungrouped=_ungrouped,
+    embed_tokens=embed_tokens,
     example=lambda: small_bridge(),
 )
 

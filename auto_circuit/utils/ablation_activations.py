@@ -89,7 +89,9 @@ def src_ablations(
     RESAMPLE gives the activations on the batch; ZERO zeros; BATCH_* the mean over the
     batch (and over positions), repeated; TOKENWISE_MEAN_* the mean over the data set's
     prompts, repeated to the loader's batch size (a view: nothing is copied). Padding
-    does not count in means. Raises ConfigError if `sample` does not fit the type.
+    does not count in means. Position embeddings are ablated with the first source, unless
+    the model was made with `keep_positions=True`. Raises ConfigError if `sample` does not
+    fit the type.
     """
     if ablation_type.mean_over_dataset:
         if not isinstance(sample, PromptDataLoader):
@@ -109,7 +111,7 @@ def src_ablations(
         attention_mask = model.attention_mask(sample)
     kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
     outs = record_src_outs(model, sample, kwargs)
-    return _ablate(outs, ablation_type, attention_mask)
+    return _ablate_batch(model, sample, outs, ablation_type, attention_mask)
 
 
 @checked
@@ -185,7 +187,8 @@ def _iter_src_ablations(
             # ZERO needs an input only for its shape.
             tokens, kwargs = batch.model_input(clean_corrupt or "clean")
             outs = record_src_outs(model, tokens, kwargs, reuse=outs)
-            yield batch, _ablate(outs, ablation_type, kwargs.get("attention_mask"))
+            mask = kwargs.get("attention_mask")
+            yield batch, _ablate_batch(model, tokens, outs, ablation_type, mask)
 
 
 def _check_side(ablation_type: AblationType, clean_corrupt: Side | None) -> None:
@@ -268,6 +271,46 @@ def _batches(dataloader: PromptDataLoader) -> Iterator[PromptPairBatch]:
         yield batch
 
 
+def _ablate_batch(
+    model: PatchableModel,
+    tokens: Tensor,
+    outs: SrcOuts,
+    ablation_type: AblationType,
+    attention_mask: Tensor | None,
+) -> SrcOuts:
+    """Ablate what the sources write on one batch; overwrites it, if positions are kept."""
+    if not model.keep_positions or ablation_type == AblationType.RESAMPLE:
+        return _ablate(outs, ablation_type, attention_mask)
+    with own_computation(grad=False), own_defaults():
+        token_embeddings = model.adapter.embed_tokens(model.wrapped_model, tokens)
+        if token_embeddings is None:
+            return _ablate(outs, ablation_type, attention_mask)
+        # The first source is the sum of the embeddings of tokens and positions.
+        positions = outs[0] - token_embeddings
+        outs[0] = token_embeddings
+        ablated = _ablate(outs, ablation_type, attention_mask).clone()
+        ablated[0] += positions
+    return ablated
+
+
+def _check_kept_positions(model: PatchableModel, dataloader: PromptDataLoader) -> None:
+    """Means at each position keep position embeddings, unless padding shifts these."""
+    is_padded = getattr(dataloader.dataset, "clean_attention_masks", None) is not None
+    if model.keep_positions and is_padded and _has_positions(model, dataloader):
+        raise ConfigError(
+            "The mean over a data set of padded prompts mixes the embeddings of different "
+            "positions, and the model was made with `keep_positions=True`. Use prompts of "
+            "one length, AblationType.ZERO or a mean over the batch, or "
+            "`keep_positions=False`."
+        )
+
+
+def _has_positions(model: PatchableModel, dataloader: PromptDataLoader) -> bool:
+    tokens, _ = next(iter(_batches(dataloader))).model_input("clean")
+    with own_computation(grad=False), own_defaults():
+        return model.adapter.embed_tokens(model.wrapped_model, tokens) is not None
+
+
 def _ablate(
     outs: SrcOuts, ablation_type: AblationType, attention_mask: Tensor | None
 ) -> SrcOuts:
@@ -304,6 +347,7 @@ def _dataset_mean(
 ) -> Float[Tensor, "src 1 seq d_model"]:
     """The mean over a data set's prompts, at each position; padding does not count."""
     check_loader(model, dataloader)
+    _check_kept_positions(model, dataloader)
     used = {
         "clean": ablation_type.clean_dataset,
         "corrupt": ablation_type.corrupt_dataset,

@@ -68,6 +68,7 @@ def patchable_model(
     device: t.device | str | None = None,
     adapter: ModelAdapter | None = None,
     ungroup: bool = False,
+    keep_positions: bool = False,
 ) -> PatchableModel:
     """Compute a model's graph, and make its edges patchable.
 
@@ -85,6 +86,9 @@ def patchable_model(
         head (True), as in EAP-IG and the MIB benchmark, or one for each group, as in the
         model (False)? A score of a group is the sum of its heads'. Without grouped
         queries both are the same graph.
+    keep_positions: where the first source is the sum of token and position embeddings
+        (GPT-2), do zero and mean ablations leave the position embeddings in it (True), as
+        in EAP-IG's tools, or take them away with it (False)? No other model differs.
 
     Runs the model once on a small input to check that every node is seen, and that what
     a destination reads is the sum of its sources and a constant. Raises ModelError if
@@ -124,6 +128,7 @@ def patchable_model(
         is_transformer=adapter.is_transformer,
         separate_qkv=separate_qkv,
         kv_caches=kv_caches,
+        keep_positions=keep_positions,
         wrapped_model=model,
         adapter=adapter,
         plan=_make_plan(model, adapter, separate_qkv, src_wrappers, dest_wrappers),

@@ -52,6 +52,7 @@ class PatchableModel(Module):
     out_slice: index of the part of the output that counts: `model(x)[model.out_slice]`.
     is_factorized, is_transformer, separate_qkv: what kind of graph it is.
     kv_caches: the prefix that is put before every input, or None.
+    keep_positions: do zero and mean ablations keep position embeddings?
 
     Differs from auto-circuit: a prefix cache serves every batch size; wrappers are never
     looked up by path in the wrapped model, so two PatchableModels over one model do not
@@ -76,6 +77,7 @@ class PatchableModel(Module):
         adapter: ModelAdapter,
         plan: PatchPlan,
         kv_caches: Sequence[PrefixCache | None] = (None,),
+        keep_positions: bool = False,
         edge_dict: EdgeDict | None = None,
         edges: OrderedSet[Edge] | None = None,
     ) -> None:
@@ -95,6 +97,7 @@ class PatchableModel(Module):
         self.adapter = adapter
         self.plan = plan
         self.kv_caches = _prefix_of(wrapped_model, _one_prefix(kv_caches))
+        self.keep_positions = keep_positions
         self.wrapped_model = wrapped_model
         # Registered, so that `.to()` and `.state_dict()` reach the masks.
         self._wrapper_modules = ModuleList(wrappers)

@@ -35,6 +35,7 @@ from auto_circuit.model_utils.transformer_lens_sites import (
 )
 from auto_circuit.model_utils.transformer_lens_utils import (
     TRANSFORMER_BRIDGE_ADAPTER,
+    embed_tokens,
     factorized_dest_nodes,
     factorized_src_nodes,
     small_bridge,
@@ -372,6 +373,7 @@ AUTOENCODER_TRANSFORMER_ADAPTER = ModelAdapter(
     ),
     is_transformer=True,
     ungrouped=_ungrouped,
+    embed_tokens=lambda model, tokens: embed_tokens(model.wrapped_model, tokens),  # type: ignore[arg-type]
     example=lambda: sae_model(
         small_bridge(), "resid_delta_mlp", load_pretrained=False, n_latents=3
     ),
