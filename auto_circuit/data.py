@@ -178,7 +178,8 @@ def _check_answers(answers: list[Any], wrong_answers: list[Any]) -> None:
 def _check_tensor(name: str, value: Any, n_dims: int, is_mask: bool = False) -> None:
     if not isinstance(value, Tensor):
         raise DataError(f"`{name}` is {value!r:.100}; expected a tensor.")
-    no_numbers = value.is_complex() or (value.dtype == t.bool and not is_mask)
+    no_numbers = value.is_complex() or value.is_meta
+    no_numbers |= value.dtype == t.bool and not is_mask
     if value.ndim < n_dims or no_numbers:
         raise DataError(
             f"`{name}` is {_shown(value)}; expected token ids or other numbers, with at "
@@ -367,7 +368,8 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
                 f"A PromptDataLoader loads a PromptDataset; got {prompt_dataset!r:.100}."
             )
         for option in ("shuffle", "drop_last"):
-            if kwargs.pop(option, False):
+            value = kwargs.pop(option, None)
+            if not (value is None or value is False):
                 raise ConfigError(
                     f"A PromptDataLoader does not take `{option}`: prompts keep their "
                     "order and none is dropped. Shuffle when you load them."

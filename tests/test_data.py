@@ -683,13 +683,13 @@ TOKENS = t.tensor([1, 2])
     [
         ({"corrupt": t.tensor([1, 2, 3])}, "expected the same shape, type and device"),
         ({"corrupt": t.tensor([1.0, 2.0])}, "expected the same shape, type and device"),
-        ({"corrupt": TOKENS.to("meta")}, "expected the same shape, type and device"),
+        ({"corrupt": TOKENS.to("meta")}, "`corrupt` is .* on meta; expected token ids"),
         ({"clean": t.tensor(1)}, "`clean` is torch.int64 of shape .*least 1 dimension"),
         ({"clean": TOKENS == 1}, "`clean` is torch.bool .*expected token ids"),
         ({"clean": TOKENS[:0], "corrupt": TOKENS[:0]}, "expected at least one token"),
         ({"answers": t.tensor(1)}, "`answers` is .*least 1 dimension"),
         ({"answers": t.tensor([1.0])}, "expected token ids .integers. in all of them"),
-        ({"wrong_answers": TOKENS.to("meta")}, "on one device"),
+        ({"wrong_answers": TOKENS.to("meta")}, "`wrong_answers` is .* on meta; expected"),
         ({"clean_attention_mask": TOKENS[:1]}, "expected a number for each token"),
     ],
 )
