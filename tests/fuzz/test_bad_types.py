@@ -97,6 +97,6 @@ def test_outputs_are_tensors(model: PatchableModel, bad: Any) -> None:
     whole: Any = {**outs, 3: bad}
     with pytest.raises(DataError, match="of the circuit with 3 edges are"):
         LOGIT_DIFF_METRIC.metric_func(model, loader, whole)
-    outs[3].update(dict.fromkeys(outs[3], bad))
+    outs[3] = {key: bad for key in outs[3]}
     with pytest.raises(DataError, match="for the circuit with 3 edges|no such batch"):
         LOGIT_DIFF_METRIC.metric_func(model, loader, outs)
