@@ -198,6 +198,7 @@ def ports(
     ungroup: with a key and a value for every query head; see `check_can_ungroup`.
     """
     assert isinstance(model, TransformerBridge)
+    _wire_capture_hooks_again(model)
     by_weights = heads_by_weights(model)
     found: list[Port] = []
     for (block, reads_heads), group in groupby(module_names, key=_kind):
@@ -209,6 +210,17 @@ def ports(
         else:
             found += [port for name in names for port in _split_ports(model, name)]
     return tuple(replace(port, layer=_layer(port)) for port in found)
+
+
+def _wire_capture_hooks_again(model: TransformerBridge) -> None:
+    """The next pass wires them to this model's own hook points.
+
+    In a `copy.deepcopy` of a bridge they still lead to those of the original.
+    """
+    for block in model.blocks:
+        tear_down = getattr(block, "_teardown_capture_hooks", None)
+        if tear_down is not None:
+            tear_down()
 
 
 def _layer(port: Port) -> int:

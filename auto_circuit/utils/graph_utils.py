@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain, groupby
 from typing import Any
 
@@ -106,7 +107,7 @@ def patchable_model(
     # TransformerLens takes seconds to import: only when there is a model.
     from auto_circuit.model_utils.adapters import find_adapter
 
-    adapter = adapter or find_adapter(model)
+    given_adapter, adapter = adapter, adapter or find_adapter(model)
     if ungroup:
         adapter = _ungrouped(adapter, model)
     srcs, dests = adapter.graph_nodes(model, factorized, separate_qkv)
@@ -134,6 +135,17 @@ def patchable_model(
         plan=_make_plan(model, adapter, separate_qkv, src_wrappers, dest_wrappers),
     )
     _check_graph(patchable)
+    patchable.make_again = partial(
+        patchable_model,
+        factorized=factorized,
+        slice_output=slice_output,
+        seq_len=seq_len,
+        separate_qkv=separate_qkv,
+        kv_caches=kv_caches,
+        device=device,
+        adapter=given_adapter,
+        ungroup=ungroup,
+    )
     return patchable
 
 

@@ -61,6 +61,11 @@ def in_use(model: Any, by: object, patches: bool = False) -> Iterator[None]:
             use.thread = me if use.depth else None
 
 
+def is_in_use(model: Any) -> bool:
+    """Does anybody run the module, or have hooks on it?"""
+    return KEY in _module_that_runs(model).__dict__
+
+
 @contextmanager
 def being_read(model: Any, by: object) -> Iterator[None]:
     """Inside, a plain pass runs, which others may run too, but without hooks."""

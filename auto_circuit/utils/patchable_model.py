@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from functools import cached_property
 from typing import Any
 from warnings import warn
@@ -16,13 +17,19 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
 from auto_circuit.checks import checked, is_number, shown
-from auto_circuit.errors import ConfigError, DataError, GraphError, near_matches
+from auto_circuit.errors import (
+    ConfigError,
+    DataError,
+    GraphError,
+    ModelError,
+    near_matches,
+)
 from auto_circuit.model_utils.model_adapter import ModelAdapter
 from auto_circuit.padding import check_attention_mask, check_last_is_text, padding_mask
 from auto_circuit.prefix_cache import PrefixCache, begin_with, make_prefix_cache
 from auto_circuit.types import DestNode, Edge, Node, PruneScores, SrcNode
 from auto_circuit.utils.edge_blocks import PatchPlan
-from auto_circuit.utils.module_use import being_read, in_use
+from auto_circuit.utils.module_use import being_read, in_use, is_in_use
 from auto_circuit.utils.patch_session import PatchSession
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
 from auto_circuit.utils.tensor_ops import score_in_dtype, score_tensors
@@ -107,10 +114,38 @@ class PatchableModel(Module):
         # What the sources write: an empty tensor of their dtype, device and width.
         self.written: Tensor | None = None
         self.patch_session: PatchSession | None = None
+        # Makes a graph like this one over another module.
+        self.make_again: Callable[[Module], PatchableModel] | None = None
         if edge_dict is not None:
             self.__dict__["edge_dict"] = edge_dict
         if edges is not None:
             self.__dict__["edges"] = edges
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchableModel:
+        """A copy of the model, and a graph over it with the same masks.
+
+        Raises GraphError inside of `patch_mode` and the like.
+        """
+        if self.make_again is None or is_in_use(self.wrapped_model):
+            raise GraphError(
+                "The model is in use (in `patch_mode`, `train_mask_mode` or the like), and "
+                "cannot be copied like that. Leave the context first."
+            )
+        copied = self.make_again(deepcopy(self.wrapped_model, memo))
+        for name, mask in copied.patch_masks.items():
+            mask.data.copy_(self.patch_masks[name].data)
+        copied.train(self.training)
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: loading a pickle can run code, and hooks cannot be pickled."""
+        raise ModelError(
+            "A PatchableModel cannot be pickled, nor copied by `copy.copy`. Save the weights "
+            "(`torch.save(model.wrapped_model.state_dict(), path)`) and circuits "
+            "(`save_circuit`), and make the model patchable again where you load them. "
+            "For a second one in this process: `copy.deepcopy(model)`."
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -525,12 +560,12 @@ def unpatched(model: PatchableModel, grad: bool | None = None) -> Iterator[None]
     No other thread may run it meanwhile. Raises GraphError inside of `patch_mode`, where
     the pass would be a patched one.
     """
-    if model.patch_session is not None:
-        raise GraphError(
-            "This needs the model without patches, but it is in `patch_mode`. Record "
-            "activations, and measure the full model, before you enter `patch_mode`."
-        )
     with in_use(model.wrapped_model, model), own_state(model, grad):
+        if model.patch_session is not None:
+            raise GraphError(
+                "This needs the model without patches, but it is in `patch_mode`. Record "
+                "activations, and measure the full model, before you enter `patch_mode`."
+            )
         yield
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch as t
+from torch import Tensor
 
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.errors import ConfigError, DataError
@@ -123,8 +124,22 @@ def test_metric_leaves_no_gradients(
     metric: PruneMetric, model: Any, batches: Batches, circuit_outs: CircuitOutputs
 ) -> None:
     model.logits.requires_grad_()
-    metric.metric_func(model, batches, circuit_outs)
-    assert model.logits.grad is None
+    full = FullModelOuts(model, batches)
+    trained = {
+        size: {key: out.clone().requires_grad_() for key, out in outs.items()}
+        for size, outs in circuit_outs.items()
+    }
+    has_grad = []
+
+    def spied(out: Tensor, batch: PromptPairBatch, full: FullModelOuts) -> Tensor:
+        assert metric.prompt_func is not None
+        values = metric.prompt_func(out, batch, full)
+        sides = [full.vals(batch, side) for side in ("clean", "corrupt")]
+        has_grad.extend(values.requires_grad for values in (values, *sides))
+        return values
+
+    prompt_vals(model, batches, trained, spied, full)
+    assert has_grad and not any(has_grad)
 
 
 def test_the_dictionary_has_every_metric_once() -> None:
