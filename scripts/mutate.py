@@ -664,8 +664,10 @@ FILES: tuple[Fault, ...] = (
         "totals[edge] += score",
         "totals[edge] = score"),
     fault("a failed writing replaces the file", "files.py",
-        "        yield partial\n",
-        "        yield final\n"),
+        "        yield partial\n"
+        "        # Some",
+        "        yield final\n"
+        "        # Some"),
     fault("the partial file stays", "files.py",
         "            partial.unlink(missing_ok=True)",
         "            pass"),
