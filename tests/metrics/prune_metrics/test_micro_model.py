@@ -102,7 +102,7 @@ def test_metric_by_hand(key: str, measured: dict[str, dict[int, float]]) -> None
         assert values[13] == pytest.approx(AT_MODEL[key], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("scales", list(permutations(SCALES)))
+@pytest.mark.parametrize("scales", list(permutations(SCALES))[2::3])
 def test_neither_the_order_of_prompts_nor_their_batches_matter(
     scales: tuple[float, ...], measured: dict[str, dict[int, float]]
 ) -> None:
@@ -128,9 +128,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def test_the_model_runs_once_for_what_is_known(runs: Counter[str]) -> None:
     """A pass for each circuit and batch, one for what is patched in, two for the model."""
-    task = replace(POCKET_IOI_TASK, batch_size=4, batch_count=2)
+    task = replace(POCKET_IOI_TASK, batch_size=2, batch_count=2)
     model = task.model
-    scores = {name: model.new_prune_scores(1.0) for name in ("A", "B", "C")}
+    scores = {name: model.new_prune_scores(1.0) for name in ("A", "B")}
     sizes: list[int] = [0, model.n_edges]
     n_circuits, n_batches = len(sizes), len(task.test_loader)
     for metrics in (PRUNE_METRICS, (CLEAN_KL_DIV_METRIC, CORRUPT_KL_DIV_METRIC)):
