@@ -253,6 +253,42 @@ def metric_measurements_auc(
 
 
 @checked
+def accuracy_area(points: Measurements) -> float:
+    """The mean accuracy over logarithmic circuit sizes: of 0 to 100 %, higher is better.
+
+    The integral of the accuracy over log10 of the number of edges, by trapezoids between
+    neighbouring sizes, divided by the width: from the smallest circuit with an edge to the
+    largest. Unlike `measurements_auc` it is measured from 0 %, so that no circuit without
+    edges is needed; points at 0 edges are left out.
+
+    points: [(number of edges, accuracy)] in any order, of the metric
+        CORRECT_ANSWER_GREATER_THAN_INCORRECT_PERCENT_METRIC: the share of prompts whose
+        correct answer is above all incorrect ones, in %.
+
+    NaN if a value is. Raises ConfigError for values outside of [0, 100], with fewer than
+    two sizes above 0 edges, or with two values for one size.
+    """
+    sized = sorted((x, y) for x, y in points if x > 0)
+    bad = [y for _, y in points if y < 0 or y > 100]
+    if bad:
+        raise ConfigError(
+            f"An accuracy is {bad[0]:g}; expected 0 to 100 (%), as the metric 'Correct "
+            "Answer Greater Than Incorrect Percent' measures it."
+        )
+    sizes = [x for x, _ in sized]
+    if len(set(sizes)) < len(sizes):
+        raise ConfigError(f"A circuit size has two values; the sizes are {_some(sizes)}.")
+    if len(sizes) < 2:
+        raise ConfigError(
+            "An accuracy area needs at least two sizes above 0 edges; there are only "
+            f"{_some(sizes)}."
+        )
+    logs = [(math.log10(x), float(y)) for x, y in sized]
+    area = sum((y0 + y1) / 2 * (x1 - x0) for (x0, y0), (x1, y1) in pairwise(logs))
+    return area / (logs[-1][0] - logs[0][0])
+
+
+@checked
 def edges_for_share(
     points: Measurements,
     share: int | float = 0.8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.area_under_curve import (
+    accuracy_area,
     algo_measurements_auc,
     area_share,
     edges_for_share,
@@ -20,7 +22,12 @@ from auto_circuit.metrics.area_under_curve import (
     task_measurements_auc,
 )
 from auto_circuit.metrics.area_under_curve_plot import average_auc_plot
+from auto_circuit.metrics.prune_metrics.prune_metrics import (
+    CORRECT_ANSWER_GREATER_THAN_INCORRECT_PERCENT_METRIC,
+)
+from auto_circuit.prune import run_circuits
 from auto_circuit.types import Measurements
+from tests.micro import micro_loader, micro_model
 
 RISING: Measurements = [(0, 1.0), (2, 3.0), (10, 5.0)]
 KL: Measurements = [(0, 10.0), (1, 10.0), (10, 1.0), (100, 0.1), (1000, 0.01)]
@@ -265,3 +272,40 @@ def test_the_figure_of_areas() -> None:
     assert list(second.x) == list(second_off.x) == ["Edge Attribution", "Random"]
     assert fig.layout.barmode == "relative"
     assert fig.layout.title.text == "Areas<br><sub>No area for: Official</sub>"
+
+
+# ------------------------------------------------------------------------ accuracy area
+
+
+def test_accuracy_area_by_hand() -> None:
+    points = [(1000, 90.0), (1, 20.0), (0, 5.0), (10, 40.0)]
+    # Over decades: one from 20 to 40, two from 40 to 90. The circuit of 0 edges is left out.
+    assert accuracy_area(points) == pytest.approx((30.0 + 2 * 65.0) / 3)
+    assert accuracy_area([(3, 70.0), (50, 70.0)]) == pytest.approx(70.0)
+
+
+def test_accuracy_area_of_the_micro_model() -> None:
+    """The direct path favours neither answer; what B1.1 writes on clean, the right one."""
+    model = micro_model()
+    scores = model.circuit_prune_scores(
+        edge_dict={"Resid Start->Resid End": 2.0, "B1.1->Resid End": 1.0}
+    )
+    outs = run_circuits(model, micro_loader(), [1, 2, 13], scores)
+    metric = CORRECT_ANSWER_GREATER_THAN_INCORRECT_PERCENT_METRIC
+    points = metric.metric_func(model, micro_loader(), outs)
+    assert dict(points) == {1: 0.0, 2: 100.0, 13: 100.0}
+    area = 50 * math.log10(2) + 100 * math.log10(13 / 2)
+    assert accuracy_area(points) == pytest.approx(area / math.log10(13))
+
+
+@pytest.mark.parametrize(
+    "points,message",
+    [
+        ([(1, 50.0), (10, 101.0)], "accuracy is 101; expected 0 to 100"),
+        ([(0, 50.0), (10, 60.0)], "at least two sizes above 0 edges"),
+        ([(1, 5.0), (1, 6.0), (2, 7.0)], "has two values"),
+    ],
+)
+def test_no_accuracy_area(points: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        accuracy_area(points)
