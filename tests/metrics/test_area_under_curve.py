@@ -278,7 +278,7 @@ def test_the_figure_of_areas() -> None:
 
 
 def test_accuracy_area_by_hand() -> None:
-    points = [(1000, 90.0), (1, 20.0), (0, 5.0), (10, 40.0)]
+    points: Measurements = [(1000, 90.0), (1, 20.0), (0, 5.0), (10, 40.0)]
     # Over decades: one from 20 to 40, two from 40 to 90. The circuit of 0 edges is left out.
     assert accuracy_area(points) == pytest.approx((30.0 + 2 * 65.0) / 3)
     assert accuracy_area([(3, 70.0), (50, 70.0)]) == pytest.approx(70.0)
