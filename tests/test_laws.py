@@ -347,6 +347,7 @@ def test_a_changed_weight_is_noticed() -> None:
     """The residual stream's constants (attention's output bias) are computed once."""
     bridge = gpt2()
     model = patchable_model(bridge, True, separate_qkv=True)
+    run(model, CLEAN, src_ablations(model, CORRUPT))
     with t.no_grad():
         # Not the same for all dimensions: layer norm would take that away again.
         bridge.blocks[0].attn.o.bias.add_(t.linspace(-1, 1, D_MODEL))

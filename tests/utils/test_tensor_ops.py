@@ -270,6 +270,13 @@ def test_kl_averages_over_all_leading_dimensions() -> None:
     t.testing.assert_close(multibatch_kl_div(logprobs, target), reference / 6)
 
 
+def test_kl_of_half_precision_is_computed_in_float32() -> None:
+    logits = t.randn(2, 3, 50, generator=t.Generator().manual_seed(0))
+    logprobs, targets = logits.log_softmax(-1).bfloat16()
+    found = kl_divs(logprobs, targets)
+    t.testing.assert_close(found, kl_divs(logprobs.float(), targets.float()))
+
+
 @given(st.lists(st.floats(-30, 30), min_size=3, max_size=3))
 def test_kl_of_equal_distributions_is_zero(logits: list[float]) -> None:
     logprobs = t.tensor([logits]).log_softmax(-1)
