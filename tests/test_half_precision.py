@@ -27,8 +27,8 @@ from auto_circuit.utils.graph_utils import patch_mode, patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.models import gpt2, llama, tokens
 
-N_TIMES = 24
-"""Added up in bfloat16, so many equal numbers are off by several percent."""
+N_TIMES = 12
+"""Added up in bfloat16, so many equal numbers are off by a percent or so."""
 
 
 def make(dtype: t.dtype, make_bridge: Any = llama) -> PatchableModel:
@@ -73,7 +73,7 @@ def single() -> PatchableModel:
     return make(t.float32)
 
 
-SLOW = ("mask gradient", "EAP-IG")
+SLOW = ("mask gradient", "EAP-IG", "HISP")
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ from tests.test_prune import random_scores, token_loader
 
 CLEAN, CORRUPT = tokens(3, 5, seed=1), tokens(3, 5, seed=2)
 LOADER = token_loader(3, 2)
+FAST_STATES = ("train mode", "everything")
 TOLERANCE = 1e-6
 """Relative to the largest number."""
 
@@ -117,7 +118,13 @@ STATES: dict[str, Callable[[PatchableModel], AbstractContextManager[Any]]] = {
     "weights with gradients": trained_weights,
     "everything": everything,
 }
-on_all_states = pytest.mark.parametrize("state", STATES)
+on_all_states = pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param(name, marks=[] if name in FAST_STATES else [pytest.mark.slow])
+        for name in STATES
+    ],
+)
 
 
 def difference(found: Numbers, expected: Numbers) -> float:
