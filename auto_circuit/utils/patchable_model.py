@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -341,6 +342,12 @@ class PatchableModel(Module):
         padding where the last position counts, that are longer than the context, or that
         have tokens which the model has not; GraphError if padding cannot be told from text.
         """
+        if "torch._dynamo" in sys.modules:  # somebody may have called `torch.compile`
+            # It cannot compile our hooks.
+            return t._dynamo.disable(self._pass)(*args, **kwargs)
+        return self._pass(*args, **kwargs)
+
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
         with self._running():
             args, kwargs = self._model_call(args, kwargs)
             try:

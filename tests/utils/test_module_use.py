@@ -160,6 +160,15 @@ def test_a_copy_amid_a_patch_mode(one: PatchableModel) -> None:
         copy.deepcopy(one)
 
 
+@pytest.mark.slow  # PyTorch's compiler takes seconds to import
+def test_compiled_models_give_the_same_numbers(one: PatchableModel) -> None:
+    compiled = t.compile(one, backend="eager")
+    patch = src_ablations(one, CORRUPT)
+    assert t.equal(compiled(CLEAN), one(CLEAN))
+    with t.no_grad(), patch_mode(one, patch, EDGE):
+        assert t.equal(compiled(CLEAN), one(CLEAN))
+
+
 @pytest.mark.parametrize("write", [pickle.dumps, copy.copy])
 def test_pickles(one: PatchableModel, write: Any) -> None:
     with pytest.raises(ModelError, match="state_dict.*save_circuit.*deepcopy"):
