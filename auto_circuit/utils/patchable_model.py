@@ -64,7 +64,13 @@ class PatchableModel(Module):
 
     Differs from auto-circuit: a prefix cache serves every batch size; wrappers are never
     looked up by path in the wrapped model, so two PatchableModels over one model do not
-    disturb each other; attributes that it does not have are the wrapped model's.
+    disturb each other one after the other; attributes that it does not have are the wrapped
+    model's.
+
+    Threads: one at a time may record, patch or train on a module, and meanwhile no other may
+    run it; plain passes may run side by side. While one PatchableModel is in `patch_mode`, no
+    other may run the same module. Both raise GraphError. `copy.deepcopy` gives an independent
+    model.
     """
 
     def __init__(
