@@ -154,14 +154,14 @@ def test_the_mean_of_ratios_is_that_of_each_prompt() -> None:
     task = POCKET_IOI_TASK
     model, loader = task.model, task.test_loader
     scores = edge_attribution_patching_prune_scores(model, task.train_loader, None)
-    outs = run_circuits(model, loader, [20], scores, PatchType.TREE_PATCH)
+    outs = run_circuits(model, loader, [50], scores, PatchType.TREE_PATCH)
     metric = with_mean_of_ratios(LOGIT_DIFF_PERCENT_METRIC)
     ((_, mean_of_ratios),) = metric.metric_func(model, loader, outs)
     ((_, expected),) = measure_answer_diff_percent(
         model, loader, outs, diff_of_means=False
     )
     ((_, ratio_of_means),) = LOGIT_DIFF_PERCENT_METRIC.metric_func(model, loader, outs)
-    assert mean_of_ratios == expected != pytest.approx(ratio_of_means, abs=0.1)
+    assert mean_of_ratios == expected != pytest.approx(ratio_of_means, abs=0.3)
     assert with_mean_of_ratios(LOGIT_DIFF_METRIC) is LOGIT_DIFF_METRIC
 
 

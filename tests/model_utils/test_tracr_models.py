@@ -216,8 +216,8 @@ def test_without_a_position_of_the_circuit_it_fails(
 
 
 def test_an_unknown_key_and_unknown_words_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no tracr model 'sort'.*'xproportion'"):
-        get_tracr_model.__wrapped__("sort")  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="`tracr_task_key` is 'sort'; .*'xproportion'"):
+        get_tracr_model("sort")  # type: ignore[arg-type]
     _, encoding = get_tracr_model("reverse")
     with pytest.raises(DataError, match=r"does not know \[4\]; its words are \[1, 2, 3"):
         encoding.encode([BOS, 1, 4])
