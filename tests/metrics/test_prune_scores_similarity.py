@@ -127,7 +127,7 @@ def test_the_sizes_of_known_circuits() -> None:
 
 def test_the_figure() -> None:
     tasks: Any = [SizedTask("First", 5), SizedTask("Second", 3)]
-    fig = prune_score_similarities_plotly(
+    fig: Any = prune_score_similarities_plotly(
         {"First": ALGOS, "Second": ALGOS},
         [3],
         ground_truths=True,
