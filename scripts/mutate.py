@@ -189,10 +189,10 @@ ENGINE: tuple[Fault, ...] = (
         "return parts[0]",
         SESSION),
     fault("layers before the first are kept from short passes", PATCHES,
-        "            if self._first_layer == 0:\n"
-        "                self._layer_outs",
-        "            if True:\n"
-        "                self._layer_outs",
+        "        if self._first_layer == 0:\n"
+        "            self._layer_outs",
+        "        if True:\n"
+        "            self._layer_outs",
         ACDC),
     fault("a pass from the middle starts one layer late", PATCHES,
         "self._first_layer = self._overwritten_from = layer",

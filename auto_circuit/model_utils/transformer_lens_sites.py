@@ -129,20 +129,21 @@ def _in_out(linear: Any) -> Tensor:
 
 def norm_facts(bridge: NormalizationBridge) -> Norm:
     """A TransformerLens norm in closed form."""
-    inner: Any = bridge.original_component
-
-    def gain() -> Tensor | float:
-        weight = getattr(inner, "weight", None)
-        if weight is None:
-            return 1.0
-        weight = 1.0 + weight if bridge.uses_weight_offset else weight
-        return 1.0 if _is_everywhere(1, weight) else weight
-
-    def bias() -> Tensor | None:
-        weight = getattr(inner, "bias", None)
-        return None if weight is None or _is_everywhere(0, weight) else weight
-
+    gain, bias = partial(_norm_gain, bridge), partial(_norm_bias, bridge)
     return Norm(not bridge.uses_rms_norm, _epsilon(bridge), gain, bias)
+
+
+def _norm_gain(bridge: NormalizationBridge) -> Tensor | float:
+    weight: Any = getattr(bridge.original_component, "weight", None)
+    if weight is None:
+        return 1.0
+    weight = 1.0 + weight if bridge.uses_weight_offset else weight
+    return 1.0 if _is_everywhere(1, weight) else weight
+
+
+def _norm_bias(bridge: NormalizationBridge) -> Tensor | None:
+    weight: Any = getattr(bridge.original_component, "bias", None)
+    return None if weight is None or _is_everywhere(0, weight) else weight
 
 
 def _is_everywhere(value: int, weight: Tensor) -> bool:
@@ -151,9 +152,12 @@ def _is_everywhere(value: int, weight: Tensor) -> bool:
 
 
 def _closed_form(bridge: NormalizationBridge) -> Norm | None:
-    inner = bridge.original_component
-    is_known = type(inner) is LayerNorm or type(inner).__name__.endswith("RMSNorm")
-    return norm_facts(bridge) if is_known else None
+    return norm_facts(bridge) if _is_known_norm(bridge) else None
+
+
+def _is_known_norm(bridge: NormalizationBridge) -> bool:
+    kind = type(bridge.original_component)
+    return kind is LayerNorm or kind.__name__.endswith("RMSNorm")
 
 
 def _epsilon(norm: NormalizationBridge) -> float:
@@ -388,7 +392,7 @@ def _only_costs_time(norm: NormalizationBridge) -> bool:
     hooks = (norm.hook_scale, norm.hook_normalized)
     weight = getattr(norm.original_component, "weight", None)
     return (
-        _closed_form(norm) is not None
+        _is_known_norm(norm)
         # In half precision the two ways round differently.
         and (weight is None or weight.dtype in (t.float32, t.float64))
         and not any(hook._forward_hooks or hook._backward_hooks for hook in hooks)

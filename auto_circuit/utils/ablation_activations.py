@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, get_args
 
 import torch as t
@@ -210,21 +211,26 @@ def _recorded(
     model: PatchableModel, record: Callable[[slice, Tensor], None]
 ) -> Iterator[None]:
     """Inside, `record` sees the outputs of sources that are seen together."""
-
-    def hook(port: SrcPort) -> Callable[[Module, Any, Tensor], None]:
-        def forward_hook(module: Module, args: Any, out: Tensor) -> None:
-            record(port.srcs, port.outputs(out))
-
-        return forward_hook
-
     with ExitStack() as stack:
         stack.enter_context(
             model.adapter.open_sites(model.wrapped_model, model.separate_qkv)
         )
         for port in model.plan.src_ports:
-            handle = port.site.module.register_forward_hook(hook(port))
+            handle = port.site.module.register_forward_hook(
+                partial(_record_port, record, port)
+            )
             stack.callback(handle.remove)
         yield
+
+
+def _record_port(
+    record: Callable[[slice, Tensor], None],
+    port: SrcPort,
+    module: Module,
+    args: Any,
+    out: Tensor,
+) -> None:
+    record(port.srcs, port.outputs(out))
 
 
 @checked

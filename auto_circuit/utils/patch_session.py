@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch as t
@@ -105,17 +106,17 @@ class PatchSession:
             if port.heads is not None:
                 self._stand_in(port)
             elif not port.additive:
-                self._hook(port.module, self._reader(port))
+                self._hook(port.module, partial(self._read, port, self._blocks_of(port)))
             if port.component is not None:
                 self._remember(port, port.component)
         for src_port in self.plan.src_ports:
-            self._hook(src_port.site.module, self._writer(src_port))
+            self._hook(src_port.site.module, partial(self._write, src_port))
         for port in self.plan.dest_ports:
             if port.additive:
-                self._hook(port.module, self._reader(port))
+                self._hook(port.module, partial(self._read, port, self._blocks_of(port)))
         if self.keeps_layers:
             for idx, layer in enumerate(self.plan.layers):
-                self._keep(idx, layer)
+                self._hook(layer, partial(self._keep, idx))
 
     def close(self) -> None:
         """Remove the hooks and let go of all activations."""
@@ -128,20 +129,15 @@ class PatchSession:
         self._base_outs.clear()
         self._layer_outs.clear()
 
-    def _hook(self, module: Module, hook: Callable[[Tensor], Tensor | None]) -> None:
-        def forward_hook(module: Module, args: Any, output: Tensor) -> Tensor | None:
-            return hook(output)
-
-        self._exit.callback(module.register_forward_hook(forward_hook).remove)
+    def _hook(self, module: Module, hook: Callable[[Any], Tensor | None]) -> None:
+        handle = module.register_forward_hook(partial(_call_with_output, hook))
+        self._exit.callback(handle.remove)
 
     # ------------------------------------------------------------------ starting late
 
-    def _keep(self, idx: int, layer: Module) -> None:
-        def keep(module: Module, args: Any, output: Any) -> None:
-            if self._first_layer == 0:
-                self._layer_outs[idx] = _copied(output)
-
-        self._exit.callback(layer.register_forward_hook(keep).remove)
+    def _keep(self, idx: int, output: Any) -> None:
+        if self._first_layer == 0:
+            self._layer_outs[idx] = _copied(output)
 
     @contextmanager
     def starting_at(self, layer: int) -> Iterator[None]:
@@ -200,17 +196,14 @@ class PatchSession:
 
     # ------------------------------------------------------------------ sources
 
-    def _writer(self, port: SrcPort) -> Callable[[Tensor], Tensor | None]:
-        def write(out: Tensor) -> Tensor | None:
-            if port.srcs.start == 0:
-                self.run = self._new_run(out)
-            run = self._running()
-            self._record(run, port, out.detach())
-            if _needs_grad(run, out) and not self.differences:
-                return write_source(run, port, out)
-            return None
-
-        return write
+    def _write(self, port: SrcPort, out: Tensor) -> Tensor | None:
+        if port.srcs.start == 0:
+            self.run = self._new_run(out)
+        run = self._running()
+        self._record(run, port, out.detach())
+        if _needs_grad(run, out) and not self.differences:
+            return write_source(run, port, out)
+        return None
 
     def _record(self, run: ForwardPass, port: SrcPort, out: Tensor) -> None:
         assert run.diff is not None
@@ -393,21 +386,16 @@ class PatchSession:
 
     # --------------------------------------------------------------- destinations
 
-    def _reader(self, port: DestPort) -> Callable[[Tensor], Tensor | None]:
-        blocks = self._blocks_of(port)
-
-        def read(x: Tensor) -> Tensor | None:
-            run = self._running()
-            _needs_grad(run, x)
-            out = x
-            if port in run.patched_base:
-                out = self._patched_base(port).to(x.dtype)
-                out = (out.unsqueeze(2) if x.ndim == 4 else out).expand_as(x)
-            for block in blocks:
-                out = read_port(run, block, port, out)
-            return None if out is x else out
-
-        return read
+    def _read(self, port: DestPort, blocks: list[EdgeBlock], x: Tensor) -> Tensor | None:
+        run = self._running()
+        _needs_grad(run, x)
+        out = x
+        if port in run.patched_base:
+            out = self._patched_base(port).to(x.dtype)
+            out = (out.unsqueeze(2) if x.ndim == 4 else out).expand_as(x)
+        for block in blocks:
+            out = read_port(run, block, port, out)
+        return None if out is x else out
 
     def _blocks_of(self, port: DestPort) -> list[EdgeBlock]:
         return [block for block in self.plan.blocks if port in block.ports]
@@ -422,48 +410,52 @@ class PatchSession:
         self._exit.enter_context(port.heads.opened())
         for idx, called in enumerate(port.heads.called_modules):
             linear, _ = port.heads.linears[idx]
-            forward = self._head_forward(port, block, idx, linear)
+            forward = partial(self._head_forward, port, block, idx, linear)
             self._exit.enter_context(replaced_forward(called, forward))
 
     def _head_forward(
-        self, port: DestPort, block: EdgeBlock, idx: int, linear: Module
-    ) -> Callable[[Tensor], Tensor]:
-        heads = port.heads
+        self, port: DestPort, block: EdgeBlock, idx: int, linear: Module, normed: Tensor
+    ) -> Tensor:
+        heads, run = port.heads, self._running()
         assert heads is not None
-
-        def forward(normed: Tensor) -> Tensor:
-            run = self._running()
-            if idx == 0:
-                x, base_outs = run.residuals.pop(port), None
-                _needs_grad(run, x)
-                if port in run.patched_base:
-                    x = self._patched_base(port).to(x.dtype)
-                    base_outs = self._remembered(port, lambda: outputs_of(heads, x))
-                outs = head_outputs(run, block, port, x, normed, base_outs)
-                run.head_outs[port] = outs or []
-            outs = run.head_outs[port]
-            return outs.pop(0) if outs else linear_forward(linear, normed)
-
-        return forward
+        if idx == 0:
+            x, base_outs = run.residuals.pop(port), None
+            _needs_grad(run, x)
+            if port in run.patched_base:
+                x = self._patched_base(port).to(x.dtype)
+                base_outs = self._remembered(port, lambda: outputs_of(heads, x))
+            outs = head_outputs(run, block, port, x, normed, base_outs)
+            run.head_outs[port] = outs or []
+        outs = run.head_outs[port]
+        return outs.pop(0) if outs else linear_forward(linear, normed)
 
     def _remember(self, port: DestPort, component: Module) -> None:
         """Compute a component once for all passes in which all its edges are patched."""
-        blocks, forward = self._blocks_of(port), component.forward
-        modules = list(component.modules())
+        blocks, modules = self._blocks_of(port), list(component.modules())
+        forward = partial(
+            self._component_forward, port, blocks, modules, component.forward
+        )
+        self._exit.enter_context(replaced_forward(component, forward))
 
-        def remembering(*args: Any, **kwargs: Any) -> Any:
-            run = self._running()
-            if (
-                port not in run.patched_base
-                or any(run.works[b].changes(b.rows(port))[1] for b in blocks)
-                # Somebody wants to see, or to change, what is inside.
-                or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-            ):
-                return forward(*args, **kwargs)
-            (out,) = self._remembered(port, lambda: [forward(*args, **kwargs)])
-            return out
-
-        self._exit.enter_context(replaced_forward(component, remembering))
+    def _component_forward(
+        self,
+        port: DestPort,
+        blocks: list[EdgeBlock],
+        modules: list[Module],
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        run = self._running()
+        if (
+            port not in run.patched_base
+            or any(run.works[b].changes(b.rows(port))[1] for b in blocks)
+            # Somebody wants to see, or to change, what is inside.
+            or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        ):
+            return forward(*args, **kwargs)
+        (out,) = self._remembered(port, lambda: [forward(*args, **kwargs)])
+        return out
 
     def _remembered(
         self, port: DestPort, compute: Callable[[], list[Tensor]]
@@ -491,6 +483,12 @@ class PatchSession:
                 total = total + self._patch_sums[lo, known]
             self._patch_sums[lo, hi] = total
         return self._patch_sums[lo, hi]
+
+
+def _call_with_output(
+    hook: Callable[[Any], Tensor | None], module: Module, args: Any, output: Any
+) -> Tensor | None:
+    return hook(output)
 
 
 def _version(tensor: Tensor) -> int | None:
