@@ -5,16 +5,16 @@ JSON is read strictly: what the standard does not know is an error.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 from auto_circuit.errors import (
@@ -25,8 +25,12 @@ from auto_circuit.errors import (
     near_matches,
 )
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 MAX_NAME_BYTES = 200
-MAX_ATTEMPTS = 10
 
 
 def path_in_folder(path: Path | str) -> Path:
@@ -64,7 +68,7 @@ def written_whole(path: Path | str) -> Iterator[Path]:
     final = path_in_folder(path)
     if final.is_symlink():
         final = final.resolve()
-    if final.exists() and not final.is_file():
+    if _is_there_and_not(S_ISREG, final):
         raise FileError(f"Cannot write {path}: there is something that is no file.")
     partial = _hidden_beside(final)
     try:
@@ -101,7 +105,7 @@ def folder_written_whole(path: Path | str) -> Iterator[Path]:
     final = path_in_folder(path)
     if final.is_symlink():
         final = final.resolve()
-    if final.exists() and not final.is_dir():
+    if _is_there_and_not(S_ISDIR, final):
         raise FileError(f"Cannot write {path}: there is something that is no folder.")
     partial = _hidden_beside(final)
     try:
@@ -117,27 +121,46 @@ def folder_written_whole(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _is_there_and_not(is_kind: Callable[[int], bool], path: Path) -> bool:
+    # One look: between two, another process may take it away.
+    try:
+        return not is_kind(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
 def _put_in_place(new: Path, final: Path) -> None:
     """Rename a folder; one that has the name already goes only when the new one has it."""
     old = _hidden_beside(final)
-    try:
-        for attempt in range(MAX_ATTEMPTS):
-            try:
-                new.rename(final)
-                return
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                if attempt == MAX_ATTEMPTS - 1:
-                    raise
-            # Another process can have moved it away in between, or put its own there.
+    with _locked(final.parent):
+        if final.exists():
+            final.rename(old)
+        try:
+            new.rename(final)
+        except BaseException:
+            if old.exists() and not final.exists():
+                old.rename(final)
+            raise
+        finally:
             shutil.rmtree(old, ignore_errors=True)
-            with suppress(FileNotFoundError):
-                final.rename(old)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process or thread of ours renames in the folder.
+
+    Between two renames there is a moment without the old and without the new one. Where the
+    system has no such lock (Windows, some network drives) the renames go on without.
+    """
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl and descriptor is not None:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
-        if old.exists() and not final.exists():
-            old.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)  # which gives the lock back
 
 
 def _hidden_beside(path: Path) -> Path:
