@@ -13,7 +13,7 @@ from types import FrameType
 from auto_circuit.errors import AutoCircuitError
 
 PACKAGE = str(Path(__file__).resolve().parent.parent / "auto_circuit")
-MAX_SECONDS = 20
+MAX_SECONDS = 60
 
 
 @contextmanager
