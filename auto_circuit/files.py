@@ -141,8 +141,8 @@ def _put_in_place(new: Path, final: Path) -> None:
             if old.exists() and not final.exists():
                 old.rename(final)
             raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
+    # Only now: if the old one could not be put back, it must not go.
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
