@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from auto_circuit.types import DestNode, SrcNode
+from auto_circuit.utils.user_hooks import Bypassed
 
 GraphNodes = tuple[list[SrcNode], list[DestNode]]
 
@@ -123,6 +124,7 @@ class Port:
     component: the module that turns what is read here into what one source writes, if that
         depends on nothing else.
     layer: which of the adapter's `blocks` it is in.
+    bypassed: the modules that the model runs between the residual stream and its heads.
     """
 
     dest_modules: tuple[str, ...]
@@ -132,6 +134,7 @@ class Port:
     heads: HeadInputs | None = None
     component: Module | None = None
     layer: int = 0
+    bypassed: tuple[Bypassed, ...] = ()
 
 
 @dataclass(frozen=True)

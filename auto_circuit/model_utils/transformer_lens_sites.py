@@ -39,7 +39,9 @@ from auto_circuit.model_utils.ungrouped_heads import (
     ungrouped_attention,
 )
 from auto_circuit.utils.misc import replaced_forward
+from auto_circuit.utils.user_hooks import Bypassed
 
+NORM_HOOKS = ("hook_scale", "hook_normalized", "hook_out")
 HEAD_INPUTS = ("hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in")
 
 # Exactly these classes compute attention in TransformerLens's own code.
@@ -281,7 +283,31 @@ def _weights_port(
             opened=partial(ungrouped_attention, block.attn, group),
         )
     residual = block.attn.hook_in if norm is None else norm.hook_in
-    return Port(dests, residual, heads=heads)
+    bypassed = _between(name, block)
+    if not has_post_norm(model):
+        output = _inner_linear(block.attn, "o")
+        bypassed += (Bypassed(f"{name}.attn.o", output, gives=False),)
+    return Port(dests, residual, heads=heads, bypassed=bypassed)
+
+
+def _between(name: str, block: Any) -> tuple[Bypassed, ...]:
+    """The modules between the residual stream and the linear maps of heads."""
+    norm, attention, places = _norm_before_heads(block), block.attn, []
+    if norm is not None:
+        modules = [norm, norm.original_component]
+        places += [Bypassed(f"{name}.ln1", module) for module in modules]
+        places += [
+            Bypassed(f"{name}.ln1.{hook}", getattr(norm, hook)) for hook in NORM_HOOKS
+        ]
+        places.append(Bypassed(f"{name}.attn.hook_in", attention.hook_in))
+    places.append(Bypassed(f"{name}.attn", attention, gives=False))
+    for part in "qkv":
+        bridge, where = getattr(attention, part, None), f"{name}.attn.{part}"
+        if isinstance(bridge, LinearBridge):
+            modules = [bridge, bridge.original_component]
+            places += [Bypassed(where, module, gives=False) for module in modules]
+            places.append(Bypassed(f"{where}.hook_in", bridge.hook_in))
+    return tuple(places)
 
 
 def check_can_ungroup(model: TransformerBridge) -> None:
@@ -301,15 +327,24 @@ def check_can_ungroup(model: TransformerBridge) -> None:
 def _split_ports(model: TransformerBridge, name: str) -> list[Port]:
     """Heads whose inputs TransformerLens keeps apart (see `open_sites`)."""
     block, _, hook = name.rpartition(".")
+    owner: Any = model.get_submodule(block)
+    bypassed, norm = _between(block, owner), _norm_before_heads(owner)
+    if norm is not None:
+        # TransformerLens forks what is given to the norm.
+        bypassed += (Bypassed(f"{block}.ln1.hook_in", norm.hook_in),)
     n_kv = n_kv_heads(model)
     if hook != "hook_attn_in" or n_kv == model.cfg.n_heads:
-        return [Port((name,), hook_point(model, name))]
+        return [Port((name,), hook_point(model, name), bypassed=bypassed)]
     group = model.cfg.n_heads // n_kv
     query_rows = tuple(head // group for head in range(model.cfg.n_heads))
     return [
-        Port((name,), hook_point(model, f"{block}.hook_q_input"), query_rows),
-        Port((name,), hook_point(model, f"{block}.hook_k_input")),
-        Port((name,), hook_point(model, f"{block}.hook_v_input")),
+        Port(
+            (name,),
+            hook_point(model, f"{block}.hook_{part}_input"),
+            rows,
+            bypassed=bypassed,
+        )
+        for part, rows in (("q", query_rows), ("k", None), ("v", None))
     ]
 
 
@@ -383,23 +418,23 @@ def _plain_norms(model: TransformerBridge) -> Iterator[None]:
     inside = [norm for block in model.blocks for norm in block.submodules.values()]
     with ExitStack() as stack:
         for norm in (*inside, getattr(model, "ln_final", None)):
-            if isinstance(norm, NormalizationBridge) and _only_costs_time(norm):
+            if isinstance(norm, NormalizationBridge) and _can_be_plain(norm):
                 stack.enter_context(replaced_forward(norm, partial(_plain_norm, norm)))
         yield
 
 
-def _only_costs_time(norm: NormalizationBridge) -> bool:
-    hooks = (norm.hook_scale, norm.hook_normalized)
+def _can_be_plain(norm: NormalizationBridge) -> bool:
     weight = getattr(norm.original_component, "weight", None)
-    return (
-        _is_known_norm(norm)
-        # In half precision the two ways round differently.
-        and (weight is None or weight.dtype in (t.float32, t.float64))
-        and not any(hook._forward_hooks or hook._backward_hooks for hook in hooks)
+    # In half precision the two ways round differently.
+    return _is_known_norm(norm) and (
+        weight is None or weight.dtype in (t.float32, t.float64)
     )
 
 
 def _plain_norm(norm: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    hooks = (norm.hook_scale, norm.hook_normalized)
+    if any(hook._forward_hooks or hook._backward_hooks for hook in hooks):
+        return type(norm).forward(norm, hidden_states, **kwargs)  # type: ignore[no-any-return]
     return norm.hook_out(norm.original_component(norm.hook_in(hidden_states)))
 
 

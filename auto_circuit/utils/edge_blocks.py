@@ -17,6 +17,7 @@ from torch.nn import Module
 
 from auto_circuit.model_utils.model_adapter import HeadInputs, SrcSite
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
+from auto_circuit.utils.user_hooks import Bypassed
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,7 @@ class DestPort:
     heads: HeadInputs | None = None
     component: Module | None = None
     layer: int = 0
+    bypassed: tuple[Bypassed, ...] = ()
 
     @property
     def srcs(self) -> slice:

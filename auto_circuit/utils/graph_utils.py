@@ -289,6 +289,7 @@ def _make_plan(
                 heads=port.heads,
                 component=port.component,
                 layer=port.layer,
+                bypassed=port.bypassed,
             )
         )
     src_ports = tuple(
@@ -345,8 +346,10 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
         if not port.additive:
             model.constants[port.name] = _constant_at(port, fired[0], sources)
     model.written = sources[0, 0, 0].clone()
-    model.weights = WeightFingerprint(model.wrapped_model)
-    return model.weights
+    weights = WeightFingerprint(model.wrapped_model)
+    # What hooks add to the residual stream looks like biases, but they may be removed.
+    model.weights = None if model.user_hooks.ids() else weights
+    return weights
 
 
 @contextmanager
@@ -432,6 +435,11 @@ def patch_mode(
         destination reads: nothing is subtracted, whatever the sources write.
     keeps_layers: `starting_at` will be used inside.
 
+    Hooks of yours take effect as in the model itself, and see what they would see there; what
+    they change is recorded as what the source writes. Raises GraphError for hooks that change
+    what single heads read (`ln1.hook_normalized`, `attn.hook_in` and the like), which only the
+    heads without patched edges would see, and for backward hooks there.
+
     On exit, hooks, switches and masks are what they were. Raises GraphError for an
     unknown edge, for activations of the wrong shape, and for nested use.
 
@@ -455,6 +463,7 @@ def patch_mode(
         model.constants,
         lambda: _any_requires_grad(model),
         weights,
+        model.user_hooks,
         overwrite_patch,
         differences,
         keeps_layers,

@@ -40,6 +40,12 @@ from auto_circuit.utils.forward_pass import (
 from auto_circuit.utils.head_inputs import head_outputs, linear_forward, outputs_of
 from auto_circuit.utils.misc import replaced_forward
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
+from auto_circuit.utils.user_hooks import (
+    Bypassed,
+    UserHooks,
+    changes_refused,
+    check_no_backward_hooks,
+)
 from auto_circuit.weights import WeightFingerprint
 
 PICKING_COST = 3
@@ -54,6 +60,7 @@ class PatchSession:
     constants: per destination module, what reaches it besides its sources (biases).
     needs_grad: may gradients be asked for?
     weights: those that the constants, and whatever is remembered, belong to.
+    user_hooks: those on the model, which must take effect or be refused.
     overwrite_patch: may `patch_src_outs` be overwritten with the differences? Saves a
         tensor of that size; one forward pass only.
     differences: are `patch_src_outs` the differences themselves? They then do not depend
@@ -69,6 +76,7 @@ class PatchSession:
         constants: dict[str, Tensor],
         needs_grad: Callable[[], bool],
         weights: WeightFingerprint,
+        user_hooks: UserHooks,
         overwrite_patch: bool = False,
         differences: bool = False,
         keeps_layers: bool = False,
@@ -84,6 +92,7 @@ class PatchSession:
         self.constants = constants
         self.needs_grad = needs_grad
         self.weights = weights
+        self.user_hooks = user_hooks
         self.overwrite_patch = overwrite_patch
         self.differences = differences
         self.keeps_layers = keeps_layers
@@ -91,6 +100,8 @@ class PatchSession:
         self._first_layer = 0
         self._overwritten_from = len(plan.layers)
         self._layer_outs: dict[int, Any] = {}
+        self._hook_ids: list[int] = []
+        self._last_hooks: list[tuple[Any, int]] = []  # a module's OrderedDict, a key
         self._patch_version: int | None = None
         self._patch_sums: dict[tuple[int, int], Tensor] = {}
         self._base_outs: dict[DestPort, tuple[list[Tensor], list[int | None]]] = {}
@@ -110,7 +121,9 @@ class PatchSession:
             if port.component is not None:
                 self._remember(port, port.component)
         for src_port in self.plan.src_ports:
-            self._hook(src_port.site.module, partial(self._write, src_port))
+            site = src_port.site
+            is_last = site.projection is not None
+            self._hook(site.module, partial(self._write, src_port), is_last)
         for port in self.plan.dest_ports:
             if port.additive:
                 self._hook(port.module, partial(self._read, port, self._blocks_of(port)))
@@ -129,9 +142,42 @@ class PatchSession:
         self._base_outs.clear()
         self._layer_outs.clear()
 
-    def _hook(self, module: Module, hook: Callable[[Any], Tensor | None]) -> None:
+    def _hook(
+        self, module: Module, hook: Callable[[Any], Tensor | None], is_last: bool = False
+    ) -> None:
+        """is_last: must it see what all other hooks have made of the output?"""
         handle = module.register_forward_hook(partial(_call_with_output, hook))
         self._exit.callback(handle.remove)
+        if is_last:
+            self._last_hooks.append((module._forward_hooks, handle.id))
+
+    # ------------------------------------------------------------------ users' hooks
+
+    def _meet_users_hooks(self) -> None:
+        """Before a pass: what users' hooks change takes effect, or will be refused."""
+        self._hook_ids = self.user_hooks.ids()
+        if not self._hook_ids:
+            return
+        for hooks, id in self._last_hooks:
+            hooks.move_to_end(id)
+        for port in self.plan.dest_ports:
+            self._exit.enter_context(changes_refused(port.bypassed))
+        # Without those that cannot change anything now.
+        self._hook_ids = self.user_hooks.ids()
+
+    def _check_no_backward_hooks(self) -> None:
+        """Where the engine sends gradients past a module, its hooks would not see them."""
+        if not self._hook_ids:
+            return
+        for port in self.plan.dest_ports:
+            check_no_backward_hooks(port.bypassed)
+            if port.heads is not None:
+                residual = f"the residual stream that {port.name} reads"
+                check_no_backward_hooks([Bypassed(residual, port.module)])
+        for src_port in self.plan.src_ports:
+            if src_port.site.projection is not None:
+                name = f"the input of {src_port.wrapper.module_name}"
+                check_no_backward_hooks([Bypassed(name, src_port.site.module)])
 
     # ------------------------------------------------------------------ starting late
 
@@ -160,6 +206,11 @@ class PatchSession:
             raise GraphError(
                 f"A pass from layer {layer} after one from {self._overwritten_from}: they "
                 "must go from late layers to early ones, or with a whole pass in between."
+            )
+        if self.user_hooks.ids() != self._hook_ids:
+            raise GraphError(
+                "Hooks were added or removed since the whole pass, so layers cannot hand on "
+                "what they gave in it. Begin with a whole pass again."
             )
         if not self.weights.holds():
             raise GraphError(
@@ -259,8 +310,10 @@ class PatchSession:
                 "the first one has overwritten the activations to patch in."
             )
         self._forget_what_is_stale()
+        self._meet_users_hooks()
         weights = self._block_weights(batch, seq, list(self.plan.blocks))
         if t.is_grad_enabled() and (start.requires_grad or self.needs_grad()):
+            self._check_no_backward_hooks()
             works = self._dense_works(weights)
             slots = {src: src for src in range(self.plan.n_srcs)}
             run = ForwardPass(
@@ -359,8 +412,11 @@ class PatchSession:
         patched, unpatched = _used_edges(weights)
         used: dict[EdgeBlock, UsedEdges] = {}
         on_patched_base: list[DestPort] = []
-        # Else what is known of the patched-in run belongs to other weights.
-        may_use_base = not self.differences and self.weights.holds()
+        # Else what is known of the patched-in run belongs to other weights, or lacks what
+        # hooks add to the residual stream.
+        may_use_base = (
+            not self.differences and not self._hook_ids and self.weights.holds()
+        )
         for whole_group in self.plan.block_groups:
             group = [block for block in whole_group if block in weights]
             base = patched
@@ -406,7 +462,11 @@ class PatchSession:
         (block,) = self._blocks_of(port)
         # Nothing of a pass may hold a tensor of its graph for longer than needed: the
         # graph holds the pass, and the circle would keep both.
-        self._hook(port.module, lambda x: self._running().residuals.update({port: x}))
+        self._hook(
+            port.module,
+            lambda x: self._running().residuals.update({port: x}),
+            is_last=True,
+        )
         self._exit.enter_context(port.heads.opened())
         for idx, called in enumerate(port.heads.called_modules):
             linear, _ = port.heads.linears[idx]
@@ -431,27 +491,21 @@ class PatchSession:
 
     def _remember(self, port: DestPort, component: Module) -> None:
         """Compute a component once for all passes in which all its edges are patched."""
-        blocks, modules = self._blocks_of(port), list(component.modules())
-        forward = partial(
-            self._component_forward, port, blocks, modules, component.forward
-        )
+        blocks = self._blocks_of(port)
+        forward = partial(self._component_forward, port, blocks, component.forward)
         self._exit.enter_context(replaced_forward(component, forward))
 
     def _component_forward(
         self,
         port: DestPort,
         blocks: list[EdgeBlock],
-        modules: list[Module],
         forward: Callable[..., Any],
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         run = self._running()
-        if (
-            port not in run.patched_base
-            or any(run.works[b].changes(b.rows(port))[1] for b in blocks)
-            # Somebody wants to see, or to change, what is inside.
-            or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        if port not in run.patched_base or any(
+            run.works[b].changes(b.rows(port))[1] for b in blocks
         ):
             return forward(*args, **kwargs)
         (out,) = self._remembered(port, lambda: [forward(*args, **kwargs)])

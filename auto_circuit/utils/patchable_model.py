@@ -39,6 +39,7 @@ from auto_circuit.utils.torch_state import (
     own_defaults,
     own_state,
 )
+from auto_circuit.utils.user_hooks import UserHooks
 from auto_circuit.weights import WeightFingerprint
 
 LAST_POSITION = (slice(None), -1)
@@ -117,7 +118,9 @@ class PatchableModel(Module):
         self._wrapper_modules = ModuleList(wrappers)
         self._wrappers_by_name = {wrapper.module_name: wrapper for wrapper in wrappers}
         self.constants: dict[str, Tensor] = {}
+        # Those that the constants belong to; None if nobody knows.
         self.weights: WeightFingerprint | None = None
+        self.user_hooks = UserHooks(wrapped_model)
         # What the sources write: an empty tensor of their dtype, device and width.
         self.written: Tensor | None = None
         self.patch_session: PatchSession | None = None
@@ -555,6 +558,8 @@ def last_position_only(model: PatchableModel) -> Iterator[None]:
         return
 
     def cut(module: Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if UserHooks(unembed).ids():
+            return args  # they mean all positions
         # Contiguous: torch would otherwise multiply the examples one by one.
         return (args[0][:, -1:].contiguous(), *args[1:])
 

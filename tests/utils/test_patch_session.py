@@ -24,6 +24,7 @@ from auto_circuit.utils.graph_utils import (
     starting_at,
     train_mask_mode,
 )
+from auto_circuit.utils.misc import replaced_forward
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.models import gpt2, llama, tokens
 
@@ -327,14 +328,17 @@ def test_sums_of_patches_keep_what_half_precision_would_lose() -> None:
     model = patchable_model(gpt2().bfloat16(), True, separate_qkv=True)
     patch = t.full((11, 3, 5, 32), 0.19, dtype=t.bfloat16)
     patch[0] = 256.0
-    end: Any = model.wrapped_model.hook_dict["blocks.1.hook_resid_post"]  # type: ignore[union-attr, index]
+    norm: Any = model.wrapped_model.ln_final
     reads: list[Tensor] = []
+
+    def spy(x: Tensor) -> Tensor:  # no hook: under one nothing is summed up beforehand
+        reads.append(x)
+        return x
+
     set_all_masks(model, 1.0)
     constant = model.constants["blocks.1.hook_resid_post"]
-    with t.no_grad(), patch_mode(model, patch):
-        handle = end.register_forward_hook(lambda module, args, out: reads.append(out))
+    with t.no_grad(), replaced_forward(norm, spy), patch_mode(model, patch):
         model(CLEAN)
-        handle.remove()
     expected = (256 + 10 * patch[1, 0, 0].float() + constant).bfloat16()
     t.testing.assert_close(reads[0], expected.expand(3, 5, 32), rtol=0.0, atol=0.0)
     assert (expected > 257).float().mean() > 0.5
