@@ -96,7 +96,10 @@ def _keys_and_values(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _no_cache(model: Any, why: str) -> ConfigError:
-    return ConfigError(f"This {type(model).__name__} gives no KV cache ({why}).")
+    return ConfigError(
+        f"This {type(model).__name__} gives no KV cache ({why}), so `tail_divergence` must "
+        "be False."
+    )
 
 
 @in_own_state(grad=False)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
 import pytest
+import torch as t
 
-from auto_circuit.checks import check_choice, check_count, check_member, check_number
+from auto_circuit.checks import (
+    check_choice,
+    check_count,
+    check_member,
+    check_number,
+    seeded_generator,
+)
 from auto_circuit.errors import ConfigError
 from auto_circuit.types import MaskFn, PatchType
 
@@ -23,6 +31,13 @@ def test_choices_of_a_union_with_none() -> None:
 def test_other_types_are_no_choice(value: object) -> None:
     with pytest.raises(ConfigError, match="expected one of 'a', 'b'"):
         check_choice("letter", value, Literal["a", "b"])
+
+
+@pytest.mark.parametrize("value", [True, 1.0, np.int64(1), "1"])
+def test_what_is_only_equal_is_no_choice(value: object) -> None:
+    check_choice("n", 1, Literal[1, 2])
+    with pytest.raises(ConfigError, match="expected one of 1, 2"):
+        check_choice("n", value, Literal[1, 2])
 
 
 @pytest.mark.parametrize("value", ["TREE_PATCH", None, 1, True, 2])
@@ -55,3 +70,25 @@ def test_numbers_are_finite_and_in_range(value: object) -> None:
 
 def test_numbers_of_numpy_are_floats() -> None:
     assert type(check_number("x", np.float32(0.5), 0, 1)) is float
+
+
+def test_the_ends_of_ranges() -> None:
+    assert check_count("n", 10, at_most=10) == 10 and check_count("n", 1) == 1
+    assert [check_number("x", end, 0, 1) for end in (0, 1)] == [0, 1]
+    for end in (0, 1):
+        with pytest.raises(ConfigError, match="a finite number, above 0 and below 1"):
+            check_number("x", end, above=0, below=1)
+    for value in (math.inf, -math.inf):
+        with pytest.raises(ConfigError, match="expected a finite number"):
+            check_number("x", value)
+
+
+def test_seeds_are_whole_numbers_of_63_bits() -> None:
+    before = t.get_rng_state()
+    for seed in (0, 7, 2**63 - 1):
+        draws = [t.rand(3, generator=seeded_generator(seed)) for _ in range(2)]
+        assert t.equal(*draws)
+    assert t.equal(t.get_rng_state(), before)
+    for wrong in (-1, 2**63, 1.0, True, None):
+        with pytest.raises(ConfigError, match="`seed` is .*; expected at least 0 and at"):
+            seeded_generator(wrong)

@@ -181,6 +181,8 @@ def test_a_circuit_of_a_model_of_another_name(tmp_path: Path) -> None:
     [
         ("B0.0->B1.7", None, "no edge 'B0.0->B1.7'. Did you mean 'B0.0->B1"),
         ("B1.0->B0.0", None, "no edge 'B1.0->B0.0'"),
+        ("B0.0->B0.0", None, "no edge 'B0.0->B0.0'"),
+        ("B0.0->B0.1", None, "no edge 'B0.0->B0.1'"),
         ("B0.0->B1.1 @ 0", None, "does not tell positions apart"),
         ("B0.0->B1.1 @ 3", 3, "has 3 positions"),
         ("B0.0->B1.1 @ x", 3, "no edge 'B0.0->B1.1 @ x'"),
@@ -455,6 +457,14 @@ def test_mib_malformed_tensors(tmp_path: Path, gpt2_model: PatchableModel) -> No
     check(DataError, "must be lists of names", src_nodes=None)
     names = ["a7.h0", *content["src_nodes"][1:]]
     check(GraphError, "the node 'a7.h0'", src_nodes=names)
+    for side in ("src_nodes", "dst_nodes"):
+        doubled = [*content[side][:-1], content[side][0]]
+        check(DataError, f"has the node '{doubled[0]}' twice", **{side: doubled})
+    twos = 2 * t.ones_like(content["edges_scores"])
+    check(DataError, "must be true or false everywhere", edges_in_graph=twos)
+    member = content["edges_in_graph"].clone()
+    member[-1, 0] = True
+    check(GraphError, "from 'm1' to 'a0.h0<q>'", edges_in_graph=member)
     masked = t.where(content["edges_scores"] == 0, 0.0, 0.0)
     masked[-1, 0] = -math.inf
     t.save({**content, "edges_scores": masked}, path)

@@ -94,6 +94,14 @@ def test_positions_and_batches_are_added_up_in_float32(half: PatchableModel) -> 
     assert float((at_once - once).norm() / once.norm()) < 0.02
 
 
+def test_sums_over_positions_are_not_rounded(half: PatchableModel) -> None:
+    """Of one prompt: batches are added up in the masks' own type."""
+    scores = flat(ALGOS["EAP"](half, loader(1)))
+    scores = scores[scores != 0]
+    is_rounded = scores.bfloat16().float() == scores
+    assert len(scores) > 50 and float(is_rounded.double().mean()) < 0.8
+
+
 def test_scores_are_near_those_of_float32(
     half: PatchableModel, single: PatchableModel
 ) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from auto_circuit.data import PromptDataLoader, PromptDataset
 from auto_circuit.errors import DataError, GraphError
 from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import sae_model
-from auto_circuit.padding import padding_mask
+from auto_circuit.padding import check_attention_mask, padding_mask
 from auto_circuit.prune import run_circuits
 from auto_circuit.types import AblationType
 from auto_circuit.utils.ablation_activations import src_ablations
@@ -122,6 +122,27 @@ def test_padding_that_cannot_be_told_from_text() -> None:
             padding_mask(t.tensor(wrong), tokenizer)
     for right in ([[end, 4, 5], [end, 6, 5]], [[4, 5, end]], [[4, end, 5]]):
         assert padding_mask(t.tensor(right), tokenizer) is None
+
+
+def test_only_what_is_at_the_ends_is_padding() -> None:
+    tokenizer = word_tokenizer()
+    rows = {
+        (PAD, 4, PAD, 5): (0, 1, 1, 1),
+        (4, PAD, 5, PAD): (1, 1, 1, 0),
+        (PAD, PAD, 4, PAD): (0, 0, 1, 0),
+    }
+    for row, expected in rows.items():
+        mask = padding_mask(t.tensor([row]), tokenizer)
+        assert mask is not None and mask.tolist() == [list(expected)]
+    assert padding_mask(t.tensor([[4, PAD, 5]]), tokenizer) is None
+
+
+def test_a_mask_may_cover_what_is_cached() -> None:
+    for width in (3, 5):
+        check_attention_mask(t.ones(2, width), (2, 3), n_cached=2)
+    for shape in ((2, 4), (1, 3), (3,), (2, 3, 1)):
+        with pytest.raises(DataError, match=r"positions\] = \(2, 3\)"):
+            check_attention_mask(t.ones(shape), (2, 3), n_cached=2)
 
 
 @pytest.mark.parametrize("has_masks", [True, False])

@@ -16,9 +16,10 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_from_module,
 )
 
+from auto_circuit import data
 from auto_circuit.data import PromptDataLoader, PromptDataset, load_datasets_from_json
 from auto_circuit.errors import ConfigError, DataError, GraphError
-from auto_circuit.prefix_cache import is_exact, make_prefix_cache
+from auto_circuit.prefix_cache import begin_with, is_exact, make_prefix_cache
 from auto_circuit.prune import run_circuits
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model, set_all_masks
@@ -147,6 +148,14 @@ def test_a_single_weight_of_a_small_model_is_noticed() -> None:
     assert not fingerprint.holds()
 
 
+def test_a_single_weight_of_a_large_model_is_noticed_if_torch_changes_it() -> None:
+    model = t.nn.Linear(512, 512)
+    fingerprint = WeightFingerprint(model)
+    with t.no_grad():
+        model.weight[7, 3] += 1
+    assert not fingerprint.holds()
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_weights_that_change_inside_of_patch_mode(
     change: Callable[[TransformerBridge], None],
@@ -206,6 +215,16 @@ def test_whole_prompts_are_not_given_the_prefix_again(
     for wrong in (other, other[:1], other[:, :2]):
         with pytest.raises(DataError, match="puts a prefix of 3 tokens before.*<bos>"):
             graph(wrong)
+
+
+def test_which_rows_begin_with_a_prefix() -> None:
+    rows = t.tensor([[0, 5, 6, 7], [5, 6, 5, 5], [5, 7, 6, 5]])
+    assert begin_with(rows, t.tensor([5, 6])).tolist() == [False, True, False]
+    starts = t.tensor([1, 0, 2])
+    assert begin_with(rows, t.tensor([5, 6]), starts).tolist() == [True, True, False]
+    # At the end there is room for one token alone.
+    assert begin_with(rows, t.tensor([5, 5]), t.tensor([3, 3, 3])).tolist() == [False] * 3
+    assert begin_with(rows[:, :1], t.tensor([5, 6])).tolist() == [False] * 3
 
 
 def test_a_cut_prompt_never_looks_like_a_whole_one(tmp_path: Path) -> None:
@@ -308,6 +327,19 @@ def test_a_cache_that_is_not_exact_is_noticed() -> None:
     assert is_exact(model, prefix, whole[4:])
     wrong = replace(prefix, keys=tuple(keys + 0.01 for keys in prefix.keys))
     assert not is_exact(model, wrong, whole[4:])
+
+
+def test_a_prefix_that_is_not_exact_is_not_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "is_exact", lambda *args: False)
+    path = write_prompts(tmp_path, name_prompts(4, "later the {} met {} at the store"))
+    options: Any = {"batch_size": 4, "train_test_size": (4, 0), "shuffle": False}
+    model = text_model(word_tokenizer())
+    cut, _ = load_datasets_from_json(model, path, tail_divergence=True, **options)
+    whole, _ = load_datasets_from_json(model, path, **options)
+    assert cut.kv_cache is None and cut.diverge_idx == 0
+    assert t.equal(next(iter(cut)).clean, next(iter(whole)).clean)
 
 
 def test_token_ids_and_lengths_that_the_model_does_not_have() -> None:

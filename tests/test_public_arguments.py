@@ -7,7 +7,7 @@ without run-time type checks, as users' processes run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -61,6 +61,7 @@ def _example(
     share: int | float = 0.5,
     counts: TestEdges | None = None,
     names: list[str] | None = None,
+    sizes: Sequence[int] = (),
     scores: dict[str, Tensor] | None = None,
     vals: Float[Tensor, "batch vocab"] | None = None,
     anything: Any = None,
@@ -72,6 +73,7 @@ GOOD: list[dict[str, Any]] = [
     {"kind": PatchType.TREE_PATCH, "side": "clean", "flag": np.bool_(True)},
     {"count": np.int64(4), "share": np.float32(0.5)},
     {"share": 1, "counts": EdgeCounts.ALL, "names": ("a", "b"), "scores": {}},
+    {"sizes": np.array([1, 2])},
     {"counts": [1, 0.5], "vals": t.zeros(1, 2), "anything": object()},
 ]
 WRONG: list[tuple[str, Any, str]] = [
@@ -85,9 +87,14 @@ WRONG: list[tuple[str, Any, str]] = [
     ("counts", "ALL", "expected one of EdgeCounts.ALL"),
     ("names", "abc", "expected a list .of a text each. or None"),
     ("names", (name for name in "ab"), "a generator; expected a list"),
+    ("sizes", {1: 2}, "expected a list .of a whole number .an int. each"),
+    ("sizes", (size for size in (1, 2)), "a generator; expected a list"),
+    ("sizes", np.ones((2, 2), dtype=int), "expected a list"),
+    ("sizes", [1, 2.0], "expected a list"),
     ("scores", [t.zeros(2)], "expected a dictionary"),
     ("vals", np.zeros(2), "a ndarray; expected a Tensor .batch vocab. .float."),
     ("vals", t.zeros(2), r"a Tensor .2. .torch.float32.; expected a Tensor"),
+    ("vals", t.zeros(1, 2, 3), r"a Tensor .1, 2, 3. .torch.float32.; expected a Tensor"),
     ("vals", t.zeros(1, 2).long(), r"a Tensor .1, 2. .torch.int64.; expected a Tensor"),
 ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import partial
 
 import torch as t
 
@@ -21,31 +20,17 @@ def random_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader | None,
     official_edges: Collection[Edge] | None,
-    seed: int | t.Generator | None = None,
+    seed: int = 0,
 ) -> PruneScores:
-    """Uniform in [0, 1).
+    """Uniform in [0, 1), the same for the same seed in every process, on every device.
 
-    seed: a number: the same scores for the same one, in every call and process, on every
-        device. A generator: the next numbers that it gives. None: new scores in
-        every call, from torch's global generator, which `torch.manual_seed` sets.
-
-    The algorithm `RANDOM_PRUNE_ALGO` has the seed 0; `with_seed` gives it another one.
-
-    Differs from auto-circuit, whose order of edges came from sets: there, the same state of
-    the generator gave other scores in another process.
+    Differs from auto-circuit, whose order of edges came from sets.
     """
-    if seed is None or isinstance(seed, t.Generator):
-        generator = seed
-    else:
-        generator = seeded_generator(seed)
-    device = "cpu" if generator is None else generator.device
+    generator = seeded_generator(seed)
     return {
-        module_name: t.rand(scores.shape, generator=generator, device=device).to(scores)
+        module_name: t.rand(scores.shape, generator=generator).to(scores)
         for module_name, scores in model.new_prune_scores().items()
     }
 
 
-# An algorithm leaves the global generator alone: a sweep's numbers come from its seed.
-RANDOM_PRUNE_ALGO = PruneAlgo(
-    key="Random", name="Random", func=partial(random_prune_scores, seed=0)
-)
+RANDOM_PRUNE_ALGO = PruneAlgo(key="Random", name="Random", func=random_prune_scores)

@@ -282,6 +282,20 @@ def model_output(model: PatchableModel) -> Tensor:
     return model(CLEAN).clone()
 
 
+def test_a_pass_from_the_middle_goes_on_from_the_last_whole_one(
+    model: PatchableModel,
+) -> None:
+    patch = src_ablations(model, CORRUPT)
+    (end,) = [dest for dest in model.dests if dest.name == "MLP 1"]
+    with t.no_grad(), patch_mode(model, patch, keeps_layers=True):
+        first = model_output(model)
+        random_masks(model)
+        second = model_output(model)
+        assert (second - first).abs().max() > 0.01
+        with starting_at(model, end):
+            t.testing.assert_close(model_output(model), second, **EXACT)
+
+
 @pytest.mark.parametrize("when", ["before", "inside", "pre"])
 def test_a_hook_inside_of_a_component_is_called_in_every_pass(
     grouped: PatchableModel, when: str
