@@ -69,7 +69,8 @@ def scored_edges(
     Makes Edges only of these, so it is fast on large graphs. Raises GraphError for
     scores that do not fit the graph, or are not numbers (NaN).
     """
-    threshold = check_number("threshold", threshold)
+    if threshold != math.inf:  # the edges that ACDC never takes out
+        threshold = check_number("threshold", threshold)
     prune_scores = _ranked(model, prune_scores)
     dests = {(dest.module_name, dest.head_idx): dest for dest in model.dests}
     found = []
@@ -341,8 +342,10 @@ def save_mib_circuit(
     prune_scores = _ranked(model, prune_scores)
     if any(not scores.isfinite().all() for scores in prune_scores.values()):
         raise GraphError(
-            "The MIB format has no place for infinite scores: replace them by a number "
-            "larger than all others."
+            "The MIB format has no place for infinite scores (ACDC's, of the edges that it "
+            "never takes out): replace them by a number larger than all others, for "
+            "example with `{name: of_module.clamp(-1e6, 1e6) for name, of_module in "
+            "scores.items()}`. `save_circuit` keeps them."
         )
     circuit = {name: scores != 0 for name, scores in prune_scores.items()}
     if edge_count is not None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
+from warnings import warn
 
 import torch as t
 from jaxtyping import Int
@@ -50,6 +51,10 @@ PerSplit = SupportsIndex | tuple[SupportsIndex, SupportsIndex]
 """A whole number (numpy's too), or two: for (train, test)."""
 LOGGER = logging.getLogger(__name__)
 MAX_BATCH_SIZE = 2**31 - 1
+
+
+class NoPrefixWarning(UserWarning):
+    """A common prefix was to be cut off, and the model gives no KV cache for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -480,7 +485,8 @@ def load_datasets_from_json(
     batch_size, train_test_size: numbers of prompts, for (train, test).
     return_seq_length: tell positions apart: all prompts must have the same length.
     tail_divergence: cut off the tokens that all prompts of both loaders start with, and
-        keep the model's keys and values for them in `kv_cache`.
+        keep the model's keys and values for them in `kv_cache`. Prompts stay whole, with a
+        NoPrefixWarning, if the model gives none.
     shuffle, random_seed: once, before the prompts are split; no global seed is touched.
     pad: pad shorter prompts on the left; their attention masks are kept in the batches.
 
@@ -684,7 +690,16 @@ def _prefix_cache(model: Any, encoded: EncodedPrompts) -> PrefixCache | None:
     length = _common_prefix_len(encoded, bos)
     if length == 0:
         return None
-    prefix = make_prefix_cache(model, encoded.clean[0, :length])
+    try:
+        prefix = make_prefix_cache(model, encoded.clean[0, :length])
+    except ConfigError as error:
+        warn(
+            f"{error} So `tail_divergence` cuts nothing off: `diverge_idx` is 0, and prompts "
+            "run from their start, which gives the same numbers and takes longer.",
+            NoPrefixWarning,
+            stacklevel=4,
+        )
+        return None
     if is_exact(model, prefix, encoded.clean[0, length:]):
         return prefix
     LOGGER.warning(

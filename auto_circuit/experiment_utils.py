@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch as t
+from jaxtyping import Float
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from auto_circuit.checks import checked
@@ -27,6 +29,7 @@ from auto_circuit.prune_algos.subnetwork_probing import (
     INIT_LOGIT,
     subnetwork_probing_prune_scores,
 )
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, Edge, PatchType, PruneScores
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.misc import repo_path_to_abs_path
@@ -75,14 +78,14 @@ class SingleTemplateResult(NamedTuple):
     """How much of the logit difference a circuit has on one template's prompts.
 
     n_edges: the circuit's edges. mean, std: in % of the full model's logit difference,
-    over the prompts (std is 0 for the difference of means). percents: each prompt's
-    (none for the difference of means). prune_scores: the scores that make the circuit.
+    over the prompts (std is 0 for the difference of means). percents: each prompt's, a
+    tensor (empty for the difference of means). prune_scores: the scores that make the circuit.
     """
 
     n_edges: int
     mean: float
     std: float
-    percents: list[float]
+    percents: Float[Tensor, "prompt"]
     prune_scores: PruneScores
 
 
@@ -130,7 +133,8 @@ def ioi_circuit_single_template_logit_diff_percent(
     (which says how to write it) without its prompt file or with too few prompts in it.
 
     Differs from auto-circuit: the templates are others (so are its figures); the learned
-    circuit is found by subnetwork probing with this ablation.
+    circuit is found by subnetwork probing with this ablation, and no figure of its training
+    is shown.
     """
     n_train = LEARNED_TRAIN_FACTOR * dataset_size if learned else 0
     model, train_loader, test_loader = _single_template_graph(
@@ -168,8 +172,7 @@ def ioi_circuit_single_template_logit_diff_percent(
     means, stds, points = answer_diff_percent(
         model, test_loader, outs, diff_of_means=diff_of_mean_logit_diff
     )
-    ((n_edges, mean),), ((_, std),) = means, stds
-    percents = [float(percent) for _, percent in points]
+    ((n_edges, mean),), ((_, std),), ((_, percents),) = means, stds, points
     return SingleTemplateResult(
         int(n_edges), float(mean), float(std), percents, prune_scores
     )

@@ -96,10 +96,7 @@ def _keys_and_values(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _no_cache(model: Any, why: str) -> ConfigError:
-    return ConfigError(
-        f"This {type(model).__name__} gives no KV cache ({why}), so `tail_divergence` must "
-        "be False."
-    )
+    return ConfigError(f"This {type(model).__name__} gives no KV cache ({why}).")
 
 
 @in_own_state(grad=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
-from auto_circuit.errors import ConfigError
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, CircuitOutputs, PatchType, PruneScores
 from auto_circuit.utils.ablation_activations import (
     PER_BATCH_ABLATIONS,
@@ -36,8 +37,8 @@ def run_circuits(
     ablation_type: AblationType = AblationType.RESAMPLE,
     reverse_clean_corrupt: bool = False,
     render_graph: bool = False,
-    render_score_threshold: float = 0.0,
-    render_file_path: str | None = None,
+    render_score_threshold: bool | int | float = 0.0,
+    render_file_path: Path | str | None = None,
 ) -> CircuitOutputs:
     """The model's output with only a circuit's edges intact, for several circuit sizes.
 
@@ -56,13 +57,13 @@ def run_circuits(
     patched in themselves. Raises GraphError for a size that the graph does not have and
     for scores that do not fit it, before the model runs.
 
-    Differs from auto-circuit: no edge is in a circuit of size 0; means are computed once.
+    render_graph: show the edges that are patched for the last of the sizes
+        (`draw_seq_graph`, in a notebook or the browser). render_score_threshold,
+        render_file_path: its `score_threshold` (the scores are 1) and `file_path`.
+
+    Differs from auto-circuit: no edge is in a circuit of size 0, also if scores are infinite;
+    means are computed once; the graph is drawn once, not for every batch.
     """
-    if render_graph:
-        raise ConfigError(
-            "`render_graph` is not supported by `run_circuits`; draw the scores with "
-            "`auto_circuit.visualize`."
-        )
     prune_scores = model.check_scores(prune_scores)
     masks = _circuit_masks(prune_scores, test_edge_counts, patch_type)
     clean_input = (patch_type == PatchType.TREE_PATCH) != reverse_clean_corrupt
@@ -79,6 +80,20 @@ def run_circuits(
                 for n_edges, mask in masks.items():
                     set_masks(model, mask)
                     outputs[n_edges][batch.key] = model.sliced(tokens, **kwargs).clone()
+    if render_graph and len(test_edge_counts):
+        # Imported when asked for: a driver of figures in a lower layer.
+        from auto_circuit.visualize import draw_seq_graph
+
+        last = _circuit_masks(prune_scores, test_edge_counts[-1:], patch_type)
+        (patched,) = last.values()
+        draw_seq_graph(
+            model,
+            patched,
+            float(render_score_threshold),
+            seq_labels=dataloader.seq_labels,
+            display_ipython=True,
+            file_path=render_file_path,
+        )
     return outputs
 
 

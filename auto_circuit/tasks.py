@@ -40,6 +40,7 @@ from auto_circuit.metrics.official_circuits.circuits.tracr.xproportion_official 
     tracr_xproportion_official_edges,
 )
 from auto_circuit.prompt_files import READERS, read_prompt_file
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AutoencoderInput, Edge, OutputSlice, TaskKey
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.misc import repo_path_to_abs_path

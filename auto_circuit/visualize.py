@@ -24,6 +24,7 @@ from auto_circuit.checks import checked
 from auto_circuit.circuit_files import ScoredEdge, scored_edges
 from auto_circuit.errors import ConfigError, FileError
 from auto_circuit.files import path_in_folder, write_text, written_whole
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 

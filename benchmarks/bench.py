@@ -198,12 +198,12 @@ class Bench:
         return run
 
     def circuits(self) -> None:
-        scores = random_prune_scores(self.model, None, None)
+        scores = random_prune_scores(self.model, None, None, seed=0)
         sizes = [round(self.model.n_edges * 0.01 * 3**i) for i in range(N_SIZES)]
         run_circuits(self.model, self.loader, sizes, scores, PatchType.TREE_PATCH)
 
     def cases(self) -> list[Case]:
-        scores = random_prune_scores(self.model, None, None)
+        scores = random_prune_scores(self.model, None, None, seed=0)
         size = round(ONE_PERCENT * self.model.n_edges)
         circuit, _ = circuit_mask(scores, size)
         tree = {name: (~mask).float() for name, mask in circuit.items()}

@@ -247,7 +247,7 @@ def test_eap_finds_the_ioi_circuit_and_chance_does_not() -> None:
     percents = {}
     for name, find in (
         ("EAP", edge_attribution_patching_prune_scores),
-        ("random", random_prune_scores),
+        ("random", partial(random_prune_scores, seed=0)),
     ):
         scores = find(model, task.train_loader, None)
         outs = run_circuits(model, task.test_loader, [size], scores, PatchType.TREE_PATCH)

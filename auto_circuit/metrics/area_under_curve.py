@@ -16,17 +16,19 @@ share f of the way from the value at 0 edges to that of all edges: 0 does what n
 - `off`, the mean of |1 - f| over X: how far are circuits from doing what the model does?
   0 is best. What is missing and what is too much count alike.
 
-**For one curve by itself**, `measurements_auc` is its mean height above its value at 0 edges:
+**For one curve by itself**, `measurements_auc` is auto-circuit's area between the curve and its
+value at 0 edges, and `mean_height` the same divided by its width:
 
-    area = integral of (Y(x) - Y(0)) dX / (X(last) - X(first))
+    area = integral of (Y(x) - Y(0)) dX        mean height = area / (X(last) - X(first))
 
 by trapezoids between neighbouring points, over the curve's own sizes (on a logarithmic axis
 those above 0). A metric that rises with circuit size has a positive area and one that falls a
-negative one (with log_y, in decades: -2 is a mean fall to a hundredth). Areas of curves with
-different sizes cannot be compared.
+negative one (with log_y, in decades: a mean height of -2 is a mean fall to a hundredth). Areas
+of curves with different sizes cannot be compared.
 
-Differs from auto-circuit, where falling metrics had no area, logarithmic ones were measured from
-the wrong height, and `measurements_auc` was not divided by the width.
+Differs from auto-circuit where it was wrong: an area below 0.001, and so that of every falling
+metric, became 0.001; with log_y heights were counted in decades from `y_min`, but the value at
+0 edges, which was taken from them, was not.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
     PruneMetric,
     find_metric,
 )
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import (
     AlgoKey,
     AlgoMeasurements,
@@ -65,19 +68,44 @@ def measurements_auc(
     log_x: bool = False,
     log_y: bool = False,
     y_min: int | float | None = None,
+    eps: int | float | None = None,
 ) -> float:
-    """The mean height of a curve above its value at 0 edges; see the module.
+    """The area between a curve and its value at 0 edges; see the module.
+
+    The unit is that of value times edges; with `log_x` a decade of edges, with `log_y` a
+    decade of values. Negative for a metric that falls.
 
     points: [(number of edges, value)] in any order, with 0 edges among them.
     y_min: the value below which values count as `y_min`; needed if `log_y`.
+    eps: an area below it becomes it, as in auto-circuit (whose default was 0.001; falling
+        metrics all had that area). None: areas are what they are.
 
     NaN if a value is. Raises ConfigError without a point at 0 edges, with too few
     above it (at least 1, or 2 if `log_x`), with two values for one size, or without a
     `y_min` where one is needed.
     """
+    area = _area(_heights(points, log_x, log_y, y_min))
+    # NaN, which is below nothing, stays.
+    return area if eps is None or not area < eps else float(eps)
+
+
+@checked
+def mean_height(
+    points: Measurements,
+    log_x: bool = False,
+    log_y: bool = False,
+    y_min: int | float | None = None,
+) -> float:
+    """The mean height of a curve above its value at 0 edges: its area, by its width.
+
+    The unit is that of the values. Arguments and errors: `measurements_auc`.
+    """
     heights = _heights(points, log_x, log_y, y_min)
-    area = sum((y0 + y1) / 2 * (x1 - x0) for (x0, y0), (x1, y1) in pairwise(heights))
-    return area / (heights[-1][0] - heights[0][0])
+    return _area(heights) / (heights[-1][0] - heights[0][0])
+
+
+def _area(heights: Sequence[tuple[float, float]]) -> float:
+    return sum((y0 + y1) / 2 * (x1 - x0) for (x0, y0), (x1, y1) in pairwise(heights))
 
 
 @dataclass(frozen=True)
@@ -209,7 +237,10 @@ def algo_measurements_auc(
     log_y: bool = False,
     y_min: int | float | None = None,
 ) -> dict[AlgoKey, float]:
-    """Algorithm -> area; NaN for those with too few points (see `has_area`)."""
+    """Algorithm -> area (`measurements_auc`); NaN for too few points (see `has_area`).
+
+    Differs from auto-circuit, which left those out.
+    """
     return {
         algo: (
             measurements_auc(points, log_x, log_y, y_min)
@@ -236,18 +267,27 @@ def task_measurements_auc(
 
 @checked
 def metric_measurements_auc(
-    metric_measurements: PruneMetricMeasurements,
+    points: PruneMetricMeasurements,
+    log_x: bool | None = None,
+    log_y: bool | None = None,
+    y_min: int | float | None = None,
+    *,
     metrics: Sequence[PruneMetric] = PRUNE_METRICS,
 ) -> dict[PruneMetricKey, dict[TaskKey, dict[AlgoKey, float]]]:
-    """Metric -> task -> algorithm -> area, on the axes that the metrics are drawn on.
+    """Metric -> task -> algorithm -> area (`algo_measurements_auc`).
+
+    log_x, log_y, y_min: the axes; None: those that each metric is drawn on, of `metrics`.
 
     Raises ConfigError for a metric key that is not in `metrics`.
     """
     areas = {}
-    for key, task_measurements in metric_measurements.items():
+    for key, task_measurements in points.items():
         metric = find_metric(key, metrics)
         areas[key] = task_measurements_auc(
-            task_measurements, metric.log_x, metric.log_y, metric.y_min
+            task_measurements,
+            metric.log_x if log_x is None else log_x,
+            metric.log_y if log_y is None else log_y,
+            metric.y_min if y_min is None else y_min,
         )
     return areas
 

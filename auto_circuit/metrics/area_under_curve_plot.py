@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from warnings import warn
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -25,6 +26,8 @@ def average_auc_plot(
     log_x: bool,
     log_y: bool,
     y_min: int | float | None = None,
+    inverse: bool | None = None,
+    *,
     title: str | None = None,
     algo_names: Mapping[AlgoKey, str] | None = None,
 ) -> go.Figure:
@@ -35,9 +38,18 @@ def average_auc_plot(
     compared over the same sizes. The title names the algorithms that have no area in some
     task (no measurement of 0 edges, or undefined values); they have no bar there.
 
+    inverse: auto-circuit's, which turned the bars of falling metrics around. Shares of the
+        way to the full model rise for them too, so it does nothing, with a warning.
+
     Differs from auto-circuit, which divided by the area of random scores and so had no
     meaning where that was near 0.
     """
+    if inverse is not None:
+        warn(
+            "`inverse` does nothing: bars are shares of the way from no edges to all edges, "
+            "which rise for a metric that falls too. Leave it out.",
+            stacklevel=3,
+        )
     areas = {
         task: task_areas(by_algo, log_x, log_y, y_min)
         for task, by_algo in task_measurements.items()

@@ -24,6 +24,7 @@ from auto_circuit.errors import ConfigError, GraphError
 from auto_circuit.metrics.official_circuits.known_circuits import tasks_with_circuits
 from auto_circuit.metrics.protocols import PrunableTask
 from auto_circuit.metrics.prune_scores_similarity_plot import Figure, similarity_fig
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AlgoKey, AlgoPruneScores, TaskKey, TaskPruneScores
 from auto_circuit.utils.edge_counts import listed_edge_counts
 from auto_circuit.utils.tensor_ops import (

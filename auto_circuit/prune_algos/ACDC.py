@@ -10,29 +10,49 @@ before the edge do not run again. Measured by position, a graph has many times t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
+from copy import deepcopy
 from functools import partial
+from itertools import count
 from typing import Literal
 
+import torch as t
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from auto_circuit.checks import check_count, check_number, checked
 from auto_circuit.data import PromptDataLoader
-from auto_circuit.errors import ConfigError
+from auto_circuit.errors import ConfigError, GraphError
+from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.mask_training import (
     TrainingBatch,
     training_batches,
 )
 from auto_circuit.prune_algos.one_by_one import edges_from_the_end, trial
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
-from auto_circuit.types import AblationType, Edge, PruneScores
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
+from auto_circuit.types import (
+    AblationType,
+    BatchKey,
+    CircuitOutputs,
+    Edge,
+    PatchType,
+    PruneScores,
+)
 from auto_circuit.utils.custom_tqdm import tqdm
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import at_least_float32, multibatch_kl_div
 from auto_circuit.utils.torch_state import in_own_state
 
 AcdcTarget = Literal["kl_div", "mse"]
+AfterTrial = Callable[[Sequence[Edge], Tensor], None]
+"""Called after every trial with the edges that were patched in it, and the outputs."""
+
+TEST_TOLERANCE = 1e-3
+"""How far outputs may be from those of `run_circuits` in `test_mode`, as in auto-circuit."""
+FEW_EDGES, DRAW_EVERY = 20, 50
+"""`show_graphs` draws every trial of a graph of few edges, and one in fifty of others."""
 
 
 @checked
@@ -45,15 +65,16 @@ def acdc_prune_scores(
     tao_bases: Sequence[int | float] = (1, 3, 5, 7, 9),
     faithfulness_target: AcdcTarget = "kl_div",
     test_mode: bool = False,
-    run_circuits_ref: Callable[..., object] | None = None,
+    run_circuits_ref: Callable[..., CircuitOutputs] | None = None,
     show_graphs: bool = False,
     draw_seq_graph_ref: Callable[..., object] | None = None,
     edges_at_once: int = 1,
 ) -> PruneScores:
     """The lowest threshold at which each edge is taken out: the higher, the more it matters.
 
-    Edges that no threshold takes out have twice the highest threshold. Clean prompts, corrupt
-    activations patched in, the loader's first batch.
+    Edges that no threshold takes out have the score +inf: they are the circuit of the
+    highest threshold (count them with `isinf`). Clean prompts, corrupt activations patched
+    in, the loader's first batch.
 
     tao_exps, tao_bases: the thresholds are base * 10 ** exponent.
     faithfulness_target: "kl_div": KL(model || circuit), nats; "mse": the mean squared
@@ -62,18 +83,18 @@ def acdc_prune_scores(
         the first that stays ends it, so the result is the same. May pay where a forward
         pass costs its overhead, as on GPUs. On a CPU it does not (pocket IOI, one thread:
         102 edges per second one by one, 85 with 8 at once), so the default is 1.
-    test_mode, show_graphs and their functions are auto-circuit's, and must be left out.
+    test_mode: compute each trial again, by whole passes of a copy of the model, and compare.
+        Very slow. run_circuits_ref: what computes it; `run_circuits` if None.
+    show_graphs: draw the edges that are out, in all trials of a graph of fewer than 20
+        edges, else in one of 50. draw_seq_graph_ref: what draws, which must be given:
+        `auto_circuit.visualize.draw_seq_graph`.
 
-    Raises ConfigError without thresholds above 0, and for those options.
+    Raises ConfigError without thresholds above 0, and for `show_graphs` without what draws;
+    GraphError if `test_mode` finds other outputs.
 
-    Differs from auto-circuit: edges that are never taken out are not infinite; the order of
-    the edges is the same in every process.
+    Differs from auto-circuit: the order of the edges is the same in every process;
+    `show_graphs` draws without `test_mode` too.
     """
-    if test_mode or show_graphs or run_circuits_ref or draw_seq_graph_ref:
-        raise ConfigError(
-            "`test_mode`, `run_circuits_ref`, `show_graphs` and `draw_seq_graph_ref` are not "
-            "supported. Draw the scores with `auto_circuit.visualize.draw_seq_graph`."
-        )
     thresholds = sorted(
         {
             check_number("tao_bases", base, above=0)
@@ -85,10 +106,21 @@ def acdc_prune_scores(
     check_thresholds(thresholds)
     check_count("edges_at_once", edges_at_once)
     (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
-    scores = model.new_prune_scores(2 * thresholds[-1])
+    watchers: list[AfterTrial] = []
+    if test_mode:
+        run = run_circuits_ref or run_circuits
+        watchers.append(_comparison(deepcopy(model), dataloader, batch.batch.key, run))
+    if show_graphs:
+        watchers.append(_drawing(model, draw_seq_graph_ref))
+    scores = model.new_prune_scores(math.inf)
     for threshold in tqdm(reversed(thresholds), total=len(thresholds), leave=False):
         for edge in take_edges_out(
-            model, batch, threshold, faithfulness_target, edges_at_once
+            model,
+            batch,
+            threshold,
+            faithfulness_target,
+            edges_at_once,
+            watchers=watchers,
         ):
             scores[edge.dest.module_name][edge.patch_idx] = threshold
     return scores
@@ -127,11 +159,13 @@ def take_edges_out(
     edges_at_once: int = 1,
     edges: Collection[Edge] | None = None,
     only_edges: bool = False,
+    watchers: Sequence[AfterTrial] = (),
 ) -> list[Edge]:
     """ACDC's loop: the edges that go, in the order in which they go.
 
     edges: those that are tried; all if None. only_edges: all others are patched, from the
-    beginning. The prompts and what is patched in are the batch's.
+    beginning. watchers: what looks at every trial. The prompts and what is patched in are
+    the batch's.
     """
     edges = model.edges if edges is None else edges
     removed: list[Edge] = []
@@ -149,6 +183,8 @@ def take_edges_out(
             n_done = 0
             for edge, of_circuit in zip(tried, outputs, strict=False):
                 without = _distance(of_circuit, batch.clean_outputs, target)
+                for watch in watchers:
+                    watch([*removed, edge], of_circuit)
                 n_done += 1
                 if without - distance < threshold:
                     distance = without
@@ -171,6 +207,60 @@ def check_thresholds(thresholds: Sequence[float]) -> None:
         raise ConfigError("There are no thresholds; expected some, all above 0.")
     for threshold in thresholds:
         check_number("threshold", threshold, above=0)
+
+
+def _comparison(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    key: BatchKey,
+    run: Callable[..., CircuitOutputs],
+) -> AfterTrial:
+    """Compares a trial's outputs with what `run` says of a copy of the model."""
+
+    def compare(patched: Sequence[Edge], outputs: Tensor) -> None:
+        scores = model.new_prune_scores(1.0)
+        for edge in patched:
+            scores[edge.dest.module_name][edge.patch_idx] = 0.0
+        n_edges = model.n_edges - len(patched)
+        expected = run(
+            model=model,
+            dataloader=dataloader,
+            test_edge_counts=[n_edges],
+            prune_scores=scores,
+            patch_type=PatchType.TREE_PATCH,
+        )[n_edges][key]
+        relative = max(1e-5, 8 * t.finfo(outputs.dtype).eps)
+        if not t.allclose(outputs, expected, relative, TEST_TOLERANCE):
+            raise GraphError(
+                f"Without {patched[-1]!r} and {len(patched) - 1} other edges ACDC's outputs "
+                f"are up to {float((outputs - expected).abs().max()):.3g} from those of "
+                "`run_circuits_ref`: one of the two does not patch these edges. Report it."
+            )
+
+    return compare
+
+
+def _drawing(
+    model: PatchableModel, draw_seq_graph: Callable[..., object] | None
+) -> AfterTrial:
+    """Draws the edges that are out in some of the trials."""
+    if draw_seq_graph is None:
+        raise ConfigError(
+            "`show_graphs` needs what draws: give `draw_seq_graph_ref` the function "
+            "`auto_circuit.visualize.draw_seq_graph`."
+        )
+    trials = count()
+
+    def draw(patched: Sequence[Edge], outputs: Tensor) -> None:
+        if next(trials) % DRAW_EVERY == 0 or model.n_edges < FEW_EDGES:
+            draw_seq_graph(
+                model=model,
+                prune_scores=model.circuit_prune_scores(patched),
+                show_all_seq_pos=True,
+                display_ipython=True,
+            )
+
+    return draw
 
 
 def _distance(outputs: Tensor, clean_outputs: Tensor, target: AcdcTarget) -> float:

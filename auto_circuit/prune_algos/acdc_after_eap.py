@@ -11,6 +11,7 @@ candidate and threshold, on the first batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from functools import partial
 
@@ -40,9 +41,10 @@ def acdc_after_eap_prune_scores(
 ) -> PruneScores:
     """The lowest threshold at which each candidate is taken out; 0 for all other edges.
 
-    The higher, the more the edge matters; a candidate that no threshold takes out has twice
-    the highest. A threshold is the rise of KL(model || circuit), in nats, below which an
-    edge goes. Clean prompts, corrupt activations patched in, the loader's first batch.
+    The higher, the more the edge matters; a candidate that no threshold takes out has the
+    score +inf, as in `acdc_prune_scores`. A threshold is the rise of KL(model || circuit),
+    in nats, below which an edge goes. Clean prompts, corrupt activations patched in, the
+    loader's first batch.
 
     n_candidates: the edges with the largest |score| of edge attribution patching, and all
         that tie with the last of them; all edges, if there are no more.
@@ -62,7 +64,7 @@ def acdc_after_eap_prune_scores(
     (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
     scores = model.new_prune_scores()
     for edge in candidates:
-        scores[edge.dest.module_name][edge.patch_idx] = 2 * max(thresholds)
+        scores[edge.dest.module_name][edge.patch_idx] = math.inf
     for threshold in sorted(thresholds, reverse=True):
         for edge in take_edges_out(
             model, batch, threshold, edges=candidates, only_edges=True

@@ -12,6 +12,7 @@ import torch as t
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.ablation_activations import iter_src_ablations
 from auto_circuit.utils.patchable_model import PatchableModel

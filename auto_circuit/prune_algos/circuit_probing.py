@@ -25,6 +25,7 @@ from auto_circuit.prune_algos.subnetwork_probing import (
     check_circuit_size,
     subnetwork_probing_prune_scores,
 )
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, Edge, MaskFn, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import circuit_mask

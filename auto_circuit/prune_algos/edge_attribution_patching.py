@@ -14,6 +14,7 @@ from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import Edge, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 

@@ -27,6 +27,7 @@ from auto_circuit.prune_algos.objectives import (
     clean_loss_sum,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.ablation_activations import (
     PER_BATCH_ABLATIONS,

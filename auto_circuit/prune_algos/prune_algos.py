@@ -56,6 +56,7 @@ from auto_circuit.prune_algos.subnetwork_probing import (
     SUBNETWORK_EDGE_PROBING_PRUNE_ALGO,
     SUBNETWORK_TREE_PROBING_PRUNE_ALGO,
 )
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AlgoKey, PruneScores, TaskPruneScores
 from auto_circuit.utils.custom_tqdm import tqdm
 

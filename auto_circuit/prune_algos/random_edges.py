@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import torch as t
 
@@ -20,17 +21,31 @@ def random_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader | None,
     official_edges: Collection[Edge] | None,
-    seed: int = 0,
+    seed: int | t.Generator | None = None,
 ) -> PruneScores:
-    """Uniform in [0, 1), the same for the same seed in every process, on every device.
+    """Uniform in [0, 1).
 
-    Differs from auto-circuit, whose order of edges came from sets.
+    seed: a number: the same scores for the same one, in every call and process, on every
+        device. A generator: the next numbers that it gives. None: new scores in
+        every call, from torch's global generator, which `torch.manual_seed` sets.
+
+    The algorithm `RANDOM_PRUNE_ALGO` has the seed 0; `with_seed` gives it another one.
+
+    Differs from auto-circuit, whose order of edges came from sets: there, the same state of
+    the generator gave other scores in another process.
     """
-    generator = seeded_generator(seed)
+    if seed is None or isinstance(seed, t.Generator):
+        generator = seed
+    else:
+        generator = seeded_generator(seed)
+    device = "cpu" if generator is None else generator.device
     return {
-        module_name: t.rand(scores.shape, generator=generator).to(scores)
+        module_name: t.rand(scores.shape, generator=generator, device=device).to(scores)
         for module_name, scores in model.new_prune_scores().items()
     }
 
 
-RANDOM_PRUNE_ALGO = PruneAlgo(key="Random", name="Random", func=random_prune_scores)
+# An algorithm leaves the global generator alone: a sweep's numbers come from its seed.
+RANDOM_PRUNE_ALGO = PruneAlgo(
+    key="Random", name="Random", func=partial(random_prune_scores, seed=0)
+)

@@ -64,7 +64,8 @@ def mean_normalised_prune_scores(
             raise GraphError(
                 f"The scores of member {idx} of the ensemble have a mean magnitude of "
                 f"{unit.item()}, by which they cannot be divided. Leave the member out, "
-                "or use `mean_rank_prune_scores`."
+                "or use `mean_rank_prune_scores`, which takes infinite scores too (those of "
+                "edges that ACDC never takes out)."
             )
         normalised.append((scores.abs() if by_magnitude else scores) / unit)
     return _like(ensemble[0], t.stack(normalised).mean(0))

@@ -52,6 +52,7 @@ from auto_circuit.prune_algos.objectives import (
     faithfulness_loss,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, Edge, MaskFn, PruneScores
 from auto_circuit.utils.ablation_activations import Side
 from auto_circuit.utils.graph_utils import (
@@ -66,6 +67,10 @@ from auto_circuit.utils.torch_state import in_own_state, own_computation
 
 INIT_LOGIT = 1.6094379124341003
 """log(5): gates start with minus this logit. Without noise they are then 0.1 open."""
+init_mask_val = INIT_LOGIT
+"""auto-circuit's name of it."""
+SP_FAITHFULNESS_TARGET = FaithfulnessTarget
+"""auto-circuit's name of it."""
 N_VALIDATIONS = 20
 # These hold no clean activations: patched into corrupt prompts, they bring no signal.
 WITHOUT_CLEAN_SIGNAL = (AblationType.ZERO, AblationType.TOKENWISE_MEAN_CORRUPT)
@@ -99,16 +104,10 @@ def subnetwork_probing_prune_scores(
     """Each edge's trained logit, shifted so that the lowest is 0. See `train_subnetwork`.
 
     The higher, the surer the edge is in the circuit; the unit is that of a logit.
-    `show_train_graph` is for old notebooks and must be False: `train_subnetwork` returns
-    the record of the training, and `mask_training_plot` draws it.
+    show_train_graph: show the figure of the training (`mask_training_plot`), in a notebook
+        or the browser; `train_subnetwork` returns what it draws.
     """
-    if show_train_graph:
-        raise ConfigError(
-            "`show_train_graph`: figures are not shown by algorithms. Call "
-            "`train_subnetwork` with the same arguments, and draw its steps with "
-            "`auto_circuit.prune_algos.mask_training_plot.mask_training_fig`."
-        )
-    return train_subnetwork(
+    training = train_subnetwork(
         model,
         dataloader,
         learning_rate,
@@ -129,7 +128,16 @@ def subnetwork_probing_prune_scores(
         size_warmup,
         warm_start,
         last_rate_share,
-    ).prune_scores
+    )
+    if show_train_graph:
+        # Imported when asked for: it takes plotly.
+        from auto_circuit.prune_algos.mask_training_plot import mask_training_fig
+
+        title = "Subnetwork Probing"
+        if circuit_size is not None:
+            title += f", {circuit_size} Edges"
+        mask_training_fig(training.steps, title).show()
+    return training.prune_scores
 
 
 @checked

@@ -33,23 +33,29 @@ def edge_counts_util(
         all edges in [0, 1] (float; 1 is one edge, 1.0 all of them), rounded down.
         None: GROUPS if there are few different scores (fewer than 100, and than half
         the edges), else LOGARITHMIC above 200 edges, else ALL.
-    zero_edges, all_edges: are 0 and the number of all edges tested? None: both are put
-        in if there are more than two sizes, and else left as they are.
+    zero_edges, all_edges: are 0 and the number of all edges tested? True puts it in, False
+        takes it out. None: True if there are more than two sizes, and False if there are
+        at most two groups: such scores are one circuit, so its size is all there is to
+        test (`[5]` for 5 edges that score 1; nothing if all scores are equal). A list of
+        at most two sizes stays as it is.
     true_edge_count: a size to put in: that of the known circuit.
 
     Raises ConfigError for GROUPS without scores and for numbers that make no sense,
     GraphError for sizes above the number of edges and scores of another graph.
 
     Differs from auto-circuit: these errors; a share that is a whole number of edges but
-    for rounding is that number (0.29 of 100 edges is 29, not 28).
+    for rounding is that number (0.29 of 100 edges is 29, not 28); sizes that a list names
+    are tested (there, 0 and all edges were taken out of lists of one or two).
     """
     n_edges = len(edges)
     if test_counts is None:
         test_counts = _default_rule(n_edges, prune_scores)
     counts = set(_rule_counts(n_edges, test_counts, prune_scores))
-    many = len(counts) > 2
+    is_one_circuit = test_counts == EdgeCounts.GROUPS and len(counts) <= 2
+    by_default = True if len(counts) > 2 else False if is_one_circuit else None
     for end, wanted in ((0, zero_edges), (n_edges, all_edges)):
-        if many if wanted is None else wanted:
+        wanted = by_default if wanted is None else wanted
+        if wanted:
             counts.add(end)
         elif wanted is False:
             counts.discard(end)

@@ -18,6 +18,7 @@ from auto_circuit.checks import check_count, check_number, checked
 from auto_circuit.errors import ConfigError, GraphError, ModelError
 from auto_circuit.model_utils.model_adapter import ModelAdapter
 from auto_circuit.prefix_cache import PrefixCache
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import DestNode, Edge, MaskFn, Node, OutputSlice, SrcNode
 from auto_circuit.utils.edge_blocks import (
     DestPort,

@@ -16,6 +16,7 @@ from auto_circuit.metrics.area_under_curve import (
     area_share,
     edges_for_share,
     mean_curve,
+    mean_height,
     measurements_auc,
     metric_measurements_auc,
     task_areas,
@@ -35,21 +36,24 @@ KL: Measurements = [(0, 10.0), (1, 10.0), (10, 1.0), (100, 0.1), (1000, 0.01)]
 
 def test_linear_area_by_hand() -> None:
     # Heights 0, 2, 4: (0+2)/2 * 2 + (2+4)/2 * 8 = 26, over a width of 10.
-    assert measurements_auc(RISING) == pytest.approx(2.6)
+    assert measurements_auc(RISING) == pytest.approx(26)
+    assert mean_height(RISING) == pytest.approx(2.6)
     # Steps: 0 from 1 edge to 2, then 2 up to 10 edges, of a full height of 4.
     assert area_share(RISING) == pytest.approx(2 * 8 / 9 / 4)
 
 
 def test_a_falling_curve_has_a_negative_area() -> None:
     falling: Measurements = [(x, -y) for x, y in RISING]
-    assert measurements_auc(falling) == pytest.approx(-2.6)
+    assert measurements_auc(falling) == pytest.approx(-26)
+    assert mean_height(falling) == pytest.approx(-2.6)
     assert area_share(falling) == pytest.approx(area_share(RISING))
 
 
 def test_logarithmic_sizes_by_hand() -> None:
     points: Measurements = [(0, 1.0), (1, 2.0), (10, 4.0), (1000, 5.0)]
     # Heights 1, 3, 4 at X = 0, 1, 3: (1+3)/2 * 1 + (3+4)/2 * 2 = 9, over a width of 3.
-    assert measurements_auc(points, log_x=True) == pytest.approx(3.0)
+    assert measurements_auc(points, log_x=True) == pytest.approx(9.0)
+    assert mean_height(points, log_x=True) == pytest.approx(3.0)
     # Steps: 1 for a decade and 3 for two, of 4.
     assert area_share(points, log_x=True) == pytest.approx((1 + 2 * 3) / 3 / 4)
 
@@ -57,7 +61,7 @@ def test_logarithmic_sizes_by_hand() -> None:
 def test_a_curve_that_starts_after_1_edge() -> None:
     points: Measurements = [(0, 0.0), (10, 4.0), (1000, 6.0)]
     # Its own two decades: (4+6)/2.
-    assert measurements_auc(points, log_x=True) == pytest.approx(5.0)
+    assert mean_height(points, log_x=True) == pytest.approx(5.0)
     # All three decades: 0 in the first, 4 of 6 in the others.
     assert area_share(points, log_x=True) == pytest.approx(2 * 4 / 6 / 3)
 
@@ -65,10 +69,11 @@ def test_a_curve_that_starts_after_1_edge() -> None:
 def test_logarithmic_values_by_hand() -> None:
     # Decades below the value at 0 edges: 0, 1, 2, 3 at X = 0, 1, 2, 3.
     area = measurements_auc(KL, log_x=True, log_y=True, y_min=1e-2)
-    assert area == pytest.approx(-1.5)
+    assert area == pytest.approx(-4.5)
+    assert mean_height(KL, True, True, 1e-2) == pytest.approx(-1.5)
     # With a higher floor: 0, 1, 2, 2.
     area = measurements_auc(KL, log_x=True, log_y=True, y_min=0.1)
-    assert area == pytest.approx(-(0.5 + 1.5 + 2) / 3)
+    assert area == pytest.approx(-(0.5 + 1.5 + 2))
 
 
 def test_two_different_divergence_curves_have_different_areas() -> None:
@@ -167,7 +172,7 @@ def test_area_is_linear_in_the_values(
 def test_area_is_between_the_lowest_and_highest_height(ys: list[float]) -> None:
     points: Measurements = list(enumerate(ys))
     heights = [y - ys[0] for y in ys]
-    area = measurements_auc(points)
+    area = mean_height(points)
     assert min(heights) - 1e-9 <= area <= max(heights) + 1e-9
 
 
@@ -222,10 +227,14 @@ def test_logarithmic_values_need_a_minimum(y_min: float | None) -> None:
 def test_nested_areas() -> None:
     algos = {"EAP": RISING, "Official": [(3, 1.0)]}
     areas = algo_measurements_auc(algos)
-    assert areas["EAP"] == pytest.approx(2.6) and math.isnan(areas["Official"])
-    assert task_measurements_auc({"Task": {"EAP": RISING}}) == {"Task": {"EAP": 2.6}}
+    assert areas["EAP"] == pytest.approx(26) and math.isnan(areas["Official"])
+    assert task_measurements_auc({"Task": {"EAP": RISING}}) == {"Task": {"EAP": 26.0}}
     by_metric = metric_measurements_auc({"Clean KL Div": {"Task": {"EAP": KL}}})
-    assert by_metric["Clean KL Div"]["Task"]["EAP"] == pytest.approx(-1.5)
+    assert by_metric["Clean KL Div"]["Task"]["EAP"] == pytest.approx(-4.5)
+    linear = metric_measurements_auc(
+        {"Clean KL Div": {"T": {"EAP": RISING}}}, False, False
+    )
+    assert linear["Clean KL Div"]["T"]["EAP"] == pytest.approx(26)
     with pytest.raises(ConfigError, match="There is no metric"):
         metric_measurements_auc({"KL": {"Task": {"EAP": KL}}})
 

@@ -151,7 +151,7 @@ def test_equal_scores_do_not_make_large_circuits() -> None:
 @pytest.mark.parametrize("ablation", AblationType)
 def test_circuits_of_dead_ends_do_nothing(ablation: AblationType) -> None:
     model = patchable_model(gpt2(), True, "last_seq", separate_qkv=True)
-    scores = random_prune_scores(model, None, None)
+    scores = random_prune_scores(model, None, None, 0)
     curve = faithfulness_curve(
         model,
         token_loader(4, 2),

@@ -133,7 +133,9 @@ def test_seed_stability() -> None:
     )
     assert len(stability.jaccards) == 28 and stability.circuit_sizes == (6,) * 8
     assert 0.15 < stability.mean < 0.5
-    same = seed_stability(lambda seed: random_prune_scores(model, None, None), 6, [0, 1])
+    same = seed_stability(
+        lambda seed: random_prune_scores(model, None, None, 0), 6, [0, 1]
+    )
     assert same.mean == 1.0
 
 

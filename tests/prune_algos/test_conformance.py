@@ -108,7 +108,9 @@ def test_scores_fit_the_graph_and_the_model_is_left_alone(
     for name, values in scores.items():
         assert values.shape == expected[name].shape
         assert values.dtype == expected[name].dtype
-        assert values.isfinite().all()
+        assert not values.isnan().any()
+        # Infinite are the edges that ACDC never takes out.
+        assert values.isfinite().all() or "ACDC" in algo.key
         assert not values.requires_grad
     assert any((values != 0).any() for values in scores.values())
     again = score(algo, model)

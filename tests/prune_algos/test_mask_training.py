@@ -366,8 +366,6 @@ def test_bad_options_of_the_others() -> None:
         circuit_probing_prune_scores(graph, loader, None)
     with pytest.raises(ConfigError, match="expected different sizes"):
         circuit_probing_prune_scores(graph, loader, None, circuit_sizes=(5, 5))
-    with pytest.raises(ConfigError, match="train_subnetwork"):
-        subnetwork_probing_prune_scores(graph, loader, None, show_train_graph=True)
     with pytest.raises(ConfigError, match="`target_sparsity` is 1.5"):
         train_edge_pruning(graph, loader, target_sparsity=1.5)
     with pytest.raises(ConfigError, match="`n_steps` is 0"):

@@ -58,9 +58,10 @@ def test_groups_of_equal_scores(test_counts: TestEdges | None) -> None:
     def counts(zero_edges: bool | None, all_edges: bool | None) -> list[int]:
         return edge_counts_util(EDGES, test_counts, EQUAL_SCORES, zero_edges, all_edges)
 
-    assert counts(None, None) == [13]
+    assert counts(None, None) == []
     assert counts(None, False) == []
-    assert counts(True, None) == [0, 13]
+    assert counts(None, True) == [13]
+    assert counts(True, None) == [0]
     assert counts(True, True) == [0, 13]
     assert counts(True, False) == [0]
 

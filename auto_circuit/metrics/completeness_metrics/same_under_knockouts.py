@@ -33,6 +33,7 @@ from auto_circuit.metrics.completeness_metrics.same_under_knockouts_plot import 
 from auto_circuit.metrics.protocols import SlicedModel, TaskLike
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts, Side
 from auto_circuit.metrics.prune_metrics.kl_div import measure_kl_div
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import (
     AlgoKey,
     AlgoPruneScores,
@@ -91,18 +92,25 @@ def same_under_knockout(
     full_model_outs: of the task's model and test prompts, to be shared.
 
     On the task's test prompts: the input is clean, and the corrupt prompts' activations
-    are patched in along the edges that are missing. Returns a list of one score.
+    are patched in along the edges that are missing. Returns a list of one score. If nothing
+    is knocked out, its two divergences are the same.
 
-    Raises ConfigError if no edge of the circuit is knocked out, or if all are; GraphError
-    for scores of another graph or NaN, and for a size that the graph does not have.
+    Raises ConfigError if the circuit is empty, or is so without the knocked-out edges;
+    GraphError for scores of another graph or NaN, and for a size that the graph does not
+    have.
     Differs from auto-circuit, where a score equal to the threshold was knocked out, so
     that scores of 0 removed the whole circuit.
     """
-    circuit, _ = circuit_mask(circuit_ps, circuit_size)
+    circuit, n_edges = circuit_mask(circuit_ps, circuit_size)
+    if not n_edges:
+        raise ConfigError(
+            "The circuit's 0 edges do nothing that could be compared. Give a `circuit_size` "
+            "of at least 1."
+        )
     knockouts = knocked_out_edges(task, circuit, knockout_ps, knockout_threshold)
     if not n_circuit_edges(without(circuit, knockouts)):
         raise ConfigError(
-            f"All {n_circuit_edges(circuit)} edges of the circuit have a knockout score "
+            f"All {n_edges} edges of the circuit have a knockout score "
             f"above {knockout_threshold:g}: without them it is empty, and there is nothing "
             "to compare. Raise `knockout_threshold`, or give other scores."
         )
@@ -110,7 +118,6 @@ def same_under_knockout(
         task, [circuit, complement(knockouts), without(circuit, knockouts)]
     )
     circuit_outs, model_without_outs, circuit_without_outs = outs
-    n_edges = n_circuit_edges(circuit)
     full = full_model_outs or FullModelOuts(task.model, task.test_loader)
     model_without = _GivenOuts(task.model, task.test_loader, model_without_outs)
     return [
@@ -172,20 +179,13 @@ def knocked_out_edges(
 ) -> Circuit:
     """The circuit's edges whose score is above a threshold.
 
-    Raises ConfigError if there are none, GraphError for scores of another graph or NaN.
+    Raises GraphError for scores of another graph or NaN.
     """
     desc_prune_scores(knockout_ps)  # Raises for NaN, which is not above anything.
     above = {name: scores > knockout_threshold for name, scores in knockout_ps.items()}
     check_circuit(task.model, circuit)
     check_circuit(task.model, above)
-    knockouts = {name: edges & above[name] for name, edges in circuit.items()}
-    if not n_circuit_edges(knockouts):
-        raise ConfigError(
-            f"None of the circuit's {n_circuit_edges(circuit)} edges has a knockout "
-            f"score above {knockout_threshold:g}, so nothing is knocked out and there is "
-            "nothing to compare. Lower `knockout_threshold`, or give other scores."
-        )
-    return knockouts
+    return {name: edges & above[name] for name, edges in circuit.items()}
 
 
 @checked

@@ -30,6 +30,7 @@ from auto_circuit.metrics.completeness_metrics.same_under_knockouts import (
     known_circuit_size,
 )
 from auto_circuit.metrics.protocols import PrunableTask
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import (
     AblationType,
     AlgoKey,
@@ -80,11 +81,16 @@ def train_same_under_knockouts(
     The other parameters: `train_same_under_knockout_prune_scores`. The result is the
     `knockout_ps` of `measure_same_under_knockouts`.
 
-    Raises ConfigError, before anything is trained, for a key without a task or without
-    scores, and for a size that is not known.
+    Raises ConfigError, before anything is trained, without `algo_keys`, for a key without a
+    task or without scores, and for a size that is not known.
     Differs from auto-circuit, which trained for all algorithms, whatever `algo_keys` was,
-    and showed a figure.
+    on the test prompts, and showed a figure.
     """
+    if not len(algo_keys):
+        raise ConfigError(
+            "`algo_keys` is empty, so there is nothing to train; name the algorithms, such "
+            "as `list(task_prune_scores[task_key])`."
+        )
     for task_key, algo_scores in task_prune_scores.items():
         known_circuit_size(find_task_like(task_key, tasks), circuit_size)
         for algo in algo_keys:
@@ -139,8 +145,10 @@ def train_same_under_knockout_prune_scores(
     GraphError for scores of another graph, TrainingError if the loss diverges. Cost: two
     forward passes and a backward pass through both per batch and epoch.
 
-    Differs from auto-circuit: circuit and model see the same random mask; the penalty is
-    on the expected size; a target is at least one edge.
+    Differs from auto-circuit: it trains on the task's training prompts, not on the test
+    prompts that the knockout is measured on; circuit and model see the same random mask; the
+    penalty is on the expected size; a target is at least one edge; edges outside the circuit
+    score 0, not about -99; there is no parameter `algo`, which named the figure.
     """
     check_count("epochs", epochs)
     check_number("learning_rate", learning_rate, above=0)

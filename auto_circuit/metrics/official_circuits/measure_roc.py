@@ -23,6 +23,7 @@ from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.circuit_pruning import Selection, selection_ranks
 from auto_circuit.metrics.official_circuits.known_circuits import tasks_with_circuits
 from auto_circuit.metrics.protocols import PrunableTask
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import (
     AlgoKey,
     Edge,
@@ -95,7 +96,7 @@ def measure_task_roc(
     true_counts, sizes = _true_counts(model, official_edges, prune_scores)
     if not all_edges:
         counts = edge_counts_util(range(model.n_edges), None, prune_scores)
-        wanted = t.tensor([count for count in counts if count > 0])
+        wanted = t.tensor([count for count in counts if count > 0], dtype=sizes.dtype)
         # The first group of ties that makes a circuit at least as large as wanted.
         idxs = t.searchsorted(sizes, wanted).unique()
         true_counts, sizes = true_counts[idxs], sizes[idxs]

@@ -9,6 +9,7 @@ from plotly.subplots import make_subplots
 
 from auto_circuit.checks import checked
 from auto_circuit.metrics.line_style import line_style
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import (
     AlgoKey,
     AlgoMeasurements,

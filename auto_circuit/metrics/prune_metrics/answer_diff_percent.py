@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from auto_circuit.metrics.prune_metrics.full_model_outs import (
 )
 from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_vals
 from auto_circuit.metrics.prune_metrics.prune_metric import PruneMetric
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import CircuitOutputs, Measurements
 from auto_circuit.utils.tensor_ops import (
     batch_answer_diff_percents,
@@ -58,16 +60,17 @@ def answer_diff_percent(
     diff_of_means: bool = True,
     *,
     full_model_outs: FullModelOuts | None = None,
-) -> tuple[Measurements, Measurements, Measurements]:
+) -> tuple[Measurements, Measurements, list[tuple[int, Float[Tensor, "prompt"]]]]:
     """The circuit's answer difference in % of the full model's on the clean prompts.
 
     100: the full model's; 0: no preference for the correct answers; it has no bounds.
-    Returns (means, standard deviations, points), each [(number of edges, %)].
+    Returns (means, standard deviations, points), each [(number of edges, %)]: in the points
+    one tensor for each circuit, with the percentage of every prompt.
 
     diff_of_means: True: 100 * mean(circuit) / mean(model); the deviations are 0 and
-        there are no points. False: the percentage of each prompt; their mean, their
-        unbiased standard deviation, and every prompt as a point. The two differ: a
-        prompt where the model has hardly any preference has a very large percentage.
+        the points are empty. False: the percentage of each prompt; their mean, their
+        unbiased standard deviation, and all of them. The two differ: a prompt where the
+        model has hardly any preference has a very large percentage.
     prob_func: as in `measure_answer_diff`.
     circuit_outs: `run_circuits` on the same loader. full_model_outs: to be shared.
 
@@ -80,11 +83,15 @@ def answer_diff_percent(
     )
     circuits = prompt_vals(model, test_loader, circuit_outs, prompt_func, full_model_outs)
     means: Measurements = [(circuit.n_edges, circuit.mean) for circuit in circuits]
-    if diff_of_means:
-        return means, [(circuit.n_edges, 0.0) for circuit in circuits], []
-    stds: Measurements = [(circuit.n_edges, circuit.std) for circuit in circuits]
-    points: Measurements = [
-        (circuit.n_edges, val) for circuit in circuits for val in circuit.vals
+    stds: Measurements = [
+        (circuit.n_edges, 0.0 if diff_of_means else circuit.std) for circuit in circuits
+    ]
+    points = [
+        (
+            circuit.n_edges,
+            t.tensor([] if diff_of_means else circuit.vals, dtype=t.float32),
+        )
+        for circuit in circuits
     ]
     return means, stds, points
 

@@ -19,6 +19,7 @@ from auto_circuit.metrics.prune_metrics.full_model_outs import (
 )
 from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_means
 from auto_circuit.metrics.prune_metrics.prune_metric import PruneMetric
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import CircuitOutputs, Measurements
 from auto_circuit.utils.tensor_ops import batch_answer_vals
 

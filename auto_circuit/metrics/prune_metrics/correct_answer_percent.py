@@ -14,6 +14,7 @@ from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_means
 from auto_circuit.metrics.prune_metrics.prune_metric import PruneMetric
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import CircuitOutputs, Measurements
 from auto_circuit.utils.tensor_ops import batch_correct_answers, batch_greater_answers
 

@@ -16,6 +16,7 @@ from auto_circuit.metrics.prune_metrics.task_measurements import (
     nest_rows,
     task_measurement_rows,
 )
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import (
     AblationMeasurements,
     AblationType,

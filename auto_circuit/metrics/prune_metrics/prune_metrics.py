@@ -45,6 +45,7 @@ from auto_circuit.metrics.prune_metrics.prune_metric import (
     MetricFunc,
     PruneMetric,
 )
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import PruneMetricKey
 
 __all__ = [

@@ -15,6 +15,7 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
     PruneMetric,
     find_metric,
 )
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import (
     AblationMeasurements,
     AlgoKey,

@@ -42,6 +42,7 @@ from auto_circuit.model_utils.transformer_lens_utils import (
 )
 from auto_circuit.padding import padding_mask
 from auto_circuit.prefix_cache import PrefixCache
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AutoencoderInput, SrcNode
 from auto_circuit.utils.module_use import in_use
 from auto_circuit.utils.torch_state import in_own_state

@@ -234,11 +234,15 @@ def test_percent_of_means_is_not_the_mean_of_percents() -> None:
             return logits[tokens]
 
     outs = {7: {3: t.tensor([[2.0, 0.0], [2.0, 0.0]])}}
-    assert answer_diff_percent(Model(), [batch], outs) == ([(7, 80.0)], [(7, 0.0)], [])
+    means, stds, points = answer_diff_percent(Model(), [batch], outs)
+    assert (means, stds) == ([(7, 80.0)], [(7, 0.0)])
+    ((n_edges, of_prompts),) = points
+    assert n_edges == 7 and of_prompts.shape == (0,)
     means, stds, points = answer_diff_percent(Model(), [batch], outs, diff_of_means=False)
     assert means == [(7, (200 + 50) / 2)]
     assert stds == [(7, pytest.approx(150 / math.sqrt(2)))]
-    assert points == [(7, 200.0), (7, 50.0)]
+    ((n_edges, of_prompts),) = points
+    assert n_edges == 7 and of_prompts.tolist() == [200.0, 50.0]
 
 
 @pytest.mark.parametrize("diff_of_means", [True, False])
