@@ -412,6 +412,7 @@ def test_csv_and_json_lines_say_the_same_as_json(tmp_path: Path) -> None:
     [
         ("x.csv", "clean,clean\na,b", "several columns .'clean'.*answers_1"),
         ("x.csv", "clean,corrupt,answers\na,b", "line 2 has 2 cells, but .* 3 columns"),
+        ("x.csv", "clean,corrupt,answers\na,b,c,d", "line 2 has 4 cells, but .* 3 col"),
         ("x.csv", 'clean,corrupt,answers\na,b,"c', "line 2 is not CSV"),
         ("x.csv", "clean,corrupt,answers\na,b,[1;2]", "line 2, 'answers' is not JSON"),
         ("x.csv", "clean;corrupt;answers\na;b;c", "prompt 0 has no field 'clean'"),

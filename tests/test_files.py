@@ -12,6 +12,7 @@ import pytest
 from auto_circuit.errors import ConfigError, FileError
 from auto_circuit.files import (
     checked_file_name,
+    checksum,
     folder_written_whole,
     write_text,
     written_whole,
@@ -149,3 +150,11 @@ def test_what_is_no_folder_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "results").read_text() == "mine"
     with pytest.raises(ConfigError, match="there is no folder"):
         write_folder(tmp_path / "nowhere" / "results", "new")
+
+
+def test_a_checksum_is_of_the_values_in_any_order() -> None:
+    content = {"a": [1, {"b": 2.5, "c": None}], "d": "é"}
+    reordered = {"d": "é", "a": [1, {"c": None, "b": 2.5}]}
+    assert checksum(reordered) == checksum(content)
+    for other in ({**content, "d": "e"}, {**content, "e": 1}, {"a": [{}, 1], "d": "é"}):
+        assert checksum(other) != checksum(content)

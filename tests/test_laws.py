@@ -16,6 +16,7 @@ from auto_circuit.utils.graph_utils import (
     patchable_model,
     set_all_masks,
     set_mask_batch_size,
+    starting_at,
     train_mask_mode,
     unpatch,
 )
@@ -353,8 +354,13 @@ def test_a_changed_weight_is_noticed() -> None:
         bridge.blocks[0].attn.o.bias.add_(t.linspace(-1, 1, D_MODEL))
         corrupt = bridge(CORRUPT)
     set_all_masks(model, 1.0)
-    patched = run(model, CLEAN, src_ablations(model, CORRUPT))
-    t.testing.assert_close(patched, corrupt, **EXACT)
+    patch = src_ablations(model, CORRUPT)
+    t.testing.assert_close(run(model, CLEAN, patch), corrupt, **EXACT)
+    # What is remembered is that of the new weights, not refused as that of others.
+    with t.no_grad(), patch_mode(model, patch, keeps_layers=True):
+        whole = model(CLEAN).clone()
+        with starting_at(model, next(d for d in model.dests if d.name == "MLP 1")):
+            t.testing.assert_close(model(CLEAN), whole, **EXACT)
 
 
 def test_grouped_query_attention_has_one_key_input_per_key_value_head() -> None:

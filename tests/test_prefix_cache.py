@@ -217,6 +217,19 @@ def test_whole_prompts_are_not_given_the_prefix_again(
             graph(wrong)
 
 
+def test_a_prefix_before_padding_counts(
+    loader_and_model: tuple[PromptDataLoader, TransformerBridge],
+) -> None:
+    loader, model = loader_and_model
+    graph, batch = patchable(model, loader), next(iter(loader))
+    expected = whole_outputs(model, loader)[: len(batch.clean)]
+    padding = t.zeros(len(batch.clean), 2, dtype=t.long)
+    padded = t.cat([padding, batch.clean], 1)
+    mask = t.cat([padding, t.ones_like(batch.clean)], 1)
+    for kwargs in ({}, {"attention_mask": mask}):
+        t.testing.assert_close(graph.sliced(padded, **kwargs), expected, **EXACT)
+
+
 def test_which_rows_begin_with_a_prefix() -> None:
     rows = t.tensor([[0, 5, 6, 7], [5, 6, 5, 5], [5, 7, 6, 5]])
     assert begin_with(rows, t.tensor([5, 6])).tolist() == [False, True, False]
