@@ -437,7 +437,7 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
 
 NEED_NO_WRONG_ANSWERS = (
     "the metrics 'Clean KL Div', 'Corrupt KL Div', 'Clean MSE', 'Answer Logit', 'Answer "
-    "Prob', 'Answer LogProb', 'Correct Answer Percent'; the algorithms 'EAP (log prob)', "
+    "Prob', 'Answer Logprob', 'Correct Answer Percent'; the algorithms 'EAP (log prob)', "
     "'Act Mag', 'ACDC', 'SEP', 'STP', 'CP', 'TP', 'EP' and those whose names end in "
     "'(MSE)'; of the options answer_function='avg_val' and 'mse', faithfulness_target="
     "'kl_div', 'mse', 'answer' and 'correct_percent'"

@@ -122,9 +122,9 @@ def indices_vals(
 @checked
 def vocab_avg_val(
     vals: Float[Tensor, "*lead vocab"], indices: Int[Tensor, "*lead n"]
-) -> Float[Tensor, "*lead"]:
-    """The mean of the values at some indices of the last dimension."""
-    return at_least_float32(indices_vals(vals, indices)).mean(-1)
+) -> Float[Tensor, ""]:
+    """The mean of the values at some indices of the last dimension, over all of them."""
+    return at_least_float32(indices_vals(vals, indices)).mean()
 
 
 @checked
@@ -135,9 +135,9 @@ def batch_answer_vals(
 ) -> Float[Tensor, "batch"]:
     """The mean value of each prompt's correct (or wrong) answers."""
     tokens, is_answer = _answer_tokens(vals, batch, wrong_answer)
-    if is_answer is None:
-        return _per_prompt(vocab_avg_val(vals, tokens))
     answer_vals = at_least_float32(indices_vals(vals, tokens))
+    if is_answer is None:
+        return _per_prompt(answer_vals.mean(-1))
     sums = answer_vals.masked_fill(~is_answer, 0.0).sum(-1)
     return _per_prompt(sums / is_answer.sum(-1))
 

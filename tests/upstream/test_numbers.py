@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,3 +193,18 @@ def test_no_algorithm_is_no_training() -> None:
     scores = {"Small": {"A": task.model.new_prune_scores(1.0)}}
     with pytest.raises(ConfigError, match="`algo_keys` is empty"):
         train_same_under_knockouts(scores, [], 0.1, 1, 0.1, tasks=[task])
+
+
+def test_circuit_sizes_are_those_of_1_0_1() -> None:
+    """Made by `circuit_sizes.py`."""
+    path = Path(__file__).parent / "circuit_sizes.json"
+    rows = json.loads(path.read_text())
+    assert len(rows) == 18 * 11
+    for groups, sizes, flags, expected in rows:
+        prune_scores = None
+        if groups is not None:
+            values = [
+                len(groups) - i for i, size in enumerate(groups) for _ in range(size)
+            ]
+            prune_scores = {"a": t.tensor(values).float()}
+        assert edge_counts_util(range(13), sizes, prune_scores, *flags) == expected

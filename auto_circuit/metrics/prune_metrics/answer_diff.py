@@ -78,7 +78,7 @@ PROB_DIFF_METRIC = PruneMetric(
 )
 
 LOGPROB_DIFF_METRIC = PruneMetric(
-    key="LogProb Diff",
+    key="Logprob Diff",
     needs_wrong_answers=True,
     name="Log-Probability Difference",
     metric_func=partial(measure_answer_diff, prob_func="log_softmax"),

@@ -92,7 +92,7 @@ ANSWER_PROB_METRIC = PruneMetric(
 # Log-probabilities are negative and logarithmic already: their y axis is linear, where
 # auto-circuit's was logarithmic and showed every point at 1e-6.
 ANSWER_LOGPROB_METRIC = PruneMetric(
-    key="Answer LogProb",
+    key="Answer Logprob",
     name="Answer Log-Probability",
     metric_func=partial(measure_answer_val, prob_func="log_softmax"),
     log_x=True,

@@ -55,10 +55,10 @@ BY_HAND = {
     "Answer Logit": over_scales(lambda s: -41 * s),
     "Wrong Answer Logit": over_scales(lambda s: -19 * s),
     "Answer Prob": over_scales(lambda s: sigmoid(-22 * s)),
-    "Answer LogProb": over_scales(lambda s: math.log(sigmoid(-22 * s))),
+    "Answer Logprob": over_scales(lambda s: math.log(sigmoid(-22 * s))),
     "Logit Diff": over_scales(lambda s: -22 * s),
     "Prob Diff": over_scales(lambda s: probability_difference(-22 * s)),
-    "LogProb Diff": over_scales(lambda s: -22 * s),
+    "Logprob Diff": over_scales(lambda s: -22 * s),
     "Logit Diff Percent": 100 * -22 / 24,
     "Prob Diff Percent": 100
     * over_scales(lambda s: probability_difference(-22 * s))
