@@ -31,8 +31,9 @@ def scores(groups: list[int]) -> dict[str, t.Tensor]:
 def cases() -> list[tuple[list[int] | None, list[Any] | None, list[Any]]]:
     """(groups of scores, list of sizes, [zero_edges, all_edges, true_edge_count])"""
     ends = [list(flags) for flags in product(FLAGS, FLAGS, (None, 4))]
-    of_groups = [(groups, None, flags) for groups in GROUPS for flags in ends]
-    return of_groups + [(None, sizes, flags) for sizes in LISTS for flags in ends]
+    rules: list[Any] = [(groups, None) for groups in GROUPS]
+    rules += [(None, sizes) for sizes in LISTS]
+    return [(*rule, flags) for rule in rules for flags in ends]
 
 
 def found(groups: list[int] | None, sizes: list[Any] | None, flags: list[Any]) -> Any:
