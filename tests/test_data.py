@@ -89,6 +89,11 @@ def test_tokens_answers_and_split(tmp_path: Path) -> None:
     assert batch.batch_diverge_idx == 1
     assert batch.clean_attention_mask is None
     assert train.seq_len is None and train.kv_cache is None and train.diverge_idx == 0
+    seen, held_out = (
+        {tuple(row.tolist()) for batch in loader for row in batch.clean}
+        for loader in (train, test)
+    )
+    assert (len(seen), len(held_out)) == (5, 3) and not seen & held_out
 
 
 def test_a_str_path_and_several_files(tmp_path: Path) -> None:
@@ -242,11 +247,18 @@ def test_a_bos_that_the_tokenizer_does_not_have(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- prefix, padding
 
 
-@pytest.mark.parametrize("prompts", [name_prompts(7, "the big {} met {}"), RAGGED])
+@pytest.mark.parametrize(
+    "prompts,tokenizer",
+    [
+        (name_prompts(7, "the big {} met {}"), word_tokenizer),
+        (RAGGED, word_tokenizer),
+        (RAGGED, bpe_tokenizer),  # pads with BOS, so that all rows begin alike
+    ],
+)
 def test_prefix_cache_is_exact_for_every_prompt(
-    tmp_path: Path, prompts: list[dict[str, Any]]
+    tmp_path: Path, prompts: list[dict[str, Any]], tokenizer: Any
 ) -> None:
-    model = text_model(word_tokenizer())
+    model = text_model(tokenizer())
     path = write_prompts(tmp_path, prompts)
     n_train = len(prompts) - 2
     whole = load(path, model, (n_train, 2))
@@ -342,6 +354,13 @@ def test_padding_does_not_count_in_means(tmp_path: Path) -> None:
         t.testing.assert_close(
             mean[:, 0, position], outs[:, is_text, position].mean(1), **EXACT
         )
+
+
+def test_a_prompt_that_begins_with_bos_gets_no_second_one(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer()
+    path = write_prompts(tmp_path, [prompt("<bos> Ann met Bob", "<bos> Ann met Eve")])
+    (batch,), _ = load(path, text_model(tokenizer), (1, 0))
+    assert tokenizer.decode(batch.clean[0]) == "<bos> Ann met Bob"
 
 
 def test_a_tokenizer_that_adds_bos_by_itself_gets_one(tmp_path: Path) -> None:
@@ -539,7 +558,7 @@ def test_bad_prompts_of_numbers(
         (prompt(wrong_answers=[-1]), "prompt 1 has the token id -1"),
         (prompt([10**30] * 6, [1] * 6), "prompt 1 has the token id 1000000"),
         (prompt(answers=[]), "prompt 1, field 'answers': the list is empty"),
-        (prompt("Ann " * 33, "Bob " * 33), "prompt 1 has 34 tokens .* context has 32"),
+        (prompt("Ann " * 32, "Bob " * 32), "prompt 1 has 33 tokens .* context has 32"),
         (prompt(clean="Ann \ud800"), "'clean': the text .* lone surrogate"),
         (prompt(answers=["\ud800"]), "'answers': the text .* lone surrogate"),
         ({**prompt(), "corrupt": None}, "'corrupt': expected a text"),
