@@ -22,7 +22,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 import sys
 import zipfile
 from collections import defaultdict
@@ -44,7 +43,7 @@ from auto_circuit.files import (
     write_text,
 )
 from auto_circuit.model_utils.transformer_lens_utils import has_parallel_attention
-from auto_circuit.types import DestNode, Edge, PruneScores, SrcNode
+from auto_circuit.types import DestNode, Edge, HeadInput, PruneScores, SrcNode
 from auto_circuit.utils.patchable_model import PatchableModel, split_edge_name
 from auto_circuit.utils.tensor_ops import (
     circuit_mask,
@@ -284,7 +283,8 @@ def _scores_by_name(
 
 # ----------------------------------------------------------------------------- MIB
 
-_OUR_HEAD = re.compile(r"A(\d+)\.(\d+)(?:\.([QKV]))?")
+_MIB_ENDS = {"embed": "input", "unembed": "logits"}
+_MIB_LETTERS: dict[HeadInput, str] = {"query": "q", "key": "k", "value": "v"}
 
 
 @dataclass(frozen=True)
@@ -437,18 +437,12 @@ def _mib_graph(model: PatchableModel) -> _MibGraph:
     _check_mib_can_hold(model)
     bridge: Any = model.wrapped_model
     config = bridge.cfg
-    # With `ungroup=True` every query head has a key of its own.
-    n_keys = sum(
-        re.fullmatch(r"A0\.\d+\.K", dest.name) is not None for dest in model.dests
-    )
-    group = config.n_heads // n_keys
-    dests = {
-        name: dest for dest in model.dests for name in _mib_dest_names(dest.name, group)
-    }
+    dests = {name: dest for dest in model.dests for name in _mib_names(dest)}
     places = {
-        (_mib_name(src.name), name): Edge(src, dest)
+        (src_name, name): Edge(src, dest)
         for name, dest in dests.items()
         for src in model.srcs[model.wrapper(dest.module_name).in_srcs]  # type: ignore[index]
+        for src_name in _mib_names(src)
     }
     return _MibGraph(
         config={
@@ -457,16 +451,17 @@ def _mib_graph(model: PatchableModel) -> _MibGraph:
             "parallel_attn_mlp": has_parallel_attention(bridge),
             "d_model": config.d_model,
         },
-        src_nodes=[_mib_name(src.name) for src in model.srcs],
+        src_nodes=[name for src in model.srcs for name in _mib_names(src)],
         dst_nodes=_mib_dst_nodes(config.n_layers, config.n_heads),
         places=places,
-        group=group,
+        # Heads share a key, unless `ungroup=True` gives every one its own.
+        group=max(len(dest.heads or ()) for dest in model.dests),
     )
 
 
 def _check_mib_can_hold(model: PatchableModel) -> None:
     problem = None
-    names = {src.name for src in model.srcs}
+    mlps = [src.component for src in model.srcs if src.kind == "mlp"]
     if not model.is_transformer:
         problem = "is not a transformer's"
     elif model.seq_len is not None:
@@ -475,34 +470,34 @@ def _check_mib_can_hold(model: PatchableModel) -> None:
         problem = "is not factorized"
     elif not model.separate_qkv:
         problem = "does not tell query, key and value apart (use `separate_qkv=True`)"
-    elif "A0.0" not in names:
+    elif not {node.kind for node in model.nodes} <= {"attention", "mlp", *_MIB_ENDS}:
+        problem = "has nodes that are no heads, MLPs, input or output (`Node.component`)"
+    elif not any(src.heads for src in model.srcs):
         problem = "has no heads as sources, because the model normalises attention's sum"
-    elif "MLP 0" not in names:
+    elif not mlps:
         problem = "has no MLPs"
+    elif len(set(mlps)) < len(mlps):
+        problem = "has parts of MLPs, such as an autoencoder's latents, as sources"
     if problem:
         raise ConfigError(
             f"The MIB format cannot hold this graph: it {problem}. `save_circuit` can."
         )
 
 
-def _mib_name(name: str) -> str:
-    """MIB's name of a node: "a0.h1" for "A0.1", "a0.h1<q>" for "A0.1.Q"."""
-    head = _OUR_HEAD.fullmatch(name)
-    if head is not None:
-        layer, idx, letter = head.groups()
-        return f"a{layer}.h{idx}" + (f"<{letter.lower()}>" if letter else "")
-    fixed = {"Resid Start": "input", "Resid End": "logits"}
-    return fixed.get(name) or name.replace("MLP ", "m")
+def _mib_names(node: SrcNode | DestNode) -> list[str]:
+    """MIB's names of a node: "a0.h1", or for an input of it "a0.h1<q>".
 
-
-def _mib_dest_names(name: str, group: int) -> list[str]:
-    """MIB's names of a destination: a key-value head is one input of each query head."""
-    head = _OUR_HEAD.fullmatch(name)
-    if head is None or head[3] == "Q" or group == 1:
-        return [_mib_name(name)]
-    layer, idx, letter = head.groups()
-    heads = range(group * int(idx), group * (int(idx) + 1))
-    return [f"a{layer}.h{query}<{letter.lower()}>" for query in heads]
+    A key-value head has one for each of its query heads.
+    """
+    assert node.component is not None
+    kind, block = node.component.kind, node.component.block
+    if kind in _MIB_ENDS:
+        return [_MIB_ENDS[kind]]
+    if kind == "mlp":
+        return [f"m{block}"]
+    head_input = node.head_input if isinstance(node, DestNode) else None
+    letter = f"<{_MIB_LETTERS[head_input]}>" if head_input else ""
+    return [f"a{block}.h{head}{letter}" for head in node.heads or ()]
 
 
 def _mib_dst_nodes(n_layers: int, n_heads: int) -> list[str]:

@@ -7,7 +7,7 @@ import it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import total_ordering
 from typing import Any, Literal
@@ -23,6 +23,9 @@ MaskFn = Literal["hard_concrete", "sigmoid"] | None
 
 OutputSlice = Literal["last_seq", "not_first_seq"] | None
 AutoencoderInput = Literal["mlp_post_act", "resid_delta_mlp", "resid"]
+HeadInput = Literal["query", "key", "value"]
+PositionsRead = Literal["own", "earlier", "all"]
+"""Which positions an output depends on: its own, the earlier ones too, or all of them."""
 
 COLOR_PALETTE: list[str] = [
     "rgb(31, 100, 190)",
@@ -129,6 +132,23 @@ class PatchWrapper(Module, ABC):
         """Give the mask a leading batch dimension, or take it away (None)."""
 
 
+@dataclass(frozen=True)
+class Component:
+    """A part of a model that turns what its destinations read into what its sources write.
+
+    kind: "attention" or "mlp" of a block; "embed", which reads nothing of the graph, and
+        "unembed", which writes nothing; or any other word.
+    block: the block that it is in, from 0 on; None if it is in none.
+    positions: which positions of its inputs its output at a position depends on: the "own"
+        one, the "earlier" ones too (causal attention), or "all" (bidirectional attention).
+        None: not said; what needs to know it then raises GraphError.
+    """
+
+    kind: str
+    block: int | None = None
+    positions: PositionsRead | None = None
+
+
 @total_ordering
 @dataclass(frozen=True, eq=True)
 class Node:
@@ -139,6 +159,13 @@ class Node:
     node. For the keys and values of grouped-query attention it is the index of the
     key-value head, or, ungrouped, of the query head. `weight` and `weight_head_dim` name
     the node's weight matrix.
+
+    `component` is what the node is an input or an output of, and `heads` are those of its
+    heads that the node belongs to (None: to all): a destination feeds the sources of the
+    same component that share a head with it. Neither counts when nodes are compared. Without
+    a `component` (None), a destination and a source belong together if they have the same
+    name; where that leaves a node alone in the middle of the graph, what needs to know
+    raises GraphError.
     """
 
     name: str
@@ -148,6 +175,13 @@ class Node:
     head_dim: int | None = None
     weight: str | None = None
     weight_head_dim: int | None = None
+    component: Component | None = field(default=None, kw_only=True, compare=False)
+    heads: tuple[int, ...] | None = field(default=None, kw_only=True, compare=False)
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of the node's component, if it is said."""
+        return None if self.component is None else self.component.kind
 
     @property
     def sort_key(self) -> tuple[int, str, int, int]:
@@ -178,9 +212,16 @@ class SrcNode(Node):
 
 @dataclass(frozen=True, eq=True, repr=False)
 class DestNode(Node):
-    """A node that reads the sources `min_src_idx`, `min_src_idx` + 1, ..."""
+    """A node that reads the sources `min_src_idx`, `min_src_idx` + 1, ...
+
+    `head_input` says which of a head's inputs it is, if each is a destination of its own.
+    `reaches_all_heads`: does it change what all heads of its component write, as where a
+    norm runs over the queries of all of them?
+    """
 
     min_src_idx: int = 0
+    head_input: HeadInput | None = field(default=None, kw_only=True, compare=False)
+    reaches_all_heads: bool = field(default=False, kw_only=True, compare=False)
 
 
 @total_ordering

@@ -8,7 +8,6 @@ metric), red where it is negative.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,8 @@ from auto_circuit.circuit_files import ScoredEdge, scored_edges
 from auto_circuit.errors import ConfigError, FileError
 from auto_circuit.files import path_in_folder, write_text, written_whole
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
-from auto_circuit.types import PruneScores
+from auto_circuit.types import DestNode, PruneScores, SrcNode
+from auto_circuit.utils.component_links import component_srcs
 from auto_circuit.utils.patchable_model import PatchableModel
 
 Orientation = Literal["h", "v"]
@@ -38,6 +38,7 @@ POSITIVE_TEXT, NEGATIVE_TEXT = "rgb(31, 100, 190)", "rgb(205, 45, 45)"
 JOIN_COLOR = "rgba(150, 150, 150, 0.35)"
 """Links between a head and its own query, key and value."""
 END_COLOR, HEAD_COLOR, MLP_COLOR = "rgb(105, 110, 120)", "rgb(115, 140, 170)", "#c9974d"
+STREAM_KINDS = ("embed", "unembed", "residual mid", "residual post")
 TEXT_COLOR = "rgb(40, 40, 40)"
 EMPTY_COLOR, BORDER_COLOR = "rgb(150, 150, 150)", "rgb(230, 230, 230)"
 
@@ -153,10 +154,10 @@ def _sankey(
         arrangement="snap",
         textfont={"size": 12, "color": TEXT_COLOR},
         node={
-            "label": [_label(name) for name in idxs],
+            "label": [_label(name, vertex.kind) for name, vertex in vertices.items()],
             "x": [vertex.x * stretch for vertex in placed],
             "y": [vertex.y / stretch for vertex in placed],
-            "color": [_node_color(name) for name in idxs],
+            "color": [_node_color(vertex.kind) for vertex in placed],
             "pad": pad,
             "thickness": 12,
             "line": {"width": 0},
@@ -181,10 +182,14 @@ def _sankey(
 
 @dataclass(frozen=True)
 class _End:
-    """Where a link starts or stops: a node, in its column of the figure."""
+    """Where a link starts or stops: a node, in its column of the figure.
+
+    kind: of the node's component.
+    """
 
     name: str
     column: _Column
+    kind: str | None
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,7 @@ class _Vertex:
     """A node in the figure. x, y: its centre, in (0, 1); value: its height."""
 
     column: _Column
+    kind: str | None
     n_in: int = 0
     n_out: int = 0
     value_in: float = 0.0
@@ -227,22 +233,16 @@ class _LinkStyle:
 
 def _readers(model: PatchableModel) -> dict[str, str]:
     """Destination name -> its node: the head "A0.1" for its query "A0.1.Q"."""
-    src_names = {src.name for src in model.srcs}
-    n_heads = Counter(src.layer for src in model.srcs if src.head_idx is not None)
-    n_inputs = Counter(dest.module_name for dest in model.dests)
-    readers = {}
-    for dest in model.dests:
-        block = dest.name.partition(".")[0]
-        is_one_per_head = n_inputs[dest.module_name] == n_heads[dest.layer]
-        if dest.head_idx is None:
-            readers[dest.name] = dest.name
-        elif block in src_names:  # What attention writes is one node.
-            readers[dest.name] = block
-        elif not is_one_per_head:
-            readers[dest.name] = f"{block} group {dest.head_idx}"
-        else:
-            readers[dest.name] = re.sub(r"\.[QKV]$", "", dest.name)
-    return readers
+    return {dest.name: _reader(dest, fed) for dest, fed in component_srcs(model).items()}
+
+
+def _reader(dest: DestNode, fed: Sequence[SrcNode]) -> str:
+    own = [src for src in fed if src.heads in (None, dest.heads)]
+    if len(own) == 1:  # a head, an MLP, or attention that writes as one node
+        return own[0].name
+    if fed and dest.heads is not None and len(dest.heads) > 1 and dest.component:
+        return f"A{dest.component.block} group {dest.head_idx}"
+    return dest.name
 
 
 def _widest(edges: Sequence[ScoredEdge]) -> float:
@@ -258,10 +258,10 @@ def _links(edges: Sequence[ScoredEdge], style: _LinkStyle) -> list[_Link]:
     joined: dict[_End, _End] = {}
     for edge, score in edges:
         src, dest = edge.src.name, edge.dest
-        start = _End(src, (read_in.get(src, edge.src.layer), 1))
-        stop = _End(style.readers[dest.name], (dest.layer, 1))
-        if not style.merge_qkv and dest.name.endswith((".Q", ".K", ".V")):
-            head, stop = stop, _End(dest.name, (dest.layer, 0))
+        start = _End(src, (read_in.get(src, edge.src.layer), 1), edge.src.kind)
+        stop = _End(style.readers[dest.name], (dest.layer, 1), dest.kind)
+        if not style.merge_qkv and dest.head_input is not None:
+            head, stop = stop, _End(dest.name, (dest.layer, 0), dest.kind)
             joined[stop] = head
         links.append(
             _Link(
@@ -334,14 +334,18 @@ def _placed(
 def _vertices(links: Sequence[_Link]) -> dict[str, _Vertex]:
     vertices: dict[str, _Vertex] = {}
     for link in links:
-        start = vertices.setdefault(link.start.name, _Vertex(link.start.column))
-        stop = vertices.setdefault(link.stop.name, _Vertex(link.stop.column))
+        start = _vertex(vertices, link.start)
+        stop = _vertex(vertices, link.stop)
         start.value_out += link.value
         stop.value_in += link.value
         start.n_out += link.is_edge
         stop.n_in += link.is_edge
         stop.inputs.append((link.start.name, link.value))
     return vertices
+
+
+def _vertex(vertices: dict[str, _Vertex], end: _End) -> _Vertex:
+    return vertices.setdefault(end.name, _Vertex(end.column, end.kind))
 
 
 def _middle_of_inputs(vertices: Mapping[str, _Vertex], name: str) -> float:
@@ -364,15 +368,15 @@ def _stack(column: Sequence[_Vertex], scale: float, pad: float) -> None:
         top += size + pad
 
 
-def _label(name: str) -> str:
+def _label(name: str, kind: str | None) -> str:
     """What stands next to a node."""
-    return {"Resid Start": "Embed", "Resid End": "Unembed"}.get(name, name)
+    return {"embed": "Embed", "unembed": "Unembed"}.get(kind or "", name)
 
 
-def _node_color(name: str) -> str:
-    if name.startswith("Resid"):
+def _node_color(kind: str | None) -> str:
+    if kind in STREAM_KINDS:
         return END_COLOR
-    return MLP_COLOR if name.startswith("MLP") else HEAD_COLOR
+    return MLP_COLOR if kind == "mlp" else HEAD_COLOR
 
 
 # --------------------------------------------------------------------------- figures

@@ -76,6 +76,8 @@ METRICS = "metrics/prune_metrics/test_prune_metrics.py"
 MICRO = "metrics/prune_metrics/test_micro_model.py"
 AREA = "metrics/test_area_under_curve.py"
 OPS = "utils/test_tensor_ops.py"
+LINKS = "utils/test_component_links.py"
+DEAD_ENDS = "metrics/test_circuit_pruning.py"
 CIRCUITS = "test_prune.py"
 DATA = "test_data.py"
 BAD_INPUT = "test_bad_input.py"
@@ -96,6 +98,7 @@ TESTS = MappingProxyType(
     {
         "utils/tensor_ops.py": (OPS,),
         "utils/edge_counts.py": ("utils/test_edge_counts.py",),
+        "utils/component_links.py": (LINKS, DEAD_ENDS),
         "utils/ablation_activations.py": (CIRCUITS, DATA),
         "utils/backward_modifiers.py": ("utils/test_backward_modifiers.py",),
         "prune.py": (CIRCUITS,),
@@ -641,6 +644,27 @@ NUMBERS: tuple[Fault, ...] = (
     fault("bootstrap without replacement", "metrics/stability.py",
         "t.randint(n_prompts, (n_prompts,), generator=generator).tolist()",
         "t.randperm(n_prompts, generator=generator).tolist()"),
+    fault("a query is read at later positions too", "utils/component_links.py",
+        "if dest.head_input == \"query\":",
+        "if False:"),
+    fault("nodes that say nothing are inputs", "utils/component_links.py",
+        "if src not in is_fed and src.kind != \"embed\" and src.layer >= first_dest:",
+        "if False:"),
+    fault("a norm over all heads tells them apart", "utils/component_links.py",
+        "or dest.heads is None or dest.reaches_all_heads:",
+        "or dest.heads is None:"),
+    fault("a shared key belongs to one head", "model_utils/transformer_lens_utils.py",
+        "heads=tuple(range(idx * group, (idx + 1) * group)),",
+        "heads=(idx,),",
+        DEAD_ENDS),
+    fault("latents are of no component",
+        "model_utils/sparse_autoencoders/autoencoder_transformer.py",
+        "            head_dim=2,\n            weight=None,",
+        "            head_dim=2,\n            weight=None, component=None,",
+        DEAD_ENDS),
+    fault("keys matter at their own position only", "prune_algos/head_importance.py",
+        "    if positions == \"own\":",
+        "    if True:"),
     fault("dead ends at the output stay", "metrics/circuit_pruning.py",
         "& needed[dest][:, None]",
         "& True"),

@@ -19,6 +19,10 @@ from auto_circuit.circuit_files import (
     scored_edges,
 )
 from auto_circuit.errors import ConfigError, DataError, GraphError
+from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import (
+    AutoencoderTransformer,
+    sae_model,
+)
 from auto_circuit.types import PruneScores
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
@@ -368,6 +372,8 @@ def test_mib_circuit_without_scores(tmp_path: Path, gpt2_model: PatchableModel) 
 
 def test_mib_cannot_hold_every_graph(tmp_path: Path) -> None:
     bridge = gpt2()
+    saes = sae_model(bridge, "resid_delta_mlp", load_pretrained=False, n_latents=2).saes
+    with_latents = AutoencoderTransformer(bridge, {1: saes[1]})
     graphs = [
         (micro_model(), "is not a transformer's"),
         (patchable_model(bridge, True, None, 3, True), "tells positions apart"),
@@ -375,6 +381,7 @@ def test_mib_cannot_hold_every_graph(tmp_path: Path) -> None:
         (patchable_model(bridge, True, separate_qkv=False), "query, key and value"),
         (patchable_model(attn_only(), True, separate_qkv=True), "has no MLPs"),
         (patchable_model(gemma2(), True, separate_qkv=True), "no heads as sources"),
+        (patchable_model(with_latents, True, separate_qkv=True), "parts of MLPs"),
     ]
     for model, message in graphs:
         with pytest.raises(ConfigError, match=message):

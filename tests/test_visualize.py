@@ -14,6 +14,9 @@ import torch as t
 from auto_circuit import visualize
 from auto_circuit.circuit_files import scored_edges
 from auto_circuit.errors import ConfigError, GraphError
+from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import (
+    sae_model,
+)
 from auto_circuit.utils.graph_utils import patchable_model, set_all_masks
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.visualize import (
@@ -25,7 +28,7 @@ from auto_circuit.visualize import (
 )
 from tests.browser import check_shown
 from tests.micro import micro_model
-from tests.models import gemma2, gpt2, llama
+from tests.models import gemma2, gpt2, llama, pythia
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +219,28 @@ def test_attention_that_is_one_source() -> None:
     scores = model.circuit_prune_scores(edges=["Resid Start->A0.1.K", "A0->MLP 0"])
     (sankey,) = draw_seq_graph(model, scores).data
     assert ends(sankey) == [("Embed", "A0"), ("A0", "MLP 0")]
+
+
+def test_latents_beside_parallel_attention() -> None:
+    saes = sae_model(pythia(), "resid_delta_mlp", load_pretrained=False, n_latents=3)
+    model = patchable_model(saes, True, None, separate_qkv=True)
+    scores = model.circuit_prune_scores(
+        edges=["Resid Start->A0.1.K", "Resid Start->MLP 0", "MLP 0 Latent 2->MLP 1"]
+    )
+    (sankey,) = draw_seq_graph(model, scores).data
+    assert ends(sankey) == [
+        ("Embed", "A0.1"),
+        ("Embed", "MLP 0"),
+        ("MLP 0 Latent 2", "MLP 1"),
+    ]
+    colors = dict(zip(sankey.node.label, sankey.node.color, strict=True))
+    assert colors == {
+        "Embed": visualize.END_COLOR,
+        "A0.1": visualize.HEAD_COLOR,
+        "MLP 0": visualize.MLP_COLOR,
+        "MLP 0 Latent 2": visualize.MLP_COLOR,
+        "MLP 1": visualize.MLP_COLOR,
+    }
 
 
 def test_no_edges_in_one_diagram() -> None:

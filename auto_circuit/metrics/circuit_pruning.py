@@ -9,10 +9,11 @@ makes of ablated inputs, which is not what the ablation puts in its place.
 
 How activations get from a destination to a source:
 
-- In the factorized graph a destination feeds the sources of its own component, which
-  are those whose name is the same up to the first dot (`A0.1.Q` feeds `A0.1`), head for
-  head. With grouped-query attention a key-value head feeds the query heads of its
-  group; where heads are not told apart on one side (`A0`), all are connected.
+- In the factorized graph a destination feeds the sources of its own component, head for
+  head (`A0.1.Q` feeds `A0.1`; `MLP 0` all latents and the error of an autoencoder there).
+  With grouped-query attention a key-value head feeds the query heads of its group; where
+  heads are not told apart on one side (`A0`), all are connected. Nodes say themselves what
+  they belong to (`Node.component`), see `utils.component_links`.
 - In the unfactorized graph the residual stream feeds all sources of the next layer.
 - A head lives if *any* of its inputs (query, key, value) does.
 - With edges at each position, everything stays at its position, except for what
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch as t
 from jaxtyping import Bool, Shaped
@@ -42,18 +43,12 @@ from auto_circuit.metrics.edge_ranks import (
     edge_ranks,
     ranks_in_order,
 )
-from auto_circuit.types import DestNode, PruneScores, SrcNode
+from auto_circuit.types import DestNode, PositionsRead, PruneScores
+from auto_circuit.utils.component_links import Links, fed_links
 from auto_circuit.utils.patchable_model import PatchableModel
 
 Selection = Literal["best", "greedy"]
 """How a circuit of a size is made of scores: its best edges, or grown from the output."""
-
-
-class _Link(NamedTuple):
-    """A source that a destination feeds, and whether on the way positions mix."""
-
-    src_idx: int
-    mixes_positions: bool
 
 
 @checked
@@ -64,11 +59,12 @@ def connected_circuit(model: PatchableModel, circuit: Mapping[str, Tensor]) -> C
         True for the circuit's edges. Returned in the same form, on the same device. The
         module says what a path is.
 
-    Raises GraphError for a circuit of another graph.
+    Raises GraphError for a circuit of another graph, and for a graph whose nodes do not say
+    enough about their components (`Node.component`).
     Source: the pruning of MIB (Mueller et al. 2025, arXiv 2504.13151).
     """
     check_circuit(model, circuit)
-    links = _links(model)
+    links = fed_links(model)
     reached = _reached_srcs(model, circuit, links)
     needed = _needed_dests(model, circuit, links)
     connected = {name: edges.clone() for name, edges in circuit.items()}
@@ -154,12 +150,12 @@ def greedy_ranks(
 
 def _grow(model: PatchableModel, places: Mapping[str, Tensor]) -> Iterator[int]:
     """The places of the edges, in the order in which the circuit takes them in."""
-    links = _links(model)
-    feeders: dict[int, list[tuple[DestNode, bool]]] = {}
+    links = fed_links(model)
+    feeders: dict[int, list[tuple[DestNode, PositionsRead]]] = {}
     for dest, of_dest in links.items():
         for link in of_dest:
-            feeders.setdefault(link.src_idx, []).append((dest, link.mixes_positions))
-    is_causal, n_positions = _is_causal(model), model.seq_len or 1
+            feeders.setdefault(link.src.src_idx, []).append((dest, link.positions))
+    n_positions = model.seq_len or 1
     rows = {dest: _rows(model, places, dest).tolist() for dest in model.dests}
     candidates: list[tuple[int, int, int]] = []
     in_circuit: set[tuple[object, int]] = set()
@@ -180,11 +176,10 @@ def _grow(model: PatchableModel, places: Mapping[str, Tensor]) -> Iterator[int]:
         if (src_idx, position) in in_circuit:
             continue
         in_circuit.add((src_idx, position))
-        for dest, mixes in feeders.get(src_idx, []):
-            read = range(position, position + 1)
-            if mixes:
-                read = range(position + 1 if is_causal else n_positions)
-            for at in read:
+        for dest, positions in feeders.get(src_idx, []):
+            first = position if positions == "own" else 0
+            stop = n_positions if positions == "all" else position + 1
+            for at in range(first, stop):
                 let_in(dest, at)
 
 
@@ -194,43 +189,40 @@ def _grow(model: PatchableModel, places: Mapping[str, Tensor]) -> Iterator[int]:
 def _reached_srcs(
     model: PatchableModel,
     circuit: Mapping[str, Tensor],
-    links: dict[DestNode, list[_Link]],
+    links: Links,
 ) -> Bool[Tensor, "seq src"]:
     """Which sources the inputs reach."""
     device = next(iter(circuit.values())).device
     reached = t.ones(model.seq_len or 1, len(model.srcs), dtype=t.bool, device=device)
     for link in (link for of_dest in links.values() for link in of_dest):
-        reached[:, link.src_idx] = False
-    is_causal = _is_causal(model)
+        reached[:, link.src.src_idx] = False
     # In the order of the graph, so that what a destination reads is known.
     for dest in sorted(model.dests):
         edges = _rows(model, circuit, dest)
         lives = (edges & reached[:, _in_srcs(model, dest)]).any(-1)
         for link in links[dest]:
-            arrives = _mixed(lives, is_causal) if link.mixes_positions else lives
-            reached[:, link.src_idx] |= arrives
+            reached[:, link.src.src_idx] |= _reaching(lives, link.positions)
     return reached
 
 
 def _needed_dests(
     model: PatchableModel,
     circuit: Mapping[str, Tensor],
-    links: dict[DestNode, list[_Link]],
+    links: Links,
 ) -> dict[DestNode, Bool[Tensor, "seq"]]:
     """Which destinations reach the output."""
     device = next(iter(circuit.values())).device
     needed_srcs = t.zeros(
         model.seq_len or 1, len(model.srcs), dtype=t.bool, device=device
     )
-    is_causal = _is_causal(model)
     needed: dict[DestNode, Tensor] = {}
     for dest in sorted(model.dests, reverse=True):
         if links[dest]:
             lives = t.zeros_like(needed_srcs[:, 0])
             for link in links[dest]:
-                src_lives = needed_srcs[:, link.src_idx]
-                mixes = link.mixes_positions
-                lives |= _mixed(src_lives, is_causal, True) if mixes else src_lives
+                # Backwards in time: who reaches is whom the flipped positions reach.
+                src_lives = needed_srcs[:, link.src.src_idx].flip(0)
+                lives |= _reaching(src_lives, link.positions).flip(0)
         else:
             lives = _output_positions(model).to(device)
         needed[dest] = lives
@@ -254,61 +246,17 @@ def _in_srcs(model: PatchableModel, dest: DestNode) -> slice:
     return in_srcs
 
 
-# ------------------------------------------------------------- from destination to source
-
-
-def _links(model: PatchableModel) -> dict[DestNode, list[_Link]]:
-    """What every destination feeds."""
-    feeds = _same_component if model.is_factorized else _next_layer
-    return {
-        dest: [
-            _Link(src.src_idx, _mixes_positions(src, dest))
-            for src in model.srcs
-            if feeds(model, src, dest)
-        ]
-        for dest in model.dests
-    }
-
-
-def _next_layer(model: PatchableModel, src: SrcNode, dest: DestNode) -> bool:
-    return src.layer == dest.layer + 1
-
-
-def _same_component(model: PatchableModel, src: SrcNode, dest: DestNode) -> bool:
-    if src.layer != dest.layer or _component(src) != _component(dest):
-        return False
-    if src.head_idx is None or dest.head_idx is None:
-        return True
-    n_src_heads = sum(other.module_name == src.module_name for other in model.srcs)
-    n_dest_heads = sum(other.module_name == dest.module_name for other in model.dests)
-    return src.head_idx * n_dest_heads // n_src_heads == dest.head_idx
-
-
-def _component(node: SrcNode | DestNode) -> str:
-    return node.name.partition(".")[0]
-
-
-def _mixes_positions(src: SrcNode, dest: DestNode) -> bool:
-    """Is it attention that reads the destination, and not only as its query?"""
-    return "attn" in src.module_name and not dest.module_name.endswith("hook_q_input")
-
-
 # ------------------------------------------------------------------------------ positions
 
 
-def _is_causal(model: PatchableModel) -> bool:
-    config = getattr(model.wrapped_model, "cfg", None)
-    return getattr(config, "attention_dir", "causal") != "bidirectional"
-
-
-def _mixed(
-    lives: Bool[Tensor, "seq"], is_causal: bool, backwards: bool = False
+def _reaching(
+    lives: Bool[Tensor, "seq"], positions: PositionsRead
 ) -> Bool[Tensor, "seq"]:
-    """The positions that attention takes something to (or, backwards, takes it from)."""
-    if not is_causal:
+    """The positions that depend on one that lives."""
+    if positions == "own":
+        return lives
+    if positions == "all":
         return lives.any().expand_as(lives)
-    if backwards:
-        return lives.flip(0).cumsum(0).flip(0) > 0
     return lives.cumsum(0) > 0
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import Identity, Module, ModuleList, Parameter
 
 from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter, Port, SrcSite
-from auto_circuit.types import DestNode, SrcNode
+from auto_circuit.types import Component, DestNode, SrcNode
 
 N_HEADS = 2
+EMBED, UNEMBED = Component("embed", positions="own"), Component("unembed")
 
 
 class Block(Module):
@@ -57,10 +58,17 @@ class MicroModel(Module):
         return self.output(x)
 
 
+def _heads(layer: int) -> Component:
+    return Component("heads", layer, "own")
+
+
+def _start() -> SrcNode:
+    return SrcNode("Resid Start", "input", layer=0, src_idx=0, component=EMBED)
+
+
 def factorized_src_nodes(model: MicroModel) -> list[SrcNode]:
     """Start and every head."""
-    start = SrcNode(name="Resid Start", module_name="input", layer=0, src_idx=0)
-    return [start] + [
+    return [_start()] + [
         SrcNode(
             name=f"B{layer}.{head}",
             module_name=f"blocks.{layer}.head_outputs",
@@ -68,6 +76,8 @@ def factorized_src_nodes(model: MicroModel) -> list[SrcNode]:
             head_idx=head,
             head_dim=2,
             src_idx=1 + layer * N_HEADS + head,
+            component=_heads(layer),
+            heads=(head,),
         )
         for layer in range(len(model.blocks))
         for head in range(N_HEADS)
@@ -84,17 +94,19 @@ def factorized_dest_nodes(model: MicroModel) -> list[DestNode]:
             layer=layer + 1,
             head_idx=head,
             head_dim=2,
+            component=_heads(layer),
+            heads=(head,),
         )
         for layer in range(n_layers)
         for head in range(N_HEADS)
     ]
-    return heads + [DestNode(name="Resid End", module_name="output", layer=n_layers + 1)]
+    return heads + [DestNode("Resid End", "output", n_layers + 1, component=UNEMBED)]
 
 
 def simple_graph_nodes(model: MicroModel) -> GraphNodes:
     """The unfactorized graph: heads feed the residual stream after their own block."""
     n_layers = len(model.blocks)
-    srcs = [SrcNode(name="Resid Start", module_name="input", layer=0, src_idx=0)]
+    srcs = [_start()]
     dests: list[DestNode] = []
     for layer in range(n_layers):
         min_src_idx = len(srcs) - 1
@@ -106,18 +118,22 @@ def simple_graph_nodes(model: MicroModel) -> GraphNodes:
                 head_idx=head,
                 head_dim=2,
                 src_idx=min_src_idx + 1 + head,
+                component=_heads(layer),
+                heads=(head,),
             )
             for head in range(N_HEADS)
         ]
         is_last = layer == n_layers - 1
         name = "Resid End" if is_last else f"Resid Post {layer}"
         module_name = "output" if is_last else f"resids.{layer}"
+        stream = Component("residual post", layer, "own")
         dests.append(
             DestNode(
                 name=name,
                 module_name=module_name,
                 layer=2 * layer + 1,
                 min_src_idx=min_src_idx,
+                component=UNEMBED if is_last else stream,
             )
         )
         if not is_last:
@@ -127,6 +143,7 @@ def simple_graph_nodes(model: MicroModel) -> GraphNodes:
                     module_name=module_name,
                     layer=2 * layer + 2,
                     src_idx=len(srcs),
+                    component=stream,
                 )
             )
     return srcs, dests

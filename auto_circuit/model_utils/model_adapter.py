@@ -143,7 +143,9 @@ class ModelAdapter:
 
     handles: is this a model of the family?
     graph_nodes: (model, factorized, separate_qkv) -> its sources and destinations, each
-        in the order in which they run; source `i` has `src_idx` i.
+        in the order in which they run; source `i` has `src_idx` i. Every node says its
+        `component`, and the `heads` that it belongs to: which sources a destination feeds
+        follows from that (see `types.Node` for nodes that do not say it).
     src_site: (model, module name of sources) -> where they are seen.
     ports: (model, module names of all destinations, separate_qkv) -> where their patches
         enter, in the order in which they run.

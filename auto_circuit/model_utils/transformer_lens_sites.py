@@ -36,8 +36,10 @@ from auto_circuit.model_utils.model_adapter import HeadInputs, Norm, Port, SrcSi
 from auto_circuit.model_utils.ungrouped_heads import (
     UngroupedLinear,
     keeps_heads_apart,
+    norm_weight,
     ungrouped_attention,
 )
+from auto_circuit.types import HeadInput
 from auto_circuit.utils.misc import replaced_forward
 from auto_circuit.utils.user_hooks import Bypassed
 
@@ -110,6 +112,23 @@ def heads_by_weights(model: TransformerBridge) -> bool:
     The switches, the other way, are the whole model's.
     """
     return all(projects_heads(block.attn) for block in model.blocks)
+
+
+def has_norm_over_heads(attention: Any, head_input: HeadInput | None) -> bool:
+    """Does a norm run over this input's queries or keys of all heads together?
+
+    Then one head's input changes what all heads write. (A norm that has weights for each
+    head, in two dimensions, runs over each alone.) None: over any of a head's inputs.
+    """
+    norms = {
+        "query": ["q_norm"],
+        "key": ["k_norm"],
+        "value": [],
+        None: ["q_norm", "k_norm"],
+    }
+    weights = [norm_weight(attention, name) for name in norms[head_input]]
+    d_head = attention.config.d_head
+    return any(w is not None and w.ndim == 1 and len(w) > d_head for w in weights)
 
 
 def _has_width(attention: Any, name: str, n_heads: int) -> bool:

@@ -43,15 +43,23 @@ from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter
 from auto_circuit.model_utils.transformer_lens_sites import (
     check_can_ungroup,
     has_mlps,
+    has_norm_over_heads,
     has_post_norm,
     n_kv_heads,
     open_sites,
     ports,
     src_site,
 )
-from auto_circuit.types import DestNode, SrcNode
+from auto_circuit.types import Component, DestNode, HeadInput, SrcNode
 
 RESID_START = "blocks.0.hook_resid_pre"
+HEAD_INPUT_HOOKS: dict[HeadInput, tuple[str, str]] = {
+    "query": ("hook_q_input", "Q"),
+    "key": ("hook_k_input", "K"),
+    "value": ("hook_v_input", "V"),
+}
+"""A head's inputs: their hook points, and their letters."""
+EMBED, UNEMBED = Component("embed", positions="own"), Component("unembed")
 
 
 def has_parallel_attention(model: TransformerBridge) -> bool:
@@ -74,6 +82,15 @@ def _end_layer(model: TransformerBridge) -> int:
     return _attention_layer(model, model.cfg.n_layers)
 
 
+def _attention(model: TransformerBridge, block: int) -> Component:
+    is_causal = getattr(model.cfg, "attention_dir", "causal") != "bidirectional"
+    return Component("attention", block, "earlier" if is_causal else "all")
+
+
+def _mlp(block: int) -> Component:
+    return Component("mlp", block, "own")
+
+
 def _attention_srcs(
     model: TransformerBridge, block: int, layer: int, first_idx: int
 ) -> list[SrcNode]:
@@ -86,6 +103,7 @@ def _attention_srcs(
                 module_name=module_name,
                 layer=layer,
                 src_idx=first_idx,
+                component=_attention(model, block),
             )
         ]
     return [
@@ -98,6 +116,8 @@ def _attention_srcs(
             src_idx=first_idx + head,
             weight=f"blocks.{block}.attn.W_O",
             weight_head_dim=0,
+            component=_attention(model, block),
+            heads=(head,),
         )
         for head in range(model.cfg.n_heads)
     ]
@@ -110,12 +130,17 @@ def _mlp_src(block: int, layer: int, src_idx: int) -> SrcNode:
         layer=layer,
         src_idx=src_idx,
         weight=f"blocks.{block}.mlp.W_out",
+        component=_mlp(block),
     )
+
+
+def _start() -> SrcNode:
+    return SrcNode("Resid Start", RESID_START, layer=0, src_idx=0, component=EMBED)
 
 
 def factorized_src_nodes(model: TransformerBridge) -> list[SrcNode]:
     """Embeddings, heads and MLPs, in the order in which they run."""
-    srcs = [SrcNode(name="Resid Start", module_name=RESID_START, layer=0, src_idx=0)]
+    srcs = [_start()]
     for block in range(model.cfg.n_layers):
         layer = _attention_layer(model, block)
         srcs += _attention_srcs(model, block, layer, len(srcs))
@@ -127,25 +152,43 @@ def factorized_src_nodes(model: TransformerBridge) -> list[SrcNode]:
 def _attention_dests(
     model: TransformerBridge, block: int, separate_qkv: bool, ungroup: bool
 ) -> list[DestNode]:
-    n_heads = model.cfg.n_heads
-    n_kv = n_heads if ungroup else n_kv_heads(model)
-    if separate_qkv:
-        inputs = [("q", ".Q", n_heads), ("k", ".K", n_kv), ("v", ".V", n_kv)]
-        modules = [(f"hook_{name}_input", suffix, n) for name, suffix, n in inputs]
-    else:
-        modules = [("hook_attn_in", "", n_kv)]
+    n_keys = model.cfg.n_heads if ungroup else n_kv_heads(model)
+    if not separate_qkv:
+        return _head_dests(model, block, None, n_keys)
+    return [
+        dest
+        for head_input in HEAD_INPUT_HOOKS
+        for dest in _head_dests(
+            model,
+            block,
+            head_input,
+            model.cfg.n_heads if head_input == "query" else n_keys,
+        )
+    ]
+
+
+def _head_dests(
+    model: TransformerBridge, block: int, head_input: HeadInput | None, n_dests: int
+) -> list[DestNode]:
+    """An input of a block's heads, shared by as many of them as `n_dests` asks for."""
+    hook, letter = HEAD_INPUT_HOOKS[head_input] if head_input else ("hook_attn_in", None)
+    group = model.cfg.n_heads // n_dests
+    reaches_all_heads = has_norm_over_heads(model.blocks[block].attn, head_input)
     return [
         DestNode(
-            name=f"A{block}.{head}{suffix}",
-            module_name=f"blocks.{block}.{module}",
+            name=f"A{block}.{idx}" + (f".{letter}" if letter else ""),
+            module_name=f"blocks.{block}.{hook}",
             layer=_attention_layer(model, block),
-            head_idx=head,
+            head_idx=idx,
             head_dim=2,
-            weight=f"blocks.{block}.attn.W_{suffix[1:] or 'QKV'}",
+            weight=f"blocks.{block}.attn.W_{letter or 'QKV'}",
             weight_head_dim=0,
+            component=_attention(model, block),
+            heads=tuple(range(idx * group, (idx + 1) * group)),
+            head_input=head_input,
+            reaches_all_heads=reaches_all_heads,
         )
-        for module, suffix, n_heads in modules
-        for head in range(n_heads)
+        for idx in range(n_dests)
     ]
 
 
@@ -163,6 +206,7 @@ def factorized_dest_nodes(
                     module_name=f"blocks.{block}.hook_mlp_in",
                     layer=_mlp_layer(model, block),
                     weight=f"blocks.{block}.mlp.W_in",
+                    component=_mlp(block),
                 )
             )
     last_block = model.cfg.n_layers - 1
@@ -171,6 +215,7 @@ def factorized_dest_nodes(
             name="Resid End",
             module_name=f"blocks.{last_block}.hook_resid_post",
             layer=_end_layer(model),
+            component=UNEMBED,
         )
     ]
 
@@ -187,7 +232,7 @@ def simple_graph_nodes(model: TransformerBridge) -> GraphNodes:
 
     Its edges are the components: patching `A0.1->Resid Mid 0` patches head 0.1.
     """
-    srcs = [SrcNode(name="Resid Start", module_name=RESID_START, layer=0, src_idx=0)]
+    srcs = [_start()]
     dests: list[DestNode] = []
     stages = [
         (block, kinds, stream)
@@ -203,9 +248,18 @@ def simple_graph_nodes(model: TransformerBridge) -> GraphNodes:
         is_last = stage == len(stages) - 1
         name = "Resid End" if is_last else f"Resid {stream.title()} {block}"
         module_name = f"blocks.{block}.hook_resid_{stream}"
-        dests.append(DestNode(name, module_name, layer + 1, min_src_idx=min_src_idx))
+        component = UNEMBED if is_last else Component(f"residual {stream}", block, "own")
+        dests.append(
+            DestNode(
+                name, module_name, layer + 1, min_src_idx=min_src_idx, component=component
+            )
+        )
         if not is_last:
-            srcs.append(SrcNode(name, module_name, layer + 2, src_idx=len(srcs)))
+            srcs.append(
+                SrcNode(
+                    name, module_name, layer + 2, src_idx=len(srcs), component=component
+                )
+            )
     return srcs, dests
 
 

@@ -59,9 +59,14 @@ def keeps_heads_apart(attention: Any) -> bool:
 
     Not where a norm has weights for each key-value head, or runs over all of them.
     """
-    norm = getattr(attention, "k_norm", None)
-    weight = getattr(getattr(norm, "original_component", None), "weight", None)
+    weight = norm_weight(attention, "k_norm")
     return weight is None or weight.numel() in (1, attention.config.d_head)
+
+
+def norm_weight(attention: Any, name: str) -> Tensor | None:
+    """The weight of attention's norm over queries or keys, if there is one."""
+    norm = getattr(attention, name, None)
+    return getattr(getattr(norm, "original_component", None), "weight", None)
 
 
 @contextmanager

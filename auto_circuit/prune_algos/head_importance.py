@@ -1,6 +1,7 @@
 """Scores of nodes, and edge scores made from them.
 
-A node here is a source: the embeddings, an attention head, an MLP. Its score can be the
+A node here is a source: the embeddings, an attention head, an MLP, or a latent or the error
+of an MLP's autoencoder. Its score can be the
 sum of the scores of its outgoing edges, or its importance for a task (HISP: head
 importance score for pruning; Michel et al. 2019, arXiv 1905.10650, in the form that
 Conmy et al. 2023, arXiv 2304.14997, compare circuit discovery with).
@@ -11,6 +12,7 @@ Cost of HISP per batch: one forward pass to record, one forward and one backward
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection
 from functools import partial
 
@@ -28,13 +30,14 @@ from auto_circuit.prune_algos.objectives import (
     check_objective,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
-from auto_circuit.types import AblationType, DestNode, Edge, PruneScores, SrcNode
+from auto_circuit.types import AblationType, Edge, PositionsRead, PruneScores
 from auto_circuit.utils.ablation_activations import (
     PER_BATCH_ABLATIONS,
     Side,
     SrcOuts,
     iter_src_ablations,
 )
+from auto_circuit.utils.component_links import Link, component_links
 from auto_circuit.utils.graph_utils import (
     patch_mode,
     set_all_masks,
@@ -139,9 +142,11 @@ def edge_scores_of_nodes(model: PatchableModel, scores: NodeScores) -> PruneScor
     """Give each edge the score of the weaker of its nodes, by absolute value.
 
     scores: [position?, source]. The node that an edge ends in is the source of the same
-    component; where several share the destination (grouped keys and values), the
-    strongest of them. The end of the residual stream has no source: there the edge has
-    the score of its source. Raises GraphError for scores of the wrong shape.
+    component; where several share the destination (grouped keys and values, the latents of
+    an MLP), the strongest of them; and of what attention reads as key or value at a position,
+    the strongest from that position on. The end of the residual stream has no source: there
+    the edge has the score of its source. Raises GraphError for scores of the wrong shape, and
+    for a graph whose nodes do not say enough about their components (`Node.component`).
     """
     leading = () if model.seq_len is None else (model.seq_len,)
     if scores.shape != (*leading, model.plan.n_srcs):
@@ -149,13 +154,12 @@ def edge_scores_of_nodes(model: PatchableModel, scores: NodeScores) -> PruneScor
             f"The node scores have shape {tuple(scores.shape)}; the graph needs "
             f"{(*leading, model.plan.n_srcs)}, [position?, source]."
         )
+    links = component_links(model)
     prune_scores = {}
     for wrapper in model.dest_wrappers:
         start = scores[..., wrapper.in_srcs]
         dests = [node for node in model.dests if node.module_name == wrapper.module_name]
-        rows = [
-            _weaker(start, _strongest(scores, _sources_of(model, dest))) for dest in dests
-        ]
+        rows = [_weaker(start, _strongest(scores, links[dest])) for dest in dests]
         has_heads = dests[0].head_idx is not None
         prune_scores[wrapper.module_name] = t.stack(rows, -2) if has_heads else rows[0]
     return prune_scores
@@ -186,27 +190,31 @@ def _normalize_layers(model: PatchableModel, scores: Tensor) -> Tensor:
     return result
 
 
-def _sources_of(model: PatchableModel, dest: DestNode) -> list[SrcNode]:
-    """What the component that the destination belongs to writes.
-
-    "A3.1.K" reads for component A3 and its head 1; A3 writes as one source, or a head
-    each, or several heads for each of a grouped key.
-    """
-    component = dest.name.partition(".")[0]
-    srcs = [src for src in model.srcs if src.name.partition(".")[0] == component]
-    if dest.head_idx is None or len(srcs) <= 1:
-        return srcs
-    n_dests = sum(node.module_name == dest.module_name for node in model.dests)
-    group = len(srcs) // n_dests
-    return srcs[dest.head_idx * group : (dest.head_idx + 1) * group]
-
-
-def _strongest(scores: Tensor, srcs: list[SrcNode]) -> Tensor | None:
+def _strongest(scores: NodeScores, links: tuple[Link, ...]) -> Tensor | None:
     """The score with the largest absolute value, [position?, 1]; None if there is none."""
-    if not srcs:
+    if not links:
         return None
-    candidates = scores[..., [src.src_idx for src in srcs]]
+    idxs: dict[PositionsRead, list[int]] = defaultdict(list)
+    for link in links:
+        idxs[link.positions].append(link.src.src_idx)
+    reached = [_strongest_reached(scores[..., of], how) for how, of in idxs.items()]
+    candidates = t.cat(reached, -1)
     return candidates.gather(-1, candidates.abs().argmax(-1, keepdim=True))
+
+
+def _strongest_reached(
+    scores: Float[Tensor, "*seq src"], positions: PositionsRead
+) -> Float[Tensor, "*seq src"]:
+    """For each position, the strongest score at those that depend on it."""
+    if positions == "own":
+        return scores
+    # From the end, so that the later positions come before.
+    backwards = scores.flip(0)
+    sizes = backwards.abs()
+    best = sizes.cummax(0).indices
+    if positions == "all":
+        best = sizes.argmax(0, keepdim=True).expand_as(best)
+    return backwards.gather(0, best).flip(0)
 
 
 def _weaker(start: Tensor, end: Tensor | None) -> Tensor:

@@ -219,12 +219,23 @@ def graph_edges(
 
 
 def _incoming(dest: DestNode, srcs: list[SrcNode], factorized: bool) -> slice:
-    """The sources that a destination reads: all earlier ones, or those right before."""
+    """The sources that a destination reads: all earlier ones, or those right before.
+
+    From `min_src_idx` on: where the residual stream is cut, and sources take the place of
+    all that came before, later destinations read none of those.
+    """
     if factorized:
-        idxs = [src.src_idx for src in srcs if src.layer < dest.layer]
+        earlier = [src for src in srcs if src.layer < dest.layer]
+        idxs = [src.src_idx for src in earlier if src.src_idx >= dest.min_src_idx]
     else:
         idxs = [src.src_idx for src in srcs if src.layer + 1 == dest.layer]
-    assert idxs == list(range(dest.min_src_idx, dest.min_src_idx + len(idxs)))
+    if not idxs or idxs != list(range(dest.min_src_idx, dest.min_src_idx + len(idxs))):
+        raise ModelError(
+            f"The destination {dest.name!r} reads the sources {idxs[:8]} by its layer "
+            f"{dest.layer}; expected some, and in a row from its `min_src_idx` "
+            f"{dest.min_src_idx} on. The adapter's sources must be in the order in which "
+            "they run, the i-th with `src_idx` i."
+        )
     return slice(idxs[0], idxs[-1] + 1)
 
 

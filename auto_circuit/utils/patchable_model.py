@@ -218,9 +218,9 @@ class PatchableModel(Module):
         """
         if isinstance(edge, Edge):
             known = self.edge_name_dict.get(edge.seq_idx, {}).get(edge.name)
-            if known != edge:
+            if known is None or known != edge:
                 raise self._unknown_edge(repr(edge))
-            return [edge]
+            return [known]
         name, position = split_edge_name(edge)
         seq_idxs = list(self.edge_dict) if position is None else [position]
         found = [self.edge_name_dict.get(seq_idx, {}).get(name) for seq_idx in seq_idxs]

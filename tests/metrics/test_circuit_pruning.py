@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,12 +24,16 @@ from auto_circuit.metrics.circuit_pruning import (
     selection_ranks,
     weighted_edge_count,
 )
+from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import (
+    AutoencoderTransformer,
+    sae_model,
+)
 from auto_circuit.types import Edge
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import circuit_mask
 from tests.micro import micro_model
-from tests.models import ARCHITECTURES, gemma2, gpt2, llama, tokens
+from tests.models import ARCHITECTURES, gemma2, gpt2, llama, pythia, tokens
 
 SEQ = 4
 
@@ -115,14 +120,56 @@ def test_only_attention_moves_between_positions(edges: list[str], lives: bool) -
     assert names_in(model, connected) == (set(edges) if lives else set())
 
 
-def test_bidirectional_attention_moves_backwards_too() -> None:
-    model = bridge(gpt2, SEQ)
+def bidirectional() -> Any:
+    model: Any = gpt2()
+    model.cfg.attention_dir = "bidirectional"
+    return model
+
+
+@pytest.mark.parametrize(("make", "n_edges"), [(gpt2, 0.0), (bidirectional, 3.0)])
+def test_bidirectional_attention_moves_backwards_too(make: Any, n_edges: float) -> None:
+    model = bridge(make, SEQ)
     edges = ["Resid Start->A0.0.V @ 2", "A0.0->A1.1.V @ 1", "A1.1->Resid End @ 3"]
-    circuit = circuit_of(model, *edges)
-    assert weighted_edge_count(model, circuit) == 0.0
-    config: Any = model.wrapped_model.cfg
-    config.attention_dir = "bidirectional"
-    assert weighted_edge_count(model, circuit) == 3.0
+    assert weighted_edge_count(model, circuit_of(model, *edges)) == n_edges
+
+
+def latents(
+    make: Callable[[], Any] = gpt2,
+    blocks: tuple[int, ...] = (0, 1),
+    sae_input: Any = "resid_delta_mlp",
+) -> Callable[[], Any]:
+    """A transformer whose MLPs in some blocks are seen through autoencoders."""
+
+    def made() -> Any:
+        saes = sae_model(make(), sae_input, load_pretrained=False, n_latents=3).saes
+        kept = {block: saes[block] for block in blocks}
+        return AutoencoderTransformer(make(), kept, sae_input)
+
+    return made
+
+
+@cache
+def model_of_latents(seq_len: int | None) -> PatchableModel:
+    return bridge(latents(), seq_len)
+
+
+@pytest.mark.parametrize(
+    ("edges", "n_live"),
+    [
+        (["Resid Start->MLP 0", "MLP 0 Latent 2->Resid End"], 2),
+        (["Resid Start->MLP 0", "MLP 0 Error->Resid End"], 2),
+        (["MLP 0 Latent 2->Resid End", "MLP 0 Error->MLP 1"], 0),  # read nothing
+        (["Resid Start->MLP 0", "Resid Start->MLP 1"], 0),  # nothing reads them
+        (["Resid Start->MLP 0", "MLP 1 Latent 2->Resid End"], 0),  # another MLP's
+        (["Resid Start->MLP 0", "MLP 0 Latent 0->MLP 1", "MLP 1 Error->Resid End"], 3),
+        (["Resid Start->A0.1.V", "A0.1->MLP 0", "MLP 0 Latent 1->Resid End"], 3),
+    ],
+)
+def test_an_mlp_feeds_its_latents_and_its_error(edges: list[str], n_live: int) -> None:
+    for seq_len in (None, SEQ):
+        model = model_of_latents(seq_len)
+        names = [f"{name} @ 3" for name in edges] if seq_len else edges
+        assert weighted_edge_count(model, circuit_of(model, *names)) == n_live
 
 
 # ------------------------------------------------------------------------------- laws
@@ -156,6 +203,10 @@ CASES = [(name, make, True, None) for name, make in ARCHITECTURES.items()] + [
     ("gpt2", gpt2, True, SEQ),
     ("llama", llama, True, SEQ),
     ("gpt2", gpt2, False, SEQ),
+    ("latents", latents(), True, None),
+    ("latents", latents(sae_input="mlp_post_act"), True, SEQ),
+    ("latents of one block", latents(blocks=(1,)), True, None),
+    ("parallel latents", latents(pythia), True, None),
 ]
 
 
@@ -214,8 +265,8 @@ def test_scores_are_no_circuit() -> None:
 def feeds(model: PatchableModel, dest: str, at: int, src: str, position: int) -> bool:
     """Does a destination at one position feed a source at another? By their names."""
     head = re.fullmatch(r"(A\d+)\.(\d+)\.([QKV])", dest)
-    if head is None:  # an MLP, or a head of the micro model
-        return (dest, at) == (src, position)
+    if head is None:  # an MLP or its latents, or a head of the micro model
+        return at == position and (dest == src or src.startswith(f"{dest} "))
     block, idx, letter = head.groups()
     n_inputs = sum(
         d.name.startswith(block + ".") and d.name.endswith(letter) for d in model.dests
@@ -260,7 +311,50 @@ SMALL_GRAPHS = [
     pytest.param(lambda: bridge(gemma2), id="gemma2"),
     pytest.param(lambda: bridge(llama, ungroup=True), id="ungrouped"),
     pytest.param(lambda: bridge(llama, 2), id="positions"),
+    pytest.param(lambda: bridge(latents()), id="latents"),
+    pytest.param(
+        lambda: bridge(latents(), 2), id="latents-positions", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        lambda: bridge(latents(pythia, (0,))),
+        id="parallel-latents",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(lambda: bridge(latents(llama), ungroup=True), id="ungrouped-latents"),
 ]
+
+
+def live_edges(model: PatchableModel, circuit: Circuit) -> set[str]:
+    """The edges on a path from the start to the end, by following each of them."""
+    edges = {e for e in model.edges if circuit[e.dest.module_name][e.patch_idx]}
+    last = (model.seq_len or 1) - 1
+
+    def follows(edge: Edge, other: Edge) -> bool:
+        return feeds(
+            model, edge.dest.name, edge.seq_idx or 0, other.src.name, other.seq_idx or 0
+        )
+
+    after = {edge: [o for o in edges if follows(edge, o)] for edge in edges}
+    forwards = {e for e in edges if e.src.name == "Resid Start"}
+    backwards = {
+        e for e in edges if e.dest.name in ("Resid End",) and (e.seq_idx or 0) == last
+    }
+    for _ in edges:
+        forwards |= {other for edge in forwards for other in after[edge]}
+        backwards |= {edge for edge in edges if backwards.intersection(after[edge])}
+    return {repr(edge) for edge in forwards & backwards}
+
+
+@pytest.mark.parametrize("make", SMALL_GRAPHS)
+def test_same_as_following_every_edge(make: Any) -> None:
+    model = make()
+    n_live = 0
+    for share in (0.05, 0.2, 0.6):
+        circuit = random_circuit(model, share, 2)
+        found = names_in(model, connected_circuit(model, circuit))
+        assert found == live_edges(model, circuit)
+        n_live += len(found)
+    assert n_live > 3
 
 
 @pytest.mark.parametrize("make", SMALL_GRAPHS)

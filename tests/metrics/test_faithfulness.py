@@ -23,6 +23,9 @@ from auto_circuit.metrics.faithfulness import (
     value_area,
 )
 from auto_circuit.metrics.prune_metrics.prune_metrics import CORRECT_ANSWER_PERCENT_METRIC
+from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import (
+    sae_model,
+)
 from auto_circuit.prune_algos.random_edges import random_prune_scores
 from auto_circuit.types import AblationType, PruneScores
 from auto_circuit.utils.graph_utils import patchable_model
@@ -105,6 +108,48 @@ def test_micro_curve(ranking: Any, expected: list[tuple[int, float, float]]) -> 
         assert point == (n_edges, connected, pytest.approx(f, abs=1e-6))
     assert [p.share for p in curve] == [0.1, 0.16, 0.24, 1.0]
     assert curve[0].value == pytest.approx(-24.0)
+
+
+def test_latents_with_zero_ablation_by_hand() -> None:
+    """Dead ends would act: an MLP that reads nothing of the circuit still writes."""
+    bridge: Any = gpt2()
+    saes = sae_model(bridge, "resid_delta_mlp", load_pretrained=False, n_latents=4)
+    for sae in saes.saes.values():
+        sae.latent_bias.data += 1.0  # so that all are active
+    model = patchable_model(saes, True, "last_seq", separate_qkv=True)
+    dead = ["MLP 1 Latent 0->Resid End", "Resid Start->A0.1.V"]
+    live = ["Resid Start->MLP 0", "MLP 0 Latent 1->Resid End"]
+    ranked = [*dead, *live]
+    scores = model.circuit_prune_scores(
+        edge_dict={name: 9.0 - rank for rank, name in enumerate(ranked)}
+    )
+    loader, n_edges = token_loader(5, 5), model.n_edges
+    curve = faithfulness_curve(
+        model,
+        loader,
+        scores,
+        ablation_type=AblationType.ZERO,
+        budgets=[2.5 / n_edges, 4.5 / n_edges, 1.0],
+    )
+    assert [p.weighted_edge_count for p in curve] == [0.0, 2.0, n_edges]
+    # What no node writes stays: the biases of attention's outputs.
+    inner = bridge.original_model.transformer
+    biases = [block.attn.c_proj.bias for block in inner.h]
+    (batch,) = loader
+    start = inner.wte(batch.clean) + inner.wpe(t.arange(batch.clean.shape[1]))
+    written = inner.h[0].mlp(inner.h[0].ln_2(start + biases[0]))
+    sae = saes.saes[0]
+    latent = sae.encode(written)[..., 1:2] * sae.decoder_weight[:, 1]
+    values = []
+    for stream in (0 * latent, latent):
+        logits = bridge.unembed(inner.ln_f(stream + biases[0] + biases[1]))[:, -1]
+        values.append(float((logits[:, 1] - logits[:, 2]).mean()))
+    whole = bridge(batch.clean)[:, -1]
+    values.append(float((whole[:, 1] - whole[:, 2]).mean()))
+    assert [p.value for p in curve] == pytest.approx(values, abs=1e-5)
+    shares = [(value - values[0]) / (values[2] - values[0]) for value in values]
+    assert [p.faithfulness for p in curve] == pytest.approx(shares, abs=1e-4)
+    assert abs(values[1] - values[0]) > 1e-3
 
 
 def test_circuits_that_grow_from_the_output() -> None:

@@ -20,6 +20,7 @@ from auto_circuit.model_utils.adapters import ADAPTERS, find_adapter
 from auto_circuit.model_utils.model_adapter import HeadInputs, ModelAdapter, Port, SrcSite
 from auto_circuit.types import DestNode, Edge, SrcNode
 from auto_circuit.utils.ablation_activations import src_ablations
+from auto_circuit.utils.component_links import fed_links
 from auto_circuit.utils.graph_utils import (
     patch_mode,
     patchable_model,
@@ -40,7 +41,7 @@ def example(adapter: ModelAdapter) -> Module:
     return adapter.example().eval().requires_grad_(False)
 
 
-def graphs(adapter: ModelAdapter) -> Iterator[PatchableModel]:
+def graphs(adapter: ModelAdapter, seq_len: int | None = None) -> Iterator[PatchableModel]:
     """All kinds of graphs that the family has: the one of edges at least."""
     for factorized in (True, False):
         for separate_qkv in (True, False) if adapter.is_transformer else (None,):
@@ -49,6 +50,7 @@ def graphs(adapter: ModelAdapter) -> Iterator[PatchableModel]:
                     example(adapter),
                     factorized,
                     slice_output=None,
+                    seq_len=seq_len,
                     separate_qkv=separate_qkv,
                     adapter=adapter,
                 )
@@ -111,6 +113,15 @@ def test_single_edges_are_plain_hooks(adapter: ModelAdapter) -> None:
             assert_equal(found, hooked_output(model, edge, clean, corrupt))
             changes.append(not t.allclose(found, bare))
         assert sum(changes) > len(changes) / 2  # not a comparison of nothing
+
+
+@on_all_adapters
+def test_destinations_feed_the_sources_that_change_with_them(
+    adapter: ModelAdapter,
+) -> None:
+    for model in graphs(adapter, seq_len=4):
+        if model.separate_qkv is not False:
+            assert changed_srcs(model, 2, 4) == all_fed(model, 2, 4)
 
 
 @on_all_adapters
@@ -179,6 +190,12 @@ def written(model: PatchableModel, node: SrcNode, inputs: Tensor) -> Tensor:
         hook(site.module, lambda out: outs.append(out.clone()))
         model.wrapped_model(inputs)
     (out,) = outs
+    return part_of(model, node, out)
+
+
+def part_of(model: PatchableModel, node: SrcNode, out: Tensor) -> Tensor:
+    """What a source writes, from its site's output."""
+    site = src_site(model, node)
     if node.head_idx is None:
         return out
     if site.projection is None:
@@ -198,6 +215,73 @@ def hooked_output(
             if edge.dest.module_name in port.dest_modules:
                 add_to_row(hook, port, row_of(model, port, edge.dest), change)
         return model.wrapped_model(clean)
+
+
+def all_fed(
+    model: PatchableModel, position: int, seq_len: int
+) -> dict[DestNode, set[tuple[str, int]]]:
+    """What each destination feeds from one position, by what the nodes say."""
+    reached = {
+        "own": [position],
+        "earlier": range(position, seq_len),
+        "all": range(seq_len),
+    }
+    return {
+        dest: {(link.src.name, at) for link in of_dest for at in reached[link.positions]}
+        for dest, of_dest in fed_links(model).items()
+    }
+
+
+def changed_srcs(
+    model: PatchableModel, position: int, seq_len: int
+) -> dict[DestNode, set[tuple[str, int]]]:
+    """What changes right after each destination if what it reads at a position does.
+
+    That is in its own layer, or, in the unfactorized graph, in the next one: further on,
+    what changes has read what changed before.
+    """
+    inputs = model.adapter.probe_input(model.wrapped_model)
+    # Many rows with changes of their own: a latent is not active on each.
+    inputs = inputs.repeat(6, 2, *[1] * (inputs.ndim - 2))[:, :seq_len]
+    before = all_written(model, inputs, lambda hook: None)
+    change = t.zeros_like(next(iter(before.values())))
+    generator = t.Generator().manual_seed(0)
+    change[:, position] = 5 * t.randn(change[:, position].shape, generator=generator)
+    changed: dict[DestNode, set[tuple[str, int]]] = {}
+    for dest in model.dests:
+
+        def read_more(hook: AddHook, dest: DestNode = dest) -> None:
+            for port in ports(model):
+                if dest.module_name in port.dest_modules:
+                    add_to_row(hook, port, row_of(model, port, dest), change)
+
+        after = all_written(model, inputs, read_more)
+        differences = {
+            src: (after[src] - before[src]).abs().amax((0, -1))
+            for src in model.srcs
+            if src.layer == dest.layer + (not model.is_factorized)
+        }
+        changed[dest] = {
+            (src.name, at)
+            for src, sizes in differences.items()
+            for at in range(seq_len)
+            if sizes[at] > 1e-6
+        }
+    return changed
+
+
+def all_written(
+    model: PatchableModel, inputs: Tensor, change: Callable[[AddHook], None]
+) -> dict[SrcNode, Tensor]:
+    """What every source writes, where `change` has put in hooks."""
+    outs: dict[str, Tensor] = {}
+    with hooks(model) as hook:
+        change(hook)
+        for name in {src.module_name: None for src in model.srcs}:
+            site = model.adapter.src_site(model.wrapped_model, name)
+            hook(site.module, lambda out, name=name: outs.update({name: out.clone()}))
+        model.wrapped_model(inputs)
+    return {src: part_of(model, src, outs[src.module_name]) for src in model.srcs}
 
 
 def row_of(model: PatchableModel, port: Port, dest: DestNode) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -9,6 +11,9 @@ import torch as t
 from torch import Tensor
 
 from auto_circuit.errors import GraphError
+from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import (
+    sae_model,
+)
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
@@ -23,7 +28,7 @@ from auto_circuit.types import AblationType
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import micro_loader, micro_model
-from tests.models import ARCHITECTURES, gemma2, state_snapshot
+from tests.models import ARCHITECTURES, N_HEADS, gemma2, gpt2, state_snapshot
 from tests.prune_algos.test_integrated_gradients import record
 from tests.prune_algos.test_mask_gradient import make
 from tests.test_prune import token_loader
@@ -142,6 +147,106 @@ def test_an_edge_has_the_score_of_its_weaker_node(name: str, qkv: bool) -> None:
         end = f"{component}.{head[0]}" if head else component
         expected = by_name.get(end, by_name[edge.src.name])
         assert float(edge.prune_score(falling)) == expected, edge.name
+
+
+def latents_model(seq_len: int | None = None) -> PatchableModel:
+    saes = sae_model(gpt2(), "resid_delta_mlp", load_pretrained=False, n_latents=3)
+    return patchable_model(saes, True, "last_seq", seq_len, separate_qkv=True)
+
+
+def effects_at_sites(model: PatchableModel) -> Tensor:
+    """difference * gradient at each source of the latents' graph: [prompt position source].
+
+    By plain hooks at the sites. Heads by their parts of what attention projects.
+    """
+    (batch,) = token_loader(5, 5)
+    names = list(dict.fromkeys(src.module_name for src in model.srcs))
+    sites = [model.adapter.src_site(model.wrapped_model, name).module for name in names]
+
+    def outputs(tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+        outs: list[Tensor] = []
+
+        def hook(module: Any, args: Any, out: Tensor) -> Tensor:
+            outs.append(out.clone().requires_grad_())
+            return outs[-1]
+
+        with ExitStack() as stack:
+            stack.enter_context(model.adapter.open_sites(model.wrapped_model, True))
+            for site in sites:
+                stack.callback(site.register_forward_hook(hook).remove)
+            logits = model.wrapped_model(tokens)
+        return outs, logits[:, -1, 1] - logits[:, -1, 2]
+
+    clean, diff = outputs(batch.clean)
+    corrupt, _ = outputs(batch.corrupt)
+    grads = t.autograd.grad(diff.sum(), clean)
+    effects = []
+    for name, ours, other, grad in zip(names, clean, corrupt, grads, strict=True):
+        product = ((other - ours) * grad).detach()
+        if name.endswith("latents"):
+            effects.append(product.sum(-1))
+        elif name.endswith("hook_result"):
+            effects.append(product.unflatten(-1, (N_HEADS, -1)).sum(-1))
+        else:
+            effects.append(product.sum(-1, keepdim=True))
+    return t.cat(effects, -1)
+
+
+def ends_of(dest: str) -> Callable[[str], bool]:
+    """Is a source what the destination of the latents' graph leads to?"""
+    if dest.startswith("MLP"):
+        return lambda src: src.startswith(f"{dest} ")
+    return lambda src: src == dest[: len("A0.0")]
+
+
+@pytest.mark.parametrize("seq_len", [None, 5])
+def test_importance_of_latents_and_what_it_makes_of_edges(seq_len: int | None) -> None:
+    model = latents_model(seq_len)
+    by_position = effects_at_sites(model).transpose(0, 1)
+    if seq_len is None:
+        by_position = by_position.sum(0, keepdim=True)
+    importance = by_position.abs().mean(1)
+    assert len(model.srcs) == 1 + 2 * (N_HEADS + 3 + 1) == importance.shape[-1]
+    scores = head_importance_prune_scores(
+        model, token_loader(5, 2), None, normalize=False
+    )
+    n_by_end = 0
+    for edge in model.edges:
+        at = edge.seq_idx or 0
+        start = float(importance[at, edge.src.src_idx])
+        is_end = ends_of(edge.dest.name)
+        # What attention reads as keys and values acts at later positions too.
+        stop = len(importance) if edge.dest.name[-1] in "KV" else at + 1
+        ends = [
+            float(importance[later, src.src_idx])
+            for src in model.srcs
+            for later in range(at, stop)
+            if is_end(src.name)
+        ]
+        assert bool(ends) == (edge.dest.name != "Resid End")
+        expected = min(start, max(ends, default=start))
+        n_by_end += expected < start
+        found = float(edge.prune_score(scores))
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6), repr(edge)
+    assert n_by_end > 10
+
+
+def test_the_strongest_keeps_its_sign() -> None:
+    model = latents_model(2)
+    scores = t.full((2, len(model.srcs)), 9.0)
+    of = {src.name: src.src_idx for src in model.srcs}
+    for latent, values in enumerate([(1.0, 5.0), (-3.0, 4.0), (2.0, -6.0)]):
+        scores[:, of[f"MLP 0 Latent {latent}"]] = t.tensor(values)
+    scores[:, of["MLP 0 Error"]] = 0.0
+    scores[:, of["A0.1"]] = t.tensor([2.0, -4.0])
+    edge_scores = edge_scores_of_nodes(model, scores)
+
+    def score(name: str) -> float:
+        return float(model.find_edges(name)[0].prune_score(edge_scores))
+
+    assert [score(f"Resid Start->MLP 0 @ {at}") for at in (0, 1)] == [-3.0, -6.0]
+    assert [score(f"Resid Start->A0.1.V @ {at}") for at in (0, 1)] == [-4.0, -4.0]
+    assert [score(f"Resid Start->A0.1.Q @ {at}") for at in (0, 1)] == [2.0, -4.0]
 
 
 def test_node_circuits() -> None:

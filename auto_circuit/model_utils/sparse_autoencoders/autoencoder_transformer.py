@@ -263,8 +263,8 @@ def _graph_nodes(
 
 def _parts(model: AutoencoderTransformer, node: SrcNode) -> list[SrcNode]:
     """The latents and the error of an MLP with an autoencoder; else the node itself."""
-    _, _, block = node.name.partition("MLP ")
-    if not block or int(block) not in model.saes:
+    sae = _sae_of(model, node)
+    if sae is None:
         return [node]
     latents = [
         replace(
@@ -275,7 +275,7 @@ def _parts(model: AutoencoderTransformer, node: SrcNode) -> list[SrcNode]:
             head_dim=2,
             weight=None,
         )
-        for row, latent_idx in enumerate(model.saes[int(block)].latent_idxs)
+        for row, latent_idx in enumerate(sae.latent_idxs)
     ]
     error = replace(
         node,
@@ -286,12 +286,21 @@ def _parts(model: AutoencoderTransformer, node: SrcNode) -> list[SrcNode]:
     return [*latents, error]
 
 
+def _sae_of(model: AutoencoderTransformer, node: SrcNode) -> SparseAutoencoder | None:
+    """The autoencoder of the MLP that a source of the transformer is, if it has one."""
+    if node.component is None or node.kind != "mlp" or node.component.block is None:
+        return None
+    return model.saes.get(node.component.block)
+
+
 def _src_site(model: Module, module_name: str) -> SrcSite:
     assert isinstance(model, AutoencoderTransformer)
-    for suffix in (LATENTS, ERROR):
-        if module_name.endswith(suffix):
-            sae = model.saes[int(module_name.split(".")[1])]
-            return SrcSite(sae.latent_outs if suffix == LATENTS else sae.error_outs)
+    for node in factorized_src_nodes(model.wrapped_model):
+        sae = _sae_of(model, node)
+        if sae is not None and module_name == node.module_name + LATENTS:
+            return SrcSite(sae.latent_outs)
+        if sae is not None and module_name == node.module_name + ERROR:
+            return SrcSite(sae.error_outs)
     return TRANSFORMER_BRIDGE_ADAPTER.src_site(model.wrapped_model, module_name)
 
 

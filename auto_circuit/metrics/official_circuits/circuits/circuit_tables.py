@@ -154,7 +154,7 @@ class CircuitGraph:
         is kept everywhere: a circuit of heads is tested by ablating the other heads.
         """
         kept: dict[str, Places] = {
-            src.name: None for src in self.srcs.values() if src.head_idx is None
+            src.name: None for src in self.srcs.values() if src.kind != "attention"
         }
         kept.update(heads)
         edges: set[Edge] = set()
@@ -229,8 +229,8 @@ def _named(nodes: Mapping[str, AnyNode], name: str) -> AnyNode:
 
 
 def _check_shape(model: PatchableModel, shape: ModelShape) -> None:
-    heads = {src.name for src in model.srcs if src.head_idx is not None}
-    found_mlps = {src.name for src in model.srcs if src.name.startswith("MLP ")}
+    heads = {src.name for src in model.srcs if src.kind == "attention"}
+    found_mlps = {src.name for src in model.srcs if src.kind == "mlp"}
     if heads != shape.heads or found_mlps != shape.mlps:
         raise ConfigError(
             f"This circuit was found in {shape.name}, with {shape.n_layers} layers of "

@@ -178,5 +178,6 @@ def _head_names(group: str) -> list[str]:
 
 
 def _has_only_mlp_0(edge: Edge) -> bool:
-    names = (edge.src.name, edge.dest.name)
-    return "MLP 0" in names or not any(name.startswith("MLP") for name in names)
+    components = [edge.src.component, edge.dest.component]
+    blocks = [part.block for part in components if part and part.kind == "mlp"]
+    return not blocks or 0 in blocks
