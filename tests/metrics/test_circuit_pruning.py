@@ -203,16 +203,19 @@ CASES = [(name, make, True, None) for name, make in ARCHITECTURES.items()] + [
     ("gpt2", gpt2, True, SEQ),
     ("llama", llama, True, SEQ),
     ("gpt2", gpt2, False, SEQ),
-    ("latents", latents(), True, None),
     ("latents", latents(sae_input="mlp_post_act"), True, SEQ),
     ("latents of one block", latents(blocks=(1,)), True, None),
     ("parallel latents", latents(pythia), True, None),
 ]
+SLOW = ("latents of one block", "parallel latents")
 
 
 @pytest.mark.parametrize(
     ("make", "factorized", "seq_len"),
-    [case[1:] for case in CASES],
+    [
+        pytest.param(*case, marks=pytest.mark.slow if name in SLOW else ())
+        for name, *case in CASES
+    ],
     ids=[f"{name}-{'nodes' * (not f)}-{seq}" for name, _, f, seq in CASES],
 )
 def test_dead_ends_have_no_effect(
@@ -320,7 +323,11 @@ SMALL_GRAPHS = [
         id="parallel-latents",
         marks=pytest.mark.slow,
     ),
-    pytest.param(lambda: bridge(latents(llama), ungroup=True), id="ungrouped-latents"),
+    pytest.param(
+        lambda: bridge(latents(llama), ungroup=True),
+        id="ungrouped-latents",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

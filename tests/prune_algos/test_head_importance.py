@@ -199,7 +199,7 @@ def ends_of(dest: str) -> Callable[[str], bool]:
     return lambda src: src == dest[: len("A0.0")]
 
 
-@pytest.mark.parametrize("seq_len", [None, 5])
+@pytest.mark.parametrize("seq_len", [pytest.param(None, marks=pytest.mark.slow), 5])
 def test_importance_of_latents_and_what_it_makes_of_edges(seq_len: int | None) -> None:
     model = latents_model(seq_len)
     by_position = effects_at_sites(model).transpose(0, 1)

@@ -63,7 +63,7 @@ MODELS = {
     "latents": with_autoencoders(gpt2, "mlp_post_act"),
     "parallel latents": with_autoencoders(pythia, "resid_delta_mlp"),
 }
-FAST = ("llama", "olmoe")
+FAST = ("olmoe",)
 
 
 @pytest.mark.parametrize(
