@@ -311,7 +311,15 @@ def _ports(
     bridge_adapter: ModelAdapter = TRANSFORMER_BRIDGE_ADAPTER,
 ) -> tuple[Port, ...]:
     assert isinstance(model, AutoencoderTransformer)
-    return bridge_adapter.ports(model.wrapped_model, module_names, separate_qkv)
+    ports = bridge_adapter.ports(model.wrapped_model, module_names, separate_qkv)
+    if model.sae_input != "mlp_post_act":
+        return ports
+    # An MLP whose neurons are encoded must run: what it gave before does not say what they
+    # were.
+    return tuple(
+        replace(port, component=None) if port.layer in model.saes else port
+        for port in ports
+    )
 
 
 @contextmanager
