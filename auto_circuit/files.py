@@ -115,6 +115,8 @@ def folder_written_whole(path: Path | str) -> Iterator[Path]:
             _sync(written)
         _put_in_place(partial, final)
         _sync(final.parent)
+    except FileError:
+        raise
     except OSError as error:
         raise FileError(f"Cannot write {path}: {error.strerror or error}.") from error
     finally:
@@ -137,12 +139,22 @@ def _put_in_place(new: Path, final: Path) -> None:
             final.rename(old)
         try:
             new.rename(final)
-        except BaseException:
+        except BaseException as error:
             if old.exists() and not final.exists():
-                old.rename(final)
+                _put_back(old, final, error)
             raise
     # Only now: if the old one could not be put back, it must not go.
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, final: Path, cause: BaseException) -> None:
+    try:
+        old.rename(final)
+    except OSError:
+        raise FileError(
+            f"Cannot write {final}: {cause}. What was there before could not be put back; "
+            f"it is {old}, undamaged: rename it yourself."
+        ) from cause
 
 
 @contextmanager
@@ -159,8 +171,11 @@ def _locked(folder: Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)  # which gives the lock back
+        if fcntl and descriptor is not None:
+            # To close is not enough: a process that was forked meanwhile has it open too.
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
 
 
 def _hidden_beside(path: Path) -> Path:

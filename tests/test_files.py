@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import time
 from pathlib import Path
 from threading import Thread
 
@@ -11,6 +13,7 @@ import pytest
 
 from auto_circuit.errors import ConfigError, FileError
 from auto_circuit.files import (
+    _locked,
     checked_file_name,
     checksum,
     folder_written_whole,
@@ -124,6 +127,52 @@ def test_the_folder_before_stays_if_it_cannot_be_replaced(
     assert refused
     assert (tmp_path / "results/inner/file.txt").read_text() == "good"
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_the_folder_before_is_kept_if_it_cannot_be_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system moves it away, and then refuses to move anything to its place."""
+    write_folder(tmp_path / "results", "good")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if target.name == "results":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(FileError, match="could not be put back") as raised:
+        write_folder(tmp_path / "results", "new")
+    monkeypatch.undo()
+    (kept,) = tmp_path.iterdir()
+    assert str(kept) in str(raised.value)
+    assert (kept / "inner/file.txt").read_text() == "good"
+    kept.rename(tmp_path / "results")
+    write_folder(tmp_path / "results", "new")  # the lock was given back
+    assert (tmp_path / "results/inner/file.txt").read_text() == "new"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_process_that_is_forked_meanwhile_does_not_keep_the_lock(
+    tmp_path: Path,
+) -> None:
+    with _locked(tmp_path):
+        child = os.fork()
+        if child == 0:  # holds whatever was open
+            time.sleep(60)
+            os._exit(0)
+    try:
+        writer = Thread(
+            target=write_folder, args=(tmp_path / "results", "new"), daemon=True
+        )
+        writer.start()
+        writer.join(5)
+        assert not writer.is_alive()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_two_writers_of_one_folder(tmp_path: Path) -> None:
