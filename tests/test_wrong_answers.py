@@ -132,6 +132,17 @@ def test_objectives_that_compare(objective: str, model: PatchableModel) -> None:
             faithfulness_loss(objective, outputs, batch, outputs)  # type: ignore[arg-type]
 
 
+def test_a_percentage_of_nothing_is_no_objective() -> None:
+    """The model prefers neither word on one prompt: rounding would be trained for."""
+    batch = next(iter(loader(n_without=0)))
+    outputs = t.randn(2, 40, generator=t.Generator().manual_seed(0))
+    clean = outputs.clone()
+    assert faithfulness_loss("logit_diff_percent", outputs, batch, clean) == 0
+    clean[0, 7] = clean[0, batch.answers[0]] * (1 + 1e-7)
+    with pytest.raises(DataError, match="For 1 of 2 prompts the full model's own"):
+        faithfulness_loss("logit_diff_percent", outputs, batch, clean)
+
+
 def test_objectives_that_do_not() -> None:
     from typing import get_args
 

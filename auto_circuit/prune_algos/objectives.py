@@ -6,13 +6,16 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch as t
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch, check_wrong_answers
+from auto_circuit.errors import DataError
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
+    answer_diff_rounding_errors,
     answer_margins,
     answer_targets,
     at_least_float32,
@@ -130,6 +133,9 @@ def faithfulness_loss(
     logit_diff_percent: |100 - the circuit's answer difference in % of the model's|.
     logit_diff: minus the answer difference, logits: more than the model's is welcome.
 
+    Raises DataError for answers that do not fit, and for logit_diff_percent if the model's
+    own difference on a prompt is 0 within rounding.
+
     Differs from auto-circuit, whose correct_percent had no gradient and the wrong sign,
     and which had no logit_diff.
     """
@@ -146,9 +152,21 @@ def faithfulness_loss(
         return -batch_avg_answer_diff(outputs, batch)
     if target == "correct_percent":
         return -t.sigmoid(answer_margins(outputs, batch)).mean()
-    percents = (
-        100
-        * batch_answer_diffs(outputs, batch)
-        / batch_answer_diffs(clean_outputs, batch)
-    )
-    return (100 - percents).abs().mean()
+    diffs = batch_answer_diffs(outputs, batch)
+    return (100 - 100 * diffs / _full_answer_diffs(clean_outputs, batch)).abs().mean()
+
+
+def _full_answer_diffs(
+    clean_outputs: Tensor, batch: PromptPairBatch
+) -> Float[Tensor, "batch"]:
+    """What percentages are of. Raises DataError if one is 0 within rounding."""
+    diffs = batch_answer_diffs(clean_outputs, batch)
+    is_zero = diffs.abs() <= answer_diff_rounding_errors(clean_outputs, batch)
+    if is_zero.any():
+        raise DataError(
+            f"For {int(is_zero.sum())} of {len(diffs)} prompts the full model's own "
+            "difference between correct and wrong answers is 0 within rounding, so a "
+            "percentage of it is undefined. Train for 'logit_diff' or 'kl_div', or leave "
+            "such prompts out."
+        )
+    return diffs
