@@ -12,6 +12,7 @@ from torch import Tensor
 from auto_circuit.errors import ConfigError
 from auto_circuit.utils.module_use import being_read
 from auto_circuit.utils.torch_state import in_own_state
+from auto_circuit.utils.user_hooks import UserHooks
 from auto_circuit.weights import WeightFingerprint
 
 ROUNDING = 64
@@ -68,8 +69,20 @@ def begin_with(
 
 @in_own_state(grad=False)
 def make_prefix_cache(model: Any, tokens: Int[Tensor, "prefix"]) -> PrefixCache:
-    """A model's keys and values for a prefix. Raises ConfigError if it gives none."""
+    """A model's keys and values for a prefix.
+
+    Raises ConfigError if it gives none, and if hooks are on the model, which would become a
+    part of them for as long as they are remembered.
+    """
     from transformers import DynamicCache
+
+    if UserHooks(model).ids():
+        raise ConfigError(
+            "There are hooks on the model, and the keys and values of the prefix "
+            f"({len(tokens)} tokens) would be those of the model with them. Remove them "
+            "(`reset_hooks`) until the prefix is computed, or set `tail_divergence=False`: "
+            "whole prompts then pass the hooks."
+        )
 
     # A plain cache keeps everything: the cache that a model with sliding windows makes for
     # itself drops what is outside of the window, and with it the count of positions.

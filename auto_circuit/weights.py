@@ -1,5 +1,7 @@
 """What a model's weights are, told cheaply enough to ask before every pass.
 
+Its buffers (rotary frequencies, say) count as weights: outputs depend on them as well.
+
 Whatever is remembered between calls (a prefix's keys and values, biases that belong to no
 node) holds for the weights that it was made from. A weight that is replaced, moved or
 changed by torch is known by its address and version. `weight.data.copy_(...)` changes
@@ -9,9 +11,14 @@ evenly spread, in a larger one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch as t
 from torch import Tensor
 from torch.nn import Module
+
+from auto_circuit.utils.torch_state import all_modules
 
 N_SAMPLED = 2**15
 """How many values are looked at in a large model."""
@@ -28,10 +35,9 @@ class WeightFingerprint:
     """
 
     def __init__(self, model: Module) -> None:
-        modules = model.modules()
         # The dictionaries themselves, so that a Parameter put in another's place is seen:
         # to walk through a model's modules again takes longer than all the rest.
-        self._homes = tuple(m._parameters for m in modules if m._parameters)
+        self._homes = tuple(filter(None, _homes(model)))
         weights = self._weights()
         self._stamps = [_stamp(weight) for weight in weights]
         total = sum(weight.numel() for weight in weights)
@@ -62,8 +68,15 @@ class WeightFingerprint:
 
     def is_of(self, model: Module) -> bool:
         """Are these weights, as they were, weights of this model?"""
-        addresses = {weight.data_ptr() for weight in model.parameters()}
+        weights = [w for home in _homes(model) for w in home.values() if w is not None]
+        addresses = {weight.data_ptr() for weight in weights}
         return self.holds() and all(address in addresses for address, _ in self._stamps)
+
+
+def _homes(model: Module) -> Iterator[dict[str, Any]]:
+    """The dictionaries that hold the weights of all modules."""
+    for module in all_modules(model):
+        yield from (module._parameters, module._buffers)
 
 
 def _stamp(weight: Tensor) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model, set_all_masks
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.weights import WeightFingerprint
-from tests.models import SIZES, VOCAB, gpt2, randomize, tokens
+from tests.models import SIZES, VOCAB, gpt2, llama, randomize, tokens
 from tests.texts import name_prompts, text_model, word_tokenizer, write_prompts
 
 EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
@@ -139,6 +139,30 @@ def test_a_fingerprint_of_a_large_model_looks_at_every_matrix() -> None:
             assert not fingerprint.holds()
             part -= 1
             fingerprint = WeightFingerprint(model)
+
+
+def test_a_buffer_is_a_weight() -> None:
+    """Rotary frequencies, which decide what keys are, are no parameters."""
+    model: Any = llama()
+    fingerprint = WeightFingerprint(model)
+    frequencies = model.original_model.model.rotary_emb.inv_freq
+    frequencies.mul_(2)
+    assert not fingerprint.holds()
+    frequencies.div_(2)
+    fingerprint = WeightFingerprint(model)
+    assert fingerprint.holds() and fingerprint.is_of(model)
+    frequencies.data.mul_(2)
+    assert not fingerprint.holds() and not fingerprint.is_of(model)
+
+
+def test_a_prefix_is_not_computed_under_hooks() -> None:
+    model: Any = gpt2()
+    prefix = t.arange(3)
+    model.add_hook("blocks.0.hook_mlp_out", lambda x, hook: 2 * x)
+    with pytest.raises(ConfigError, match="hooks on the model.*`reset_hooks`"):
+        make_prefix_cache(model, prefix)
+    model.reset_hooks()
+    assert make_prefix_cache(model, prefix).seq_len == 3
 
 
 def test_a_single_weight_of_a_small_model_is_noticed() -> None:

@@ -463,13 +463,10 @@ def _without_zero_bias(unembed: Any) -> Iterator[None]:
 
     To add it takes as long as half of the unembedding itself (at 50,000 words).
     """
-    buffers = unembed.original_component._buffers
-    bias = buffers.get("bias")
+    linear: Any = unembed.original_component
+    bias = linear._buffers.get("bias")
     if bias is None or bias.any():
         yield
         return
-    buffers["bias"] = None
-    try:
+    with replaced_forward(linear, lambda x: t.nn.functional.linear(x, linear.weight)):
         yield
-    finally:
-        buffers["bias"] = bias
