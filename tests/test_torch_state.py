@@ -61,6 +61,20 @@ def model() -> PatchableModel:
     return make_model()
 
 
+@pytest.mark.parametrize("who", ["graph", "bridge", "original"])
+def test_train_inside_of_patch_mode(model: PatchableModel, who: str) -> None:
+    """Somebody calls `train()` there, and does not take it back."""
+    bridge: Any = model.wrapped_model
+    called = {"graph": model, "bridge": bridge, "original": bridge.original_model}[who]
+    patch = src_ablations(model, CORRUPT)
+    before = state_snapshot(model)
+    with t.no_grad(), patch_mode(model, patch, ["A0.0->MLP 0"]):
+        expected = model(CLEAN)
+        called.train()
+        assert t.equal(model(CLEAN), expected)
+    assert state_snapshot(model) == before
+
+
 # -------------------------------------------------------------------------- the states
 
 

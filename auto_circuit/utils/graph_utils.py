@@ -451,8 +451,9 @@ def patch_mode(
     what single heads read (`ln1.hook_normalized`, `attn.hook_in` and the like), which only the
     heads without patched edges would see, and for backward hooks there.
 
-    On exit, hooks, switches and masks are what they were. Raises GraphError for an
-    unknown edge, for activations of the wrong shape, and for nested use.
+    The wrapped model cannot be called by itself inside. On exit, hooks, switches, train flags
+    and masks are what they were. Raises GraphError for an unknown edge, for activations of
+    the wrong shape, and for nested use.
 
     Differs from auto-circuit: the masks do not stay set after the context.
     """
@@ -482,6 +483,8 @@ def patch_mode(
     with ExitStack() as stack:
         stack.enter_context(in_use(model.wrapped_model, model, patches=True))
         stack.enter_context(eval_mode(model.wrapped_model))
+        for module in (model, *model.wrappers):
+            stack.callback(setattr, module, "training", module.training)
         stack.enter_context(
             model.adapter.open_sites(model.wrapped_model, model.separate_qkv)
         )

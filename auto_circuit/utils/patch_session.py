@@ -97,6 +97,7 @@ class PatchSession:
         self.differences = differences
         self.keeps_layers = keeps_layers
         self.run: ForwardPass | None = None
+        self.is_called = False
         self._first_layer = 0
         self._overwritten_from = len(plan.layers)
         self._layer_outs: dict[int, Any] = {}
@@ -184,6 +185,15 @@ class PatchSession:
     def _keep(self, idx: int, output: Any) -> None:
         if self._first_layer == 0:
             self._layer_outs[idx] = _copied(output)
+
+    @contextmanager
+    def called(self) -> Iterator[None]:
+        """Inside, the PatchableModel is called, and not the model that it wraps."""
+        before, self.is_called = self.is_called, True
+        try:
+            yield
+        finally:
+            self.is_called = before
 
     @contextmanager
     def starting_at(self, layer: int) -> Iterator[None]:
@@ -302,6 +312,12 @@ class PatchSession:
                 "this forward pass needs [sources, batch, positions, d_model] = "
                 f"{(self.plan.n_srcs, batch, seq, d_model)}. Compute them with "
                 "`src_ablations` on inputs of the same size (and the same KV cache)."
+            )
+        if not self.is_called:
+            raise GraphError(
+                "The wrapped model was called by itself while its PatchableModel is in "
+                "`patch_mode`, whose patches act in every pass of the model. Call the "
+                "PatchableModel, or leave `patch_mode` for a pass without patches."
             )
         self._check_curr_src_outs()
         if self.overwrite_patch and self.run is not None:

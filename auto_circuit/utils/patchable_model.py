@@ -35,6 +35,7 @@ from auto_circuit.utils.patch_session import PatchSession
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
 from auto_circuit.utils.tensor_ops import score_in_dtype, score_tensors
 from auto_circuit.utils.torch_state import (
+    eval_mode,
     own_computation,
     own_defaults,
     own_state,
@@ -387,6 +388,11 @@ class PatchableModel(Module):
             if self.patch_session is not None:
                 stack.enter_context(own_computation())
                 stack.enter_context(own_defaults())
+                stack.enter_context(self.patch_session.called())
+                inner = self.wrapped_model.__dict__.get("original_model")
+                if self.wrapped_model.training or getattr(inner, "training", False):
+                    # Since `patch_mode` was entered.
+                    stack.enter_context(eval_mode(self.wrapped_model))
             yield
 
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:

@@ -58,15 +58,18 @@ def own_defaults() -> Iterator[None]:
 def eval_mode(model: Module) -> Iterator[None]:
     """Inside, all modules are in eval mode; on exit, each is in the mode that it was in."""
     # There are thousands: only those are touched that are not as they should be.
-    in_training = [module for module in all_modules(model) if module.training]
+    modules = list(all_modules(model))
+    in_training = {module for module in modules if module.training}
     # Not by setattr: TransformerLens's modules hand attributes on to those that they wrap.
     try:
         for module in in_training:
             module.__dict__["training"] = False
         yield
     finally:
-        for module in in_training:
-            module.__dict__["training"] = True
+        # Of all: somebody may have called `model.train()` inside.
+        for module in modules:
+            if module.training != (module in in_training):
+                module.__dict__["training"] = module in in_training
 
 
 @contextmanager

@@ -173,3 +173,14 @@ def test_compiled_models_give_the_same_numbers(one: PatchableModel) -> None:
 def test_pickles(one: PatchableModel, write: Any) -> None:
     with pytest.raises(ModelError, match="state_dict.*save_circuit.*deepcopy"):
         write(one)
+
+
+def test_the_wrapped_model_is_not_patched_behind_ones_back(one: PatchableModel) -> None:
+    patch = src_ablations(one, CORRUPT)
+    with t.no_grad(), patch_mode(one, patch, EDGE):
+        for run in (one.wrapped_model, one.wrapped_model.run_with_cache):  # type: ignore[union-attr]
+            with pytest.raises(GraphError, match="wrapped model was called by itself"):
+                run(CLEAN)  # type: ignore[operator]
+        with_patch = one(CLEAN)
+        t.testing.assert_close(one.run_with_cache(CLEAN)[0], with_patch)
+    assert (one.wrapped_model(CLEAN) - with_patch).abs().max() > 1e-5  # type: ignore[operator]
