@@ -12,7 +12,8 @@ import json
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, SupportsIndex
 from warnings import warn
@@ -20,10 +21,18 @@ from warnings import warn
 import torch as t
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from auto_circuit.checks import check_count, check_device, checked
+from auto_circuit.checks import (
+    check_count,
+    check_device,
+    checked,
+    is_whole_number,
+    seeded_generator,
+    shown,
+)
 from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.padding import remember_mask
 from auto_circuit.prefix_cache import (
     PrefixCache,
     begin_with,
@@ -89,8 +98,10 @@ class PromptPairBatch:
     key: the same for the same batch in every process, and different for every batch.
     batch_diverge_idx: the first position at which a clean prompt differs from its
         corrupt one (0 if one of them is the same).
-    clean, corrupt: [batch seq ...]. answers, wrong_answers: [batch n ...], or a list of
-        [n ...] if the numbers differ. Attention masks: [batch seq], or None.
+    clean, corrupt: [batch seq ...]; `model(batch.clean)` of a PatchableModel finds the
+        attention mask of these very tensors by itself.
+    answers, wrong_answers: [batch n ...], or a list of [n ...] if the numbers differ.
+    Attention masks: [batch seq], or None.
 
     Raises DataError for tensors that do not fit together.
     """
@@ -112,6 +123,12 @@ class PromptPairBatch:
                 for name in ("answers", "wrong_answers")
             )
         )
+        remember_mask(self.clean, self.clean_attention_mask)
+        remember_mask(self.corrupt, self.corrupt_attention_mask)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made anew when it is copied, or comes from a loader's worker."""
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))
 
     @checked
     def model_input(self, side: Side) -> tuple[Tensor, dict[str, Tensor]]:
@@ -346,55 +363,64 @@ def _batch_key(first_idx: int, *parts: Answers) -> BatchKey:
 
 
 class PromptDataLoader(DataLoader[PromptPairBatch]):
-    """Batches of prompt pairs, always in the same order; none is dropped.
+    """Batches of prompt pairs: the same ones, in the same order, whenever it is read.
 
     seq_len: the number of tokens of each prompt, if all have the same and positions are
         told apart. diverge_idx: how many tokens were cut off into `kv_cache`.
     seq_labels: a name for each position. word_idxs: the positions of named words, counted
         from the start of the uncut prompt.
+    missing: why there are fewer prompts than were asked for; who reads them is told.
+    shuffle, seed: put the prompts in another order, once, which depends on `seed` (or on
+        `generator`, if that is given) and nothing else. Batch keys stay true.
+    sampler: the places of the prompts in the data set, in the order in which they come; a
+        torch Sampler is asked once.
+    kwargs: torch's DataLoader options: batch_size, drop_last, num_workers, generator ...
 
-    Differs from auto-circuit: the last batch may be smaller, where it was dropped.
-    Raises ConfigError for options that shuffle or drop, and that torch's loader refuses;
-    DataError for prompts of different lengths in one batch, or that are not `seq_len` long.
+    Differs from auto-circuit: the last batch may be smaller (`drop_last=True` drops it, as
+    there), and `shuffle` draws one order, not a new one whenever the loader is read:
+    outputs could not be told by their batches' keys then.
+    Raises ConfigError for options that torch's loader refuses and that would change what a
+    batch is (`collate_fn`, `batch_sampler`); DataError for prompts of different lengths in
+    one batch, or that are not `seq_len` long, and, when it is read, if prompts are missing.
     """
 
     def __init__(
         self,
-        prompt_dataset: PromptDataset,
+        prompt_dataset: PromptDataset | Subset[PromptPair],
         seq_len: int | None,
         diverge_idx: int,
         kv_cache: PrefixCache | None = None,
         seq_labels: list[str] | None = None,
         word_idxs: Mapping[str, int] | None = None,
+        *,
+        missing: str | None = None,
+        shuffle: bool | None = None,
+        seed: int = 0,
+        sampler: Iterable[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(prompt_dataset, PromptDataset):
-            raise ConfigError(
-                f"A PromptDataLoader loads a PromptDataset; got {prompt_dataset!r:.100}."
-            )
-        for option in ("shuffle", "drop_last"):
-            value = kwargs.pop(option, None)
-            if not (value is None or value is False):
-                raise ConfigError(
-                    f"A PromptDataLoader does not take `{option}`: prompts keep their "
-                    "order and none is dropped. Shuffle when you load them."
-                )
+        prompt_dataset, places = _unwrapped(prompt_dataset)
         diverge_idx = check_count("diverge_idx", diverge_idx, at_least=0)
         if kv_cache is not None and kv_cache.seq_len != diverge_idx:
             raise ConfigError(
                 f"`kv_cache` holds {kv_cache.seq_len} tokens but `diverge_idx` is "
                 f"{diverge_idx}; they must be equal."
             )
-        if kwargs.get("batch_size") is not None:
-            kwargs["batch_size"] = check_count(
-                "batch_size", kwargs["batch_size"], at_most=MAX_BATCH_SIZE
-            )
+        _check_options(kwargs)
         # An iteration draws a seed for its workers: not from the global generator.
-        kwargs.setdefault("generator", t.Generator())
+        generator = kwargs.pop("generator", None)
+        if _checked_flag("shuffle", shuffle):
+            if sampler is not None:
+                raise ConfigError("Give `shuffle` or a `sampler`, not both.")
+            sampler = _shuffled(len(places), seed, generator)
+        order = range(len(places)) if sampler is None else _order(sampler, len(places))
         try:
             super().__init__(
                 prompt_dataset,  # type: ignore[arg-type]
-                **{"collate_fn": collate_fn, **kwargs},
+                sampler=[places[i] for i in order],
+                collate_fn=collate_fn,
+                generator=t.Generator() if generator is None else generator,
+                **kwargs,
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"The loader's options do not fit: {error}.") from error
@@ -406,20 +432,27 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
         self.kv_cache = kv_cache
         self.seq_labels = seq_labels
         self.word_idxs = dict(word_idxs or {})
+        self.missing = missing
         self._check_lengths(prompt_dataset.clean_prompts)
 
     def _check_lengths(self, prompts: Sequence[Tensor] | Tensor) -> None:
-        lengths = {len(prompt) for prompt in prompts}
+        lengths = {len(prompts[place]) for place in self.places}
         if self.seq_len is not None and lengths - {self.seq_len}:
             raise DataError(
                 f"`seq_len` is {self.seq_len}, but prompts have {sorted(lengths)[:8]} "
                 "tokens; expected that number in all of them."
             )
-        if isinstance(self.sampler, SequentialSampler) and self.batch_sampler is not None:
-            for idxs in self.batch_sampler:
-                _check_same_shapes(prompts[idx] for idx in idxs)
+        assert self.batch_sampler is not None
+        for idxs in self.batch_sampler:
+            _check_same_shapes(prompts[idx] for idx in idxs)
+
+    def check_complete(self) -> None:
+        """Raise DataError if there are fewer prompts than were asked for."""
+        if self.missing is not None:
+            raise DataError(self.missing)
 
     def __iter__(self) -> Any:
+        self.check_complete()
         # The seed for its workers is drawn on the generator's device, not on the default.
         with t.device("cpu"):
             return super().__iter__()
@@ -430,9 +463,77 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
         return self.dataset  # type: ignore[return-value]
 
     @property
+    def places(self) -> list[int]:
+        """Where the prompts of all batches are in the data set, in their order."""
+        assert self.batch_sampler is not None
+        return [place for batch in self.batch_sampler for place in batch]
+
+    @property
     def n_prompts(self) -> int:
         """The number of prompts in all batches."""
-        return len(self.prompt_dataset)
+        return len(self.places)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raise ConfigError for options of torch's loader that a PromptDataLoader cannot have."""
+    for option, instead in (
+        ("collate_fn", "its batches are made by `auto_circuit.data.collate_fn`"),
+        ("batch_sampler", "give `batch_size`, and a `sampler` for the order"),
+    ):
+        if options.pop(option, None) is not None:
+            raise ConfigError(
+                f"A PromptDataLoader does not take `{option}`: {instead}. Leave it out."
+            )
+    options["batch_size"] = check_count(
+        "batch_size", options.get("batch_size", 1), at_most=MAX_BATCH_SIZE
+    )
+    options["drop_last"] = _checked_flag("drop_last", options.get("drop_last"))
+
+
+def _checked_flag(name: str, value: Any) -> bool:
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise ConfigError(f"`{name}` is {shown(value)}; expected True or False.")
+
+
+def _shuffled(count: int, seed: Any, generator: Any) -> list[int]:
+    if generator is None:
+        generator = seeded_generator(seed)
+    if not isinstance(generator, t.Generator):
+        raise ConfigError(
+            f"`generator` is {shown(generator)}; expected a torch.Generator."
+        )
+    return t.randperm(count, generator=generator, device=generator.device).tolist()
+
+
+def _unwrapped(dataset: Any) -> tuple[PromptDataset, Sequence[int]]:
+    """The data set, and the places of its prompts that a Subset (of a Subset) means."""
+    if isinstance(dataset, Subset):
+        whole, places = _unwrapped(dataset.dataset)
+        return whole, [places[i] for i in _order(dataset.indices, len(places))]
+    if not isinstance(dataset, PromptDataset):
+        raise ConfigError(
+            f"A PromptDataLoader loads a PromptDataset, or a Subset of one; got "
+            f"{dataset!r:.100}."
+        )
+    return dataset, range(len(dataset))
+
+
+def _order(sampler: Any, count: int) -> list[int]:
+    """What a sampler yields, once. Raises ConfigError for what are no places in the data."""
+    try:
+        places = list(islice(sampler, len(sampler)))
+    except TypeError as error:
+        raise ConfigError(
+            f"`sampler` is {shown(sampler)}; expected places in the data set, as a list or "
+            "a torch Sampler with a length."
+        ) from error
+    for place in places:
+        if not is_whole_number(place) or not 0 <= place < count:
+            raise ConfigError(
+                f"`sampler` yields {shown(place)}; expected places from 0 to {count - 1}."
+            )
+    return [int(place) for place in places]
 
 
 NEED_NO_WRONG_ANSWERS = (
@@ -447,7 +548,8 @@ NEED_NO_WRONG_ANSWERS = (
 def check_wrong_answers(prompts: Iterable[PromptPairBatch], who: str) -> None:
     """Raise DataError if some prompt has no wrong answers, which `who` compares with."""
     if isinstance(prompts, PromptDataLoader):
-        rows = prompts.prompt_dataset.wrong_answers
+        every = prompts.prompt_dataset.wrong_answers
+        rows = [every[place] for place in prompts.places]
     else:
         rows = [row for batch in prompts for row in batch.wrong_answers]
     n_without = sum(not row.numel() for row in rows)
@@ -506,9 +608,10 @@ def load_datasets_from_json(
     Raises DataError, with file, prompt and field, for anything that is not as it must be:
     unequal lengths of clean and corrupt, an answer that is not one token of the
     vocabulary, token ids that the model does not have, more tokens than its context, too
-    few prompts, pairs that are all degenerate (clean equals corrupt, or the answers the
-    wrong ones); a DegeneratePromptsWarning if some are. ConfigError for options of other
-    types and values, and for those that do not go together.
+    few prompts (for the test loader, when it is read), pairs that are all degenerate
+    (clean equals corrupt, or the answers the wrong ones); a DegeneratePromptsWarning if
+    some are. ConfigError for options of other types and values, and for those that do not
+    go together.
 
     Differs from auto-circuit: attention masks are kept; the prefix is common to all
     prompts (not only to the two of a pair) and its cache fits every batch size; without a
@@ -529,6 +632,7 @@ def load_datasets_from_json(
             "`tail_divergence` must be False."
         )
     file = read_prompt_files(path)
+    missing = _missing(file.prompts, sizes)
     prompts = _picked(file.prompts, sizes, random_seed if shuffle else None)
     with t.device("cpu"):  # whatever the caller's default is
         if model is None:
@@ -557,8 +661,9 @@ def load_datasets_from_json(
             seq_labels=file.seq_labels and file.seq_labels[diverge_idx:],
             word_idxs=file.word_idxs,
             batch_size=size,
+            missing=lacks,
         )
-        for split, size in zip(splits, batch_sizes, strict=True)
+        for split, size, lacks in zip(splits, batch_sizes, (None, missing), strict=True)
     )
     return train_loader, test_loader
 
@@ -607,21 +712,29 @@ def _checked_sizes(train_test_size: Any) -> tuple[int, int]:
     )
 
 
+def _missing(prompts: list[Prompt], sizes: tuple[int, int]) -> str | None:
+    """What to say if there are too few prompts. Raises it if the train split lacks some."""
+    n_prompts = sum(sizes)
+    if n_prompts <= len(prompts):
+        return None
+    text = (
+        f"{prompts[0].where.rpartition(', ')[0]} has {len(prompts)} prompts, but "
+        f"train_test_size={sizes} needs {n_prompts}. Ask for fewer, or write more with the "
+        "file's generator (`--n-prompts`)."
+    )
+    if not 0 < sizes[0] <= len(prompts):
+        raise DataError(text)
+    return text
+
+
 def _picked(
     prompts: list[Prompt], sizes: tuple[int, int], seed: int | None
 ) -> list[Prompt]:
     """As many as are needed, from the start, after shuffling if there is a seed."""
-    n_prompts = sum(sizes)
-    if n_prompts > len(prompts):
-        raise DataError(
-            f"{prompts[0].where.rpartition(', ')[0]} has {len(prompts)} prompts, but "
-            f"train_test_size={sizes} needs {n_prompts}. Ask for fewer, or write more with the "
-            "file's generator (`--n-prompts`)."
-        )
     picked = list(prompts)
     if seed is not None:
         random.Random(seed).shuffle(picked)
-    return picked[:n_prompts]
+    return picked[: sum(sizes)]
 
 
 def _dataset(encoded: EncodedPrompts, split: slice, start: int) -> PromptDataset:

@@ -30,6 +30,10 @@ class ConfigError(AutoCircuitError, ValueError):
     """An argument or a configuration field has a value that makes no sense."""
 
 
+class GoneError(AutoCircuitError, AttributeError):
+    """An attribute of auto-circuit's that nothing here has; the text says what to use."""
+
+
 class FileError(AutoCircuitError, OSError):
     """A file or folder cannot be read or written."""
 

@@ -22,6 +22,7 @@ from auto_circuit.metrics.official_circuits.circuits.ioi_official import (
 )
 from auto_circuit.metrics.prune_metrics.answer_diff_percent import answer_diff_percent
 from auto_circuit.model_utils.load_model import load_transformer
+from auto_circuit.model_utils.transformer_lens_sites import switch_on_heads
 from auto_circuit.prompt_files import read_prompt_file
 from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.objectives import FaithfulnessTarget
@@ -48,8 +49,16 @@ def load_tl_model(name: str | Path, device: t.device | str = "cpu") -> Transform
         folder in Hugging Face format.
     Float32, eval mode, weights processed (layer norm folded, writing weights and
     unembedding centred) and without gradients. Raises ModelError if it cannot be had.
+
+    TransformerLens's hooks of single heads (`hook_result`, `hook_q_input` ...) and of MLPs'
+    inputs are on, as in auto-circuit; they make passes outside of `patch_mode` slower, by
+    about 40 % for GPT-2. `model.set_use_attn_result(False)` and the like switch them off, which
+    changes no number here. Differs from auto-circuit: `hook_attn_in` is off, which
+    TransformerLens 4 does not have beside `hook_q_input`.
     """
-    return load_transformer(name, device)
+    model = load_transformer(name, device)
+    switch_on_heads(model)
+    return model
 
 
 class IOI_CIRCUIT_TYPE(Enum):

@@ -378,6 +378,7 @@ def _run_task(
     metrics: Sequence[PruneMetric],
     config: ExperimentConfig,
 ) -> TaskRun:
+    task.test_loader.check_complete()
     for metric in metrics:
         metric.check_prompts(task.test_loader)
     scores, seconds = _timed_scores(task, algos)

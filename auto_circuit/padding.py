@@ -10,10 +10,28 @@ from torch import Tensor
 
 from auto_circuit.errors import DataError, GraphError
 
+KNOWN_MASK = "_auto_circuit_attention_mask"
+"""The attribute by which the tokens of a batch know their attention mask."""
+
 PASS_THE_MASK = (
     "Pass the mask: `tokens, kwargs = batch.model_input('clean'); model(tokens, "
     "**kwargs)`, or `model(tokens, attention_mask=...)`."
 )
+
+
+def remember_mask(tokens: Tensor, mask: Tensor | None) -> None:
+    """Let `model(tokens)` find the attention mask of these very tokens."""
+    if mask is not None:
+        setattr(tokens, KNOWN_MASK, mask)
+
+
+def known_mask(tokens: Tensor) -> Tensor | None:
+    """The attention mask that was remembered for these very tokens.
+
+    Tokens that are made of them (a copy, some of the rows) have none.
+    """
+    mask = getattr(tokens, KNOWN_MASK, None)
+    return mask if mask is not None and mask.shape == tokens.shape else None
 
 
 def padding_mask(

@@ -9,7 +9,9 @@ import torch as t
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from auto_circuit.checks import shown
 from auto_circuit.errors import ConfigError
+from auto_circuit.padding import known_mask
 from auto_circuit.utils.module_use import being_read
 from auto_circuit.utils.torch_state import in_own_state
 from auto_circuit.utils.user_hooks import UserHooks
@@ -37,6 +39,10 @@ class PrefixCache:
         """The number of tokens in the prefix."""
         return len(self.tokens)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> PrefixCache:
+        """Itself: it never changes, and `weights` must stay those of the model itself."""
+        return self
+
     def past_key_values(self, batch_size: int) -> Any:
         """A new Hugging Face cache that holds the prefix for a batch of any size.
 
@@ -49,6 +55,62 @@ class PrefixCache:
             shape = (batch_size, -1, -1, -1)
             cache.update(key.expand(shape), value.expand(shape), layer)
         return cache
+
+
+GONE_KEYWORDS = {
+    "shortformer_pos_embed": "TransformerLens 4 has no such positions",
+    "tokens": "the loss of a pass from the middle is not computed: ask for logits",
+}
+"""Keywords of TransformerLens 2's `forward` that nothing stands for -> why."""
+
+
+def current_keywords(model: Any, given: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """TransformerLens 2's keywords of a call, as TransformerLens 4 reads them.
+
+    given: the input of the call. `past_kv_cache`, a loader's `kv_cache` or a Hugging Face
+    cache, becomes `past_key_values`. Raises ConfigError for keywords and caches that
+    TransformerLens 4 would swallow without a word.
+    """
+    kwargs = dict(kwargs)
+    for name, reason in GONE_KEYWORDS.items():
+        if kwargs.pop(name, None) is not None:
+            raise ConfigError(f"`{name}` is not supported: {reason}. Leave it out.")
+    cache = kwargs.pop("past_kv_cache", None)
+    if cache is None:
+        return kwargs
+    if kwargs.get("past_key_values") is not None:
+        raise ConfigError("Give `past_kv_cache` or `past_key_values`, not both.")
+    if isinstance(cache, PrefixCache):
+        return _continuing(_made_by(model, cache), given, kwargs)
+    if not hasattr(cache, "get_seq_length"):
+        raise ConfigError(
+            f"`past_kv_cache` is {shown(cache)}; expected the `kv_cache` of a dataloader, "
+            "or a Hugging Face cache (TransformerLens 4 calls it `past_key_values`). "
+            "TransformerLens's own caches are not read."
+        )
+    return {**kwargs, "past_key_values": cache}
+
+
+def _made_by(model: Any, prefix: PrefixCache) -> PrefixCache:
+    is_current = prefix.weights is not None and prefix.weights.is_of(model)
+    return prefix if is_current else make_prefix_cache(model, prefix.tokens)
+
+
+def _continuing(
+    prefix: PrefixCache, given: Any, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    n_prompts = 1
+    if isinstance(given, list) or (isinstance(given, Tensor) and given.ndim > 1):
+        n_prompts = len(given)
+    kwargs["past_key_values"] = prefix.past_key_values(n_prompts)
+    mask = kwargs.get("attention_mask")
+    if not isinstance(given, Tensor):
+        return kwargs
+    mask = known_mask(given) if mask is None else mask
+    if mask is not None and mask.shape[-1] == given.shape[-1]:
+        ones = mask.new_ones(n_prompts, prefix.seq_len)
+        kwargs["attention_mask"] = t.cat([ones, mask.view(n_prompts, -1)], dim=1)
+    return kwargs
 
 
 def begin_with(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -47,6 +47,10 @@ from auto_circuit.utils.misc import repo_path_to_abs_path
 from auto_circuit.utils.patchable_model import PatchableModel
 
 
+class FrozenTaskError(ConfigError, FrozenInstanceError):
+    """A field of a Task is set, or deleted."""
+
+
 @checked
 @dataclass(frozen=True)
 class Task:
@@ -77,8 +81,12 @@ class Task:
     prepend_bos: does every prompt begin with the tokenizer's BOS token? None: as the
         model's own `to_tokens` does (`cfg.default_prepend_bos`).
 
-    Differs from auto-circuit: frozen, no global caches (`free` drops what was loaded),
-    and a clear error for what cannot be had.
+    A subclass may define `init_task` and set there, as in auto-circuit, `self._model`,
+    `self._train_loader`, `self._test_loader` and `self._true_edges`; it runs on first use.
+
+    Differs from auto-circuit: frozen (`dataclasses.replace(task, batch_size=8)` gives
+    another one), no global caches (`free` drops what was loaded), `device` is what was asked
+    for, and a clear error for what cannot be had.
     """
 
     key: TaskKey
@@ -103,10 +111,27 @@ class Task:
     keep_positions: bool = False
     prepend_bos: bool | None = None
 
-    @cached_property
+    def init_task(self) -> None:
+        """Load the model, the prompts and the known circuit now, not on first use."""
+        _ = self._model, self._train_loader, self._test_loader, self._true_edges
+        self.__dict__["__init_complete__"] = True
+
+    def _init_once(self) -> None:
+        """Run the `init_task` of a subclass, which may set what is to be used."""
+        is_plain = type(self).init_task is Task.init_task
+        if not (is_plain or self.__dict__.get("__init_complete__")):
+            self.__dict__["__init_complete__"] = True
+            self.init_task()
+
+    @property
     def model(self) -> PatchableModel:
         """The model, with its graph."""
-        train_loader, test_loader = self._loaders
+        self._init_once()
+        return self._model
+
+    @cached_property
+    def _model(self) -> PatchableModel:
+        train_loader, test_loader = self._train_loader, self._test_loader
         return patchable_model(
             self._graph_model,
             factorized=self.factorized,
@@ -121,16 +146,27 @@ class Task:
     @property
     def train_loader(self) -> PromptDataLoader:
         """The prompts that algorithms see."""
-        return self._loaders[0]
+        self._init_once()
+        return self._train_loader
 
     @property
     def test_loader(self) -> PromptDataLoader:
         """The prompts that circuits are measured on."""
+        self._init_once()
+        return self._test_loader
+
+    @cached_property
+    def _train_loader(self) -> PromptDataLoader:
+        return self._loaders[0]
+
+    @cached_property
+    def _test_loader(self) -> PromptDataLoader:
         return self._loaders[1]
 
     @property
     def true_edges(self) -> Collection[Edge] | None:
         """The edges of the known circuit, or None."""
+        self._init_once()
         return self._true_edges
 
     @cached_property
@@ -153,8 +189,9 @@ class Task:
 
     def free(self) -> None:
         """Drop the model and the data; they load again when they are asked for."""
-        for name in ("model", "_loaders", "_bare_model", "_true_edges"):
-            self.__dict__.pop(name, None)
+        names = {field.name for field in fields(self)}
+        for name in [name for name in self.__dict__ if name not in names]:
+            del self.__dict__[name]
 
     @cached_property
     def _bare_model(self) -> Module:
@@ -258,6 +295,41 @@ class Task:
                 "`load_datasets_from_json`), or give the task another `_dataset_name`."
             )
         return path
+
+
+def _refuse_to_set(task: Task, name: str, value: object) -> None:
+    """Set an attribute of a Task: a subclass may set some that are no fields."""
+    if type(task) is not Task and name not in {field.name for field in fields(task)}:
+        object.__setattr__(task, name, value)
+        return
+    raise FrozenTaskError(
+        f"A Task is frozen, so `{name}` cannot be set. Make another one: "
+        f"`dataclasses.replace(task, {name}=...)`; for a model or loaders of your own, "
+        "define `init_task` in a subclass."
+    )
+
+
+# The decorator's own says only that the field cannot be assigned to.
+Task.__setattr__ = _refuse_to_set  # type: ignore[method-assign, assignment]
+
+
+class _GoneCache(dict[Any, Any]):
+    """Stands for a cache of auto-circuit's: whoever looks into it is told what to do."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(
+            "There are no global caches of models and data (`MODEL_CACHE`, "
+            "`DATASET_CACHE`): a Task keeps its own, and `task.free()` drops them. To share "
+            "a model, give it to several tasks as `_model_def`."
+        )
+
+    __contains__ = __delitem__ = __getitem__ = __iter__ = __len__ = __setitem__ = _refuse
+    clear = copy = get = items = keys = pop = popitem = values = _refuse
+    setdefault = update = _refuse  # type: ignore[assignment]
+
+
+MODEL_CACHE = _GoneCache()
+DATASET_CACHE = _GoneCache()
 
 
 def _has_kv_cache(model: Any) -> bool:

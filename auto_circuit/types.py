@@ -256,7 +256,11 @@ class Edge:
         return self.sort_key < other.sort_key
 
     def patch_mask(self, model: Any) -> Parameter:
-        """The mask of `model` (a PatchableModel) that holds this edge's entry."""
+        """The mask of `model` (a PatchableModel) that holds this edge's entry.
+
+        After `patch_mode(..., edges)` it is again what it was before; in auto-circuit it
+        stayed set.
+        """
         return model.patch_masks[self.dest.module_name]
 
     def prune_score(self, prune_scores: PruneScores) -> Tensor:

@@ -15,16 +15,16 @@ from html import escape
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import plotly.graph_objects as go
 
 from auto_circuit.checks import checked
 from auto_circuit.circuit_files import ScoredEdge, scored_edges
-from auto_circuit.errors import ConfigError, FileError
+from auto_circuit.errors import ConfigError, FileError, GraphError
 from auto_circuit.files import path_in_folder, write_text, written_whole
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
-from auto_circuit.types import DestNode, PruneScores, SrcNode
+from auto_circuit.types import DestNode, Edge, PruneScores, SrcNode
 from auto_circuit.utils.component_links import component_srcs
 from auto_circuit.utils.patchable_model import PatchableModel
 
@@ -94,7 +94,7 @@ def draw_seq_graph(
     labels = _position_labels(model, seq_labels)
     path = None if file_path is None else _checked_path(file_path)
     if prune_scores is None:
-        prune_scores = model.current_patch_masks_as_prune_scores()
+        prune_scores = _current_masks(model)
     edges = scored_edges(model, prune_scores, score_threshold)
     all_positions = [None] if model.seq_len is None else range(model.seq_len)
     graphs: dict[int | None, list[_Link]] = {
@@ -115,24 +115,113 @@ def draw_seq_graph(
     return fig
 
 
+def _current_masks(model: PatchableModel) -> PruneScores:
+    if model.patch_session is None and model.masks_are_put_back():
+        assert model.masks_put_back is not None
+        raise GraphError(
+            model.masks_put_back.explanation(
+                "To draw them, call this inside of the context; or draw the edges: "
+                "`draw_seq_graph(model, model.circuit_prune_scores(edges))`."
+            )
+        )
+    return model.current_patch_masks_as_prune_scores()
+
+
+def node_name(n: str, unembed: bool = False) -> str:
+    """What auto-circuit's figures call a node: a head is one node, the last has no name.
+
+    unembed: call the last node "Unembed", as in vertical figures.
+    """
+    if n == "Resid End":
+        return "Unembed" if unembed else ""
+    return re.sub(r"\.[QKV]$", "", _label(n))
+
+
+@overload
+def net_viz(
+    model: PatchableModel,
+    seq_edges: Sequence[ScoredEdge],
+    *,
+    layers: Collection[int] = (),
+    merge_qkv: bool = True,
+) -> go.Sankey: ...
+
+
+@overload
+def net_viz(
+    model: PatchableModel,
+    seq_edges: Collection[Edge],
+    prune_scores: PruneScores | None,
+    vert_interval: tuple[int | float, int | float],
+    seq_idx: int | None = None,
+    score_threshold: int | float = 1e-2,
+    layer_spacing: bool = False,
+    orientation: Orientation = "h",
+    *,
+    merge_qkv: bool = True,
+) -> tuple[go.Sankey, int]: ...
+
+
 @checked
 def net_viz(
     model: PatchableModel,
-    edges: Sequence[ScoredEdge],
+    seq_edges: Collection[Any],
+    prune_scores: PruneScores | None = None,
+    vert_interval: tuple[int | float, int | float] | None = None,
+    seq_idx: int | None = None,
+    score_threshold: int | float = 1e-2,
+    layer_spacing: bool = False,
+    orientation: Orientation = "h",
+    *,
     layers: Collection[int] = (),
     merge_qkv: bool = True,
-) -> go.Sankey:
-    """One Sankey diagram of some edges and their scores (`circuit_files.scored_edges`).
+) -> go.Sankey | tuple[go.Sankey, int]:
+    """One Sankey diagram of some edges, as high as `vert_interval` of its figure.
 
-    layers: graph layers that have a column even if they are empty.
-    merge_qkv: see `draw_seq_graph`.
+    seq_edges: the edges; or edges with their scores (`circuit_files.scored_edges`), then
+        without scores and interval, and only the diagram is returned.
+    prune_scores: their scores. None: the masks, as in `draw_seq_graph`.
+    vert_interval: where in the figure it stands, from 0 (bottom) to 1.
+    seq_idx: not needed: edges know their positions. Raises GraphError if they have others.
+    score_threshold: edges with a smaller |score| are left out, and those with the score 0.
+    layer_spacing: a column for every layer, empty ones too. layers: for these.
+    orientation, merge_qkv: see `draw_seq_graph`.
 
-    A link's value is its |score|, its `customdata` [edge name, score as text]. A node is
-    as high as all that goes in, or all that goes out, whichever is more. Infinite scores
-    are as wide as the largest finite one.
+    Returns the diagram and its number of columns. A link's value is its |score|, its
+    `customdata` [edge name, score as text]; auto-circuit showed activations there. A node is
+    as high as all that goes in, or all that goes out, whichever is more. Infinite scores are
+    as wide as the largest finite one.
     """
+    if vert_interval is None:
+        edges: list[ScoredEdge] = list(seq_edges)
+        return _diagram(model, edges, layers, orientation, merge_qkv)
+    wanted = set(seq_edges)
+    for edge in wanted:
+        if seq_idx is not None and edge.seq_idx != seq_idx:
+            raise GraphError(f"{edge!r} is not at the position `seq_idx` = {seq_idx}.")
+    scores = _current_masks(model) if prune_scores is None else prune_scores
+    edges = [
+        (edge, score)
+        for edge, score in scored_edges(model, scores, score_threshold)
+        if edge in wanted
+    ]
+    used = {layer for edge, _ in edges for layer in (edge.src.layer, edge.dest.layer)}
+    used |= {node.layer for node in model.nodes} if layer_spacing else set()
+    sankey = _diagram(model, edges, used if layer_spacing else (), orientation, merge_qkv)
+    low, high = vert_interval
+    return sankey.update(domain={"x": [0.0, 1.0], "y": [low, high]}), len(used)
+
+
+def _diagram(
+    model: PatchableModel,
+    edges: Sequence[ScoredEdge],
+    layers: Collection[int],
+    orientation: Orientation,
+    merge_qkv: bool,
+) -> go.Sankey:
     links = _links(edges, _LinkStyle(_readers(model), _widest(edges), merge_qkv))
-    return _sankey(links, _columns(links, layers), _size(links, 1.0, "h"), "h")
+    size = _size(links, 1.0, orientation)
+    return _sankey(links, _columns(links, layers), size, orientation)
 
 
 def _sankey(

@@ -620,9 +620,9 @@ def test_too_few_prompts_and_bad_sizes(tmp_path: Path) -> None:
     model = text_model(word_tokenizer())
     path = write_prompts(tmp_path, name_prompts(3))
     with pytest.raises(
-        DataError, match=r"3 prompts, but train_test_size=\(3, 1\) needs 4"
+        DataError, match=r"3 prompts, but train_test_size=\(4, 1\) needs 5"
     ):
-        load(path, model, (3, 1))
+        load(path, model, (4, 1))
     with pytest.raises(ConfigError, match="`train_test_size`"):
         load(path, model, (0, 0))
     with pytest.raises(ConfigError, match="`batch_size` is"):
@@ -684,8 +684,8 @@ def test_arguments_of_the_loader(tmp_path: Path) -> None:
         batch_size=(np.int64(1), np.int32(2)), train_test_size=(np.int64(2), 3)
     )
     assert (len(train), len(test)) == (2, 2)
-    with pytest.raises(DataError, match=r"5 prompts, but train_test_size=\(2, 4\)"):
-        load_with(train_test_size=(2, 4))
+    with pytest.raises(DataError, match=r"5 prompts, but train_test_size=\(6, 4\)"):
+        load_with(train_test_size=(6, 4))
     with pytest.raises(ConfigError, match="`batch_size` is 2147483648"):
         load_with(batch_size=2**31)
     with pytest.raises(ConfigError, match="`random_seed` is -1; expected at least 0"):
@@ -764,9 +764,9 @@ def test_parts_of_a_data_set_have_equal_lengths() -> None:
         PromptDataset(rows, rows, rows[:1], rows)
 
 
-def test_a_loader_neither_shuffles_nor_drops() -> None:
+def test_a_loader_has_its_own_batches() -> None:
     rows = [t.tensor([1, 2])] * 2
     dataset = PromptDataset(rows, rows, rows, rows)
-    for option in ("shuffle", "drop_last"):
+    for option in ("collate_fn", "batch_sampler"):
         with pytest.raises(ConfigError, match=f"does not take `{option}`"):
-            PromptDataLoader(dataset, None, 0, None, None, None, **{option: True})
+            PromptDataLoader(dataset, None, 0, None, None, None, **{option: [[0]]})

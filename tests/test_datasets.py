@@ -130,15 +130,16 @@ def last_answers(batch: PromptPairBatch) -> t.Tensor:
 
 def test_generators_of_numbers_write_the_committed_files_again(tmp_path: Path) -> None:
     shutil.copytree(DATASETS, tmp_path, dirs_exist_ok=True)
-    names = ["tracr/reverse", "tracr/xproportion", "micro_model_inputs"]
-    for path in (*tmp_path.glob("tracr/*.json"), tmp_path / "micro_model_inputs.json"):
+    names = ["tracr/reverse", "tracr/xproportion", "micro_model_inputs", "mini_prompts"]
+    patterns = ("tracr/*.json", "micro_model_inputs*.json", "mini_prompts.json")
+    for path in (path for pattern in patterns for path in tmp_path.glob(pattern)):
         path.unlink()
     for name in names:
         environment = {**os.environ, "PYTHONHASHSEED": "7"}
         script = tmp_path / f"{name}_generator.py"
         subprocess.run([sys.executable, script], check=True, env=environment)
-    written = [*tmp_path.glob("tracr/*.json"), tmp_path / "micro_model_inputs.json"]
-    assert len(written) == 3
+    written = [path for pattern in patterns for path in tmp_path.glob(pattern)]
+    assert len(written) == 5
     for path in written:
         assert path.read_bytes() == (DATASETS / path.relative_to(tmp_path)).read_bytes()
 

@@ -38,7 +38,7 @@ after = (
     plotly.io.templates[plotly.io.templates.default].to_plotly_json(),
 )
 assert before == after
-assert not [task for task in auto_circuit.tasks.TASKS if "model" in task.__dict__]
+assert not [task for task in auto_circuit.tasks.TASKS if "_model" in task.__dict__]
 """
 
 

@@ -142,10 +142,11 @@ def bootstrap_loader(
     Everything else (batch size, prefix, labels) is the loader's. Raises DataError if it
     has no prompts.
     """
-    n_prompts = dataloader.n_prompts
-    if n_prompts == 0:
+    places = dataloader.places
+    if not places:
         raise DataError("The dataloader has no prompts, so none can be drawn from it.")
-    idxs = t.randint(n_prompts, (n_prompts,), generator=generator).tolist()
+    drawn = t.randint(len(places), (len(places),), generator=generator).tolist()
+    idxs = [places[i] for i in drawn]
     return PromptDataLoader(
         _selected(dataloader.prompt_dataset, idxs),
         seq_len=dataloader.seq_len,

@@ -27,6 +27,7 @@ from transformer_lens.model_bridge.sources.transformers.helpers import (
 
 from auto_circuit.checks import check_device
 from auto_circuit.errors import ModelError
+from auto_circuit.model_utils.loaded_bridge import LoadedBridge, as_loaded
 
 MODEL_ALIASES = {
     "gpt2-small": "gpt2",
@@ -52,7 +53,7 @@ def load_transformer(
     name: str | Path,
     device: t.device | str = "cpu",
     dtype: t.dtype = t.float32,
-) -> TransformerBridge:
+) -> LoadedBridge:
     """A model whose weights need no gradients, in eval mode.
 
     name: a Hugging Face hub name, or a local folder in Hugging Face format.
@@ -84,7 +85,7 @@ def load_transformer(
             "HF_HUB_OFFLINE must not be 1 the first time); a local folder needs "
             "config.json, the weights and the tokenizer, each of them whole."
         ) from error
-    model = model.eval().requires_grad_(False)
+    model = as_loaded(model.eval().requires_grad_(False))
     if original.log_probs is not None:
         check_log_probs(model, original.log_probs, f"the model {source!r}")
     return model

@@ -164,6 +164,8 @@ class ModelAdapter:
         always has; raises ModelError if that cannot be. None: no model of the family can.
     example: () -> a small model of the family, for the conformance tests; members of
         `adapters.ADAPTERS` have one.
+    open_hooks: model -> a context in which all hook points fire that a user may ask for
+        (`run_with_cache`), also those that cost time.
     embed_tokens: (model, tokens) -> what the first source would write without position
         embeddings, [batch seq d_model]; None if there are none in what it writes.
     """
@@ -180,4 +182,7 @@ class ModelAdapter:
     is_transformer: bool
     ungrouped: Callable[[Module], ModelAdapter] | None = None
     embed_tokens: Callable[[Module, Tensor], Tensor | None] = lambda model, tokens: None
+    open_hooks: Callable[[Module], AbstractContextManager[None]] = lambda model: (
+        nullcontext()
+    )
     example: Callable[[], Module] | None = None

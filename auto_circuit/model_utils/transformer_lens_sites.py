@@ -10,7 +10,7 @@ values, the engine computes it itself, for the heads that it needs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -401,6 +401,33 @@ def _set_switches(model: TransformerBridge, switches: dict[str, bool]) -> None:
     for switch, is_on in sorted(switches.items(), key=lambda item: item[1]):
         if bool(getattr(model.cfg, switch, False)) != is_on:
             getattr(model, f"set_{switch}")(is_on)
+
+
+HEAD_SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
+"""What makes TransformerLens's hook points of single heads, and of MLPs' inputs, fire."""
+
+
+def switch_on_heads(model: TransformerBridge) -> None:
+    """Let all hook points of single heads and of MLPs' inputs fire, where there are any."""
+    for switch in HEAD_SWITCHES:
+        if switch == "use_split_qkv_input" and getattr(model.cfg, "use_attn_in", False):
+            continue  # the other way, which somebody has chosen
+        with suppress(NotImplementedError):
+            _set_switches(model, {switch: True})
+
+
+@contextmanager
+def heads_switched_on(model: Module) -> Iterator[None]:
+    """Inside, the hook points of single heads fire. Restores the model's switches."""
+    if not isinstance(model, TransformerBridge):
+        yield
+        return
+    before = {name: bool(getattr(model.cfg, name, False)) for name in HEAD_SWITCHES}
+    try:
+        switch_on_heads(model)
+        yield
+    finally:
+        _set_switches(model, before)
 
 
 @contextmanager

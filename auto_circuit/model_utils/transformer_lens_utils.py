@@ -45,6 +45,7 @@ from auto_circuit.model_utils.transformer_lens_sites import (
     has_mlps,
     has_norm_over_heads,
     has_post_norm,
+    heads_switched_on,
     n_kv_heads,
     open_sites,
     ports,
@@ -330,6 +331,7 @@ TRANSFORMER_BRIDGE_ADAPTER = ModelAdapter(
     is_transformer=True,
     ungrouped=_ungrouped,
     embed_tokens=embed_tokens,
+    open_hooks=heads_switched_on,
     example=lambda: small_bridge(),
 )
 

@@ -39,6 +39,7 @@ PER_BATCH_ABLATIONS = (
 @checked
 def check_loader(model: PatchableModel, dataloader: PromptDataLoader) -> None:
     """Raise DataError unless the loader has prompts, and their prefix is the model's."""
+    dataloader.check_complete()
     if dataloader.n_prompts == 0:
         raise DataError(
             "The dataloader has no prompts. Load it with a `train_test_size` above 0."
@@ -90,7 +91,8 @@ def src_ablations(
         tokens of one batch (with their `attention_mask`, if padded).
     RESAMPLE gives the activations on the batch; ZERO zeros; BATCH_* the mean over the
     batch (and over positions), repeated; TOKENWISE_MEAN_* the mean over the data set's
-    prompts, repeated to the loader's batch size (a view: nothing is copied). Padding
+    prompts, repeated to the loader's batch size (a view: nothing is copied), in `patch_mode`
+    to the size of each batch. Padding
     does not count in means. Position embeddings are ablated with the first source, unless
     the model was made with `keep_positions=True`. Raises ConfigError if `sample` does not
     fit the type.

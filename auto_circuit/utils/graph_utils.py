@@ -27,6 +27,7 @@ from auto_circuit.utils.edge_blocks import (
     edge_block_groups,
 )
 from auto_circuit.utils.edge_counts import edge_counts_util
+from auto_circuit.utils.masks_put_back import masks_put_back
 from auto_circuit.utils.module_use import in_use
 from auto_circuit.utils.patch_session import PatchSession
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl, mask_dtype
@@ -146,6 +147,7 @@ def patchable_model(
         device=device,
         adapter=given_adapter,
         ungroup=ungroup,
+        keep_positions=keep_positions,
     )
     return patchable
 
@@ -455,7 +457,9 @@ def patch_mode(
     and masks are what they were. Raises GraphError for an unknown edge, for activations of
     the wrong shape, and for nested use.
 
-    Differs from auto-circuit: the masks do not stay set after the context.
+    Differs from auto-circuit: the masks do not stay set after the context. What would see
+    them there (`draw_seq_graph(model)`, `current_patch_masks_as_prune_scores`, a
+    `patch_mode` without `edges`) says so.
     """
     if model.patch_session is not None:
         raise GraphError("`patch_mode` inside of `patch_mode` on the same model.")
@@ -489,7 +493,7 @@ def patch_mode(
             model.adapter.open_sites(model.wrapped_model, model.separate_qkv)
         )
         if found is not None:
-            stack.enter_context(preserved_masks(model))
+            stack.enter_context(preserved_masks(model, notes="patch_mode"))
             set_all_masks(model, val=0.0)
             for edge in found:
                 edge.patch_mask(model).data[(..., *edge.patch_idx)] = 1.0
@@ -583,29 +587,44 @@ def _any_requires_grad(model: PatchableModel) -> bool:
 
 @checked
 def set_all_masks(model: PatchableModel, val: float) -> None:
-    """Set every entry of every mask: 0 patches no edge, 1 patches all of them."""
+    """Set every entry of every mask: 0 patches no edge, 1 patches all of them.
+
+    The masks stay so; but what is set inside of a context that restores masks (`patch_mode`
+    with `edges`, `train_mask_mode`, `preserved_masks`) is undone on its exit.
+    """
     val = check_number("val", val)
+    model.masks_put_back = None
     for mask in model.patch_masks.values():
         mask.data.fill_(val)
 
 
 @checked
 @contextmanager
-def preserved_masks(model: PatchableModel) -> Iterator[None]:
-    """On exit, the masks have the values that they had on entry."""
+def preserved_masks(model: PatchableModel, notes: str | None = None) -> Iterator[None]:
+    """On exit, the masks have the values that they had on entry.
+
+    notes: the name of a context that users enter: whoever looks at the masks after it, and
+    would have seen them changed in auto-circuit, is told (see `masks_put_back`).
+    """
     with in_use(model.wrapped_model, model):
         with own_computation():
             _heal_masks(model)
-            kept = {mask: mask.data for mask in model.patch_masks.values()}
-            before = {mask: data.clone() for mask, data in kept.items()}
+            masks = model.patch_masks
+            kept = {name: mask.data for name, mask in masks.items()}
+            before = {name: data.clone() for name, data in kept.items()}
+        noted, model.masks_put_back = model.masks_put_back, None
         try:
             yield
         finally:
             with own_computation():
-                for mask, data in kept.items():
+                if notes is not None:
+                    inside = {name: mask.data for name, mask in masks.items()}
+                    noted = masks_put_back(notes, before, inside) or noted
+                for name, data in kept.items():
                     # The same memory again: what `current_patch_masks_as_prune_scores`
                     # gave stays true.
-                    mask.data = data.copy_(before[mask])
+                    masks[name].data = data.copy_(before[name])
+            model.masks_put_back = noted
 
 
 def _heal_masks(model: PatchableModel) -> None:
@@ -632,7 +651,7 @@ def train_mask_mode(
     wrappers_before = [(wrapper, wrapper.training) for wrapper in model.wrappers]
     with ExitStack() as stack:
         stack.enter_context(own_computation(grad=requires_grad or None))
-        stack.enter_context(preserved_masks(model))
+        stack.enter_context(preserved_masks(model, notes="train_mask_mode"))
         stack.enter_context(eval_mode(model.wrapped_model))
         try:
             for wrapper, _ in wrappers_before:

@@ -284,8 +284,13 @@ def _from_tree(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 def module_by_name(model: Module, module_name: str) -> Module:
     """The submodule at a dotted name, of the wrapped model if `model` wraps one.
 
-    Raises GraphError if there is none.
+    At a node of a PatchableModel it is the PatchWrapper there, which has the mask, as in
+    auto-circuit; of its `wrapped_model` it is always the module itself. Raises GraphError
+    if there is none.
     """
+    wrappers = model.__dict__.get("_wrappers_by_name", {})
+    if module_name in wrappers:
+        return wrappers[module_name]
     root = getattr(model, "wrapped_model", model)
     try:
         module = reduce(getattr, module_name.split(".") if module_name else [], root)
@@ -304,8 +309,14 @@ def module_by_name(model: Module, module_name: str) -> Module:
 def set_module_by_name(model: Module, module_name: str, new_module: Module) -> None:
     """Put a module in the place of the one at a dotted name.
 
-    Raises GraphError if there is no module at that name.
+    Raises GraphError if there is no module at that name, or it is a node of a
+    PatchableModel.
     """
+    if module_name in model.__dict__.get("_wrappers_by_name", {}):
+        raise GraphError(
+            f"{module_name!r} is a node of this PatchableModel, whose patches go through the "
+            "module that is there. Change the model first, and make it patchable then."
+        )
     module_by_name(model, module_name)
     parent_name, _, name = module_name.rpartition(".")
     if not name:

@@ -306,6 +306,7 @@ class PatchSession:
 
     def _new_run(self, start: Tensor) -> ForwardPass:
         batch, seq, d_model = start.shape
+        self._repeat_for(batch)
         if self.patch.shape != (self.plan.n_srcs, batch, seq, d_model):
             raise GraphError(
                 f"The activations to patch in have shape {tuple(self.patch.shape)}, but "
@@ -343,6 +344,16 @@ class PatchSession:
         n_slots = min(len(slots) + 1, self.plan.n_srcs)
         self._give_buffers(run, (batch, seq, n_slots, d_model))
         return run
+
+    def _repeat_for(self, batch: int) -> None:
+        """Repeat one set of activations (a mean) for a batch of another size.
+
+        The last batch of a dataloader may be smaller.
+        """
+        of_another_size = self.patch.ndim == 4 and self.patch.shape[1] != batch
+        if of_another_size and self.patch.shape[1] > 1 and self.patch.stride(1) == 0:
+            self.patch = self.patch[:, :1].expand(-1, batch, -1, -1)
+            self._patch_version = None  # what is remembered is of the other size
 
     def _give_buffers(self, run: ForwardPass, shape: tuple[int, ...]) -> None:
         """Memory for the differences: the last pass's, if nothing can need it."""

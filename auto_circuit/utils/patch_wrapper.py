@@ -7,16 +7,31 @@ are read. What a forward pass leaves behind lives in `patch_session`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch as t
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from auto_circuit.errors import ConfigError
+from auto_circuit.errors import ConfigError, GoneError, GraphError
 from auto_circuit.types import MaskFn, PatchWrapper
 from auto_circuit.utils.tensor_ops import sample_hard_concrete
 from auto_circuit.utils.torch_state import own_computation
+
+_ACTIVATIONS = (
+    "activations are nobody's state. `src_ablations` computes them, and "
+    "`patch_mode(model, patch_src_outs, curr_src_outs=buffer)` stores a pass's"
+)
+GONE_ATTRIBUTES = {
+    "curr_src_outs": _ACTIVATIONS,
+    "patch_src_outs": _ACTIVATIONS,
+    "patch_mode": "patches act inside of `graph_utils.patch_mode` alone",
+    "dropout_layer": "`graph_utils.mask_fn_mode(model, mask_fn, dropout_p)` sets the dropout",
+    "module": "it wraps no module: `module_by_name(model.wrapped_model, name)` is the one "
+    "that is patched",
+}
+"""What auto-circuit's wrappers had -> what is there in its place."""
 
 MaskWeights = Float[Tensor, "batch seq head src"]
 """A mask as it is used: [batch or 1, position or 1, head or 1, incoming source]."""
@@ -41,7 +56,9 @@ class PatchWrapperImpl(PatchWrapper):
         sources `in_srcs` into the module.
 
     `train()` mode makes `dropout_p` effective. Differs from auto-circuit: the mask's
-    Parameter stays the same object when it gets a batch dimension.
+    Parameter stays the same object when it gets a batch dimension; a wrapper is not in the
+    model and runs nothing, so that it has no hooks (GraphError), no `module`, and no
+    activations (GoneError says where they are).
     """
 
     def __init__(
@@ -55,6 +72,11 @@ class PatchWrapperImpl(PatchWrapper):
         patch_mask: Tensor | None = None,
         in_srcs: slice | None = None,
     ) -> None:
+        if isinstance(head_dim, Module):
+            raise ConfigError(
+                f"`head_dim` is a {type(head_dim).__name__}: a PatchWrapper takes no module "
+                "(see `patchable_model`)."
+            )
         super().__init__()
         self.module_name = module_name
         self.head_dim = head_dim
@@ -71,6 +93,31 @@ class PatchWrapperImpl(PatchWrapper):
         self.generator: t.Generator | None = None
         self.mask_batch_size: int | None = None
         self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in GONE_ATTRIBUTES:
+            raise _gone(name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in GONE_ATTRIBUTES:
+            raise _gone(name)
+        super().__setattr__(name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises GraphError: a wrapper runs nothing."""
+        raise _runs_nothing(self)
+
+    def _refuse_hook(self, *args: Any, **kwargs: Any) -> Any:
+        raise _runs_nothing(self)
+
+    register_forward_hook = register_forward_pre_hook = _refuse_hook  # type: ignore[assignment]
+    register_full_backward_hook = register_full_backward_pre_hook = _refuse_hook  # type: ignore[assignment]
+
+    @property
+    def batch_size(self) -> int | None:
+        """auto-circuit's name of `mask_batch_size`."""
+        return self.mask_batch_size
 
     @property
     def mask(self) -> Parameter:
@@ -152,3 +199,15 @@ class PatchWrapperImpl(PatchWrapper):
         """The site's name and role."""
         roles = ["source"] * self.is_src + ["destination"] * self.is_dest
         return f"{self.module_name!r}, {' and '.join(roles)}"
+
+
+def _gone(name: str) -> GoneError:
+    return GoneError(f"A PatchWrapper has no `{name}`: {GONE_ATTRIBUTES[name]}.")
+
+
+def _runs_nothing(wrapper: PatchWrapperImpl) -> GraphError:
+    return GraphError(
+        f"The PatchWrapper at {wrapper.module_name!r} holds a mask and runs nothing, so it "
+        "cannot be called, and its hooks would never fire. Put them on the module itself: "
+        f"`module_by_name(model.wrapped_model, {wrapper.module_name!r})`."
+    )

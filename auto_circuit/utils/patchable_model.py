@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
@@ -26,15 +26,27 @@ from auto_circuit.errors import (
     near_matches,
 )
 from auto_circuit.model_utils.model_adapter import ModelAdapter
-from auto_circuit.padding import check_attention_mask, check_last_is_text, padding_mask
-from auto_circuit.prefix_cache import PrefixCache, begin_with, make_prefix_cache
+from auto_circuit.padding import (
+    check_attention_mask,
+    check_last_is_text,
+    known_mask,
+    padding_mask,
+)
+from auto_circuit.prefix_cache import (
+    PrefixCache,
+    begin_with,
+    current_keywords,
+    make_prefix_cache,
+)
 from auto_circuit.types import DestNode, Edge, Node, PruneScores, SrcNode
 from auto_circuit.utils.edge_blocks import PatchPlan
+from auto_circuit.utils.masks_put_back import MasksPutBack, MasksPutBackWarning
 from auto_circuit.utils.module_use import being_read, in_use, is_in_use
 from auto_circuit.utils.patch_session import PatchSession
 from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
 from auto_circuit.utils.tensor_ops import score_in_dtype, score_tensors
 from auto_circuit.utils.torch_state import (
+    all_modules,
     eval_mode,
     own_computation,
     own_defaults,
@@ -125,6 +137,8 @@ class PatchableModel(Module):
         # What the sources write: an empty tensor of their dtype, device and width.
         self.written: Tensor | None = None
         self.patch_session: PatchSession | None = None
+        # For warnings: no number depends on it.
+        self.masks_put_back: MasksPutBack | None = None
         # Makes a graph like this one over another module.
         self.make_again: Callable[[Module], PatchableModel] | None = None
         if edge_dict is not None:
@@ -142,10 +156,14 @@ class PatchableModel(Module):
                 "The model is in use (in `patch_mode`, `train_mask_mode` or the like), and "
                 "cannot be copied like that. Leave the context first."
             )
+        for module in all_modules(self.wrapped_model):
+            _copy_leftovers(module, memo)
         copied = self.make_again(deepcopy(self.wrapped_model, memo))
         for name, mask in copied.patch_masks.items():
             mask.data.copy_(self.patch_masks[name].data)
-        copied.train(self.training)
+        # Not `copied.train(...)`: that would reach the copied model, whose modes are its own
+        # (a PatchableModel says that it is in train mode though its model is not).
+        copied.training = self.training
         memo[id(self)] = copied
         return copied
 
@@ -255,8 +273,27 @@ class PatchableModel(Module):
 
     @property
     def patch_masks(self) -> dict[str, Parameter]:
-        """Destination module name -> its mask."""
+        """Destination module name -> its mask.
+
+        Differs from auto-circuit: `patch_mode(..., edges)` and `train_mask_mode` put the
+        masks back when they are left. Read them inside.
+        """
         return {wrapper.module_name: wrapper.mask for wrapper in self.dest_wrappers}
+
+    def masks_are_put_back(self) -> bool:
+        """Has a context put masks back that nobody has set since?"""
+        noted = self.masks_put_back
+        return noted is not None and noted.is_visible(self.patch_masks)
+
+    def warn_of_masks_put_back(self, instead: str) -> None:
+        """Say once that masks are not what they were inside of the last context."""
+        noted = self.masks_put_back
+        if noted is None:
+            return
+        visible = self.masks_are_put_back()
+        self.masks_put_back = None
+        if visible:
+            warn(noted.explanation(instead), MasksPutBackWarning, stacklevel=3)
 
     @checked
     def new_prune_scores(self, init_val: float = 0.0) -> PruneScores:
@@ -338,7 +375,14 @@ class PatchableModel(Module):
             return {name: score != 0 for name, score in scores.items()}
 
     def current_patch_masks_as_prune_scores(self) -> PruneScores:
-        """The masks as scores: views that change with the masks."""
+        """The masks as scores: views that change with the masks.
+
+        A MasksPutBackWarning says if a context has put them back: read them inside of it.
+        """
+        self.warn_of_masks_put_back(
+            "Call `current_patch_masks_as_prune_scores` inside of it (and `.clone()` what "
+            "you keep), or `circuit_prune_scores(edges)` for the scores of some edges."
+        )
         return {name: mask.data for name, mask in self.patch_masks.items()}
 
     # ------------------------------------------------------------- running the model
@@ -358,6 +402,13 @@ class PatchableModel(Module):
         return self._pass(*args, **kwargs)
 
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        noted = self.masks_put_back
+        # Not after training: what is trained on afterwards sets the masks itself.
+        if noted is not None and self.patch_session and noted.context == "patch_mode":
+            self.warn_of_masks_put_back(
+                "This `patch_mode` names no edges, so it patches along the masks: pass "
+                "`edges` again, or set the masks (`set_all_masks`)."
+            )
         with self._running():
             args, kwargs = self._model_call(args, kwargs)
             try:
@@ -375,8 +426,12 @@ class PatchableModel(Module):
             return self(*args, **kwargs)[self.out_slice]
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """TransformerLens's `run_with_cache`, with the prefix."""
-        with self._running():
+        """TransformerLens's `run_with_cache`, with the prefix.
+
+        The cache has what single heads read and write too (`hook_q_input`, `hook_result`),
+        but not inside of `patch_mode`, which computes that in another way.
+        """
+        with self._running(), self._open_hooks():
             args, kwargs = self._model_call(args, kwargs)
             return self.wrapped_model.run_with_cache(*args, **kwargs)  # type: ignore[operator]
 
@@ -397,16 +452,50 @@ class PatchableModel(Module):
 
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """TransformerLens's `run_with_hooks`, with the prefix."""
-        with self._running():
+        with self._running(), self._open_hooks():
             args, kwargs = self._model_call(args, kwargs)
             return self.wrapped_model.run_with_hooks(*args, **kwargs)  # type: ignore[operator]
+
+    def _open_hooks(self) -> AbstractContextManager[None]:
+        if self.patch_session is not None:
+            return nullcontext()
+        return self.adapter.open_hooks(self.wrapped_model)
+
+    def input_to_embed(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens's `input_to_embed`, with positions that go on after the prefix.
+
+        (the residual stream that the first block reads, tokens, None, attention mask)
+        """
+        if not self.is_transformer or self.kv_caches is None:
+            return self.wrapped_model.input_to_embed(*args, **kwargs)  # type: ignore[operator]
+        with self._running():
+            (tokens, *rest), kwargs = self._model_call(args, kwargs)
+            embedded = self.wrapped_model(tokens, *rest, stop_at_layer=0, **kwargs)
+        return embedded, tokens, None, kwargs.get("attention_mask")
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens's `generate`. Raises GraphError in `patch_mode`, or with a prefix.
+
+        It calls the model with other inputs than patches and prefix are for.
+        """
+        if self.patch_session is not None or self.kv_caches is not None:
+            raise GraphError(
+                "`generate` knows neither patches nor the prefix that this model puts before "
+                "its inputs (`kv_caches`). Call `model.wrapped_model.generate(...)` with "
+                "whole prompts, outside of `patch_mode`."
+            )
+        return self.wrapped_model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def attention_mask(self, tokens: Tensor) -> Int[Tensor, "batch seq"] | None:
         """0 where a row of tokens starts or ends with the tokenizer's padding token.
 
-        None if nothing is padded, and for inputs that are no tokens [batch seq]. Raises
-        GraphError if padding cannot be told from text.
+        The tokens of a loader's batch bring their mask along. None if nothing is padded,
+        and for inputs that are no tokens [batch seq]. Raises GraphError if padding cannot
+        be told from text.
         """
+        known = known_mask(tokens)
+        if known is not None:
+            return known
         if not self.is_transformer or tokens.is_floating_point() or tokens.ndim != 2:
             return None
         return padding_mask(tokens, getattr(self.wrapped_model, "tokenizer", None))
@@ -417,20 +506,19 @@ class PatchableModel(Module):
         """Add what the wrapped model needs: the prefix cache and the attention mask."""
         if not self.is_transformer:
             return args, kwargs
-        if "past_kv_cache" in kwargs:
-            raise ConfigError(
-                "TransformerLens 4 does not read `past_kv_cache`: give `past_key_values`."
-            )
         if not args and "input" in kwargs:
             kwargs = dict(kwargs)
             args = (kwargs.pop("input"),)
         tokens = args[0] if args else None
+        # Also when it is None, as in auto-circuit: no prefix then.
+        prefix = None if "past_kv_cache" in kwargs else self.kv_caches
+        kwargs = current_keywords(self.wrapped_model, tokens, kwargs)
         if isinstance(tokens, list):
             return args, self._call_of_texts(kwargs)
         if not isinstance(tokens, Tensor) or tokens.is_floating_point():
             return args, kwargs
         tokens = tokens if tokens.ndim > 1 else tokens[None]
-        return (tokens, *args[1:]), self._call_of_tokens(tokens, kwargs)
+        return (tokens, *args[1:]), self._call_of_tokens(tokens, kwargs, prefix)
 
     def _call_of_texts(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Texts are whole prompts; TransformerLens masks what it pads on the left."""
@@ -444,11 +532,14 @@ class PatchableModel(Module):
         return {**kwargs, "padding_side": "left"}
 
     def _call_of_tokens(
-        self, tokens: Int[Tensor, "batch seq"], kwargs: dict[str, Any]
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        kwargs: dict[str, Any],
+        prefix: PrefixCache | None,
     ) -> dict[str, Any]:
         is_continued = kwargs.get("past_key_values") is not None
         mask = kwargs.get("attention_mask")
-        prefix = None if is_continued else self.kv_caches
+        prefix = None if is_continued else prefix
         n_prefix = 0 if prefix is None else prefix.seq_len
         if mask is None:
             mask = None if is_continued else self.attention_mask(tokens)
@@ -531,6 +622,16 @@ class PatchableModel(Module):
             f"The tokens run from {low} to {high}, but the model has the words 0 to "
             f"{n_words - 1}. Is the tokenizer another model's?"
         )
+
+
+def _copy_leftovers(module: Module, memo: dict[int, Any]) -> None:
+    """What a module keeps of its last pass (attention patterns), without the pass's graph.
+
+    torch refuses to copy the results of a pass with gradients.
+    """
+    for value in module.__dict__.values():
+        if isinstance(value, Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
 
 
 def _shown(tokenizer: Any, tokens: Tensor) -> str:

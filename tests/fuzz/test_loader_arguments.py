@@ -224,4 +224,4 @@ def test_hand_made_loaders(
         loader = PromptDataLoader(
             dataset, seq_len, diverge_idx, None, labels, idxs, **options
         )
-        assert sum(len(batch.clean) for batch in loader) == len(dataset)
+        assert sum(len(batch.clean) for batch in loader) == loader.n_prompts

@@ -41,6 +41,6 @@ def tasks_with_circuits(
 
 def _predefined_tasks() -> Sequence[PrunableTask]:
     # Imported when asked for: whoever gives tasks of their own needs none of these.
-    from auto_circuit.tasks import TASKS
+    from auto_circuit.tasks import TASK_DICT
 
-    return TASKS
+    return tuple(TASK_DICT.values())

@@ -114,6 +114,6 @@ def _tasks_by_key(
 
 def _predefined_tasks() -> Sequence[TaskLike]:
     # Imported when asked for: whoever gives tasks of their own needs none of these.
-    from auto_circuit.tasks import TASKS
+    from auto_circuit.tasks import TASK_DICT
 
-    return TASKS
+    return tuple(TASK_DICT.values())
