@@ -389,8 +389,8 @@ def test_token_ids_and_lengths_that_the_model_does_not_have() -> None:
         src_ablations(graph, t.tensor([[1, -1]]))
     with pytest.raises(DataError, match="has 17 positions; the model's context has 16"):
         graph(tokens(1, 17))
-    with pytest.raises(ConfigError, match="give `past_key_values`"):
-        graph(tokens(1, 3), past_kv_cache=None)
+    with pytest.raises(ConfigError, match="calls it `past_key_values`"):
+        graph(tokens(1, 3), past_kv_cache=[1])
 
 
 def test_batches_of_one_dataset_share_the_models_prefix() -> None:

@@ -154,10 +154,14 @@ def test_a_registered_task_is_found_by_its_key(
     assert find_task("mine") is task
     scores = {task.key: {"Random": task.model.new_prune_scores(1.0)}}
     found = measure_prune_metrics(
-        [AblationType.RESAMPLE], [CLEAN_KL_DIV_METRIC], scores, PatchType.TREE_PATCH
+        [AblationType.RESAMPLE],
+        [CLEAN_KL_DIV_METRIC],
+        scores,
+        PatchType.TREE_PATCH,
+        test_edge_counts=[13],
     )
     points = found[AblationType.RESAMPLE][CLEAN_KL_DIV_METRIC.key][task.key]["Random"]
-    assert points[-1] == (13, pytest.approx(0, abs=1e-6))
+    assert points == [(13, pytest.approx(0, abs=1e-6))]
 
 
 @pytest.mark.parametrize("cache", [MODEL_CACHE, DATASET_CACHE])
