@@ -103,6 +103,7 @@ class PromptPairBatch:
     answers, wrong_answers: [batch n ...], or a list of [n ...] if the numbers differ.
     Attention masks: [batch seq], or None.
 
+    For functions of answers alone, clean and corrupt may be two single numbers, [].
     Raises DataError for tensors that do not fit together.
     """
 
@@ -116,10 +117,13 @@ class PromptPairBatch:
     corrupt_attention_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_sides(self, n_lead=2)
+        n_prompts = len(self.answers)
+        if not _are_placeholders(self.clean, self.corrupt):
+            _check_sides(self, n_lead=2)
+            n_prompts = len(self.clean)
         _check_answers(
             *(
-                _answer_rows(name, getattr(self, name), len(self.clean))
+                _answer_rows(name, getattr(self, name), n_prompts)
                 for name in ("answers", "wrong_answers")
             )
         )
@@ -140,6 +144,11 @@ class PromptPairBatch:
         mask = self.clean_attention_mask if is_clean else self.corrupt_attention_mask
         tokens = self.clean if is_clean else self.corrupt
         return tokens, {} if mask is None else {"attention_mask": mask}
+
+
+def _are_placeholders(clean: Any, corrupt: Any) -> bool:
+    """Single numbers in the places of prompts, which nobody will read."""
+    return all(isinstance(side, Tensor) and not side.ndim for side in (clean, corrupt))
 
 
 def _check_sides(prompts: PromptPair | PromptPairBatch, n_lead: int) -> None:

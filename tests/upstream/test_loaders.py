@@ -10,7 +10,12 @@ import torch as t
 from torch import Tensor
 from torch.utils.data import RandomSampler, Subset
 
-from auto_circuit.data import PromptDataLoader, PromptDataset, load_datasets_from_json
+from auto_circuit.data import (
+    PromptDataLoader,
+    PromptDataset,
+    PromptPairBatch,
+    load_datasets_from_json,
+)
 from auto_circuit.errors import ConfigError, DataError, GraphError
 from auto_circuit.metrics.prune_metrics.answer_value import measure_answer_val
 from auto_circuit.metrics.prune_metrics.kl_div import measure_kl_div
@@ -20,6 +25,7 @@ from auto_circuit.types import AblationType, PatchType
 from auto_circuit.utils.ablation_activations import batch_src_ablations, src_ablations
 from auto_circuit.utils.graph_utils import patch_mode
 from auto_circuit.utils.misc import repo_path_to_abs_path
+from auto_circuit.utils.tensor_ops import batch_answer_diffs, batch_avg_answer_val
 from tests.micro import CLEAN, micro_model
 from tests.texts import write_prompts
 
@@ -178,6 +184,20 @@ def test_a_mean_is_patched_into_the_smaller_last_batch_too() -> None:
         pytest.raises(GraphError, match="shape"),
     ):
         model(batch.clean)
+
+
+def test_a_batch_of_answers_alone() -> None:
+    """By hand: the answers' mean is (2 + 5) / 2, the wrong ones' (1 + 6) / 2."""
+    vals = t.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    answers, wrong = t.tensor([[1], [1]]), t.tensor([[0], [2]])
+    one = t.tensor(0)
+    batch = PromptPairBatch(12, 0, one, one, answers, wrong)
+    assert float(batch_avg_answer_val(vals, batch)) == 3.5
+    assert batch_answer_diffs(vals, batch).tolist() == [1.0, -1.0]
+    with pytest.raises(DataError, match="`wrong_answers` has 1 rows"):
+        PromptPairBatch(12, 0, one, one, answers, wrong[:1])
+    with pytest.raises(DataError, match="`clean`"):
+        PromptPairBatch(12, 0, one, t.zeros(2, 3), answers, wrong)
 
 
 # ------------------------------------------------------- the files of auto-circuit's tests
