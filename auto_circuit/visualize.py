@@ -134,7 +134,9 @@ def node_name(n: str, unembed: bool = False) -> str:
     """
     if n == "Resid End":
         return "Unembed" if unembed else ""
-    return re.sub(r"\.[QKV]$", "", _label(n))
+    if n == "Resid Start":
+        return "Embed"
+    return n[:-2] if n.endswith((".Q", ".K", ".V")) else n
 
 
 @overload

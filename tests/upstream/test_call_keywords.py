@@ -102,6 +102,8 @@ def test_past_kv_cache_of_another_model_or_of_other_weights(
 
 def test_keywords_that_nothing_stands_for(bridge: LoadedBridge, loaders: Any) -> None:
     cut, _ = batches(loaders)
+    model: Any
+    options: Any
     for model in (bridge, graph(bridge)):
         for options, message in (
             ({"shortformer_pos_embed": cut}, "`shortformer_pos_embed` is not supported"),
@@ -125,7 +127,7 @@ def test_keywords_that_stayed(
     """What TransformerLens 2 knew and 4 knows: the same through a PatchableModel."""
     _, whole = batches(loaders)
     model = graph(bridge)
-    options = {"return_type": return_type, "loss_per_token": return_type == "loss"}
+    options: Any = {"return_type": return_type, "loss_per_token": return_type == "loss"}
     for name in ("__call__", "run_with_cache", "run_with_hooks"):
         found, expected = (getattr(m, name)(whole, **options) for m in (model, bridge))
         if name == "run_with_cache":
@@ -165,8 +167,10 @@ def test_input_to_embed_goes_on_after_the_prefix(
 def test_generate(bridge: LoadedBridge, loaders: Any) -> None:
     _, whole = batches(loaders)
     options: Any = {"max_new_tokens": 2, "do_sample": False, "verbose": False}
-    found = graph(bridge).generate(whole, **options)
-    assert t.equal(found, bridge.generate(whole, **options))
+    found, expected = (
+        model.generate(whole, **options) for model in (graph(bridge), bridge)
+    )
+    assert isinstance(expected, Tensor) and t.equal(found, expected)
     with pytest.raises(GraphError, match="`generate` knows neither patches nor the pref"):
         graph(bridge, kv_caches=(loaders[0].kv_cache,)).generate(whole, **options)
 

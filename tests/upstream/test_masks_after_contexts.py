@@ -49,6 +49,7 @@ def edges(model: PatchableModel, names: list[str] = NAMES) -> list[Edge]:
 
 
 def drawn(model: PatchableModel) -> set[str]:
+    sankey: Any
     (sankey,) = draw_seq_graph(model, display_ipython=False).data
     return {name for name, _ in sankey.link.customdata}
 
