@@ -663,16 +663,6 @@ def test_one_prefix_serves_every_batch_size(tmp_path: Path) -> None:
     t.testing.assert_close(patched(clean)[:1], patched(clean[:1]), **EXACT)
 
 
-def test_a_model_without_a_kv_cache(tmp_path: Path) -> None:
-    from tests.models import attn_only
-
-    model = attn_only()
-    model.tokenizer = word_tokenizer()
-    path = write_prompts(tmp_path, name_prompts(4))
-    with pytest.raises(ConfigError, match="`tail_divergence` must be False"):
-        load(path, model, (2, 2), tail_divergence=True)
-
-
 def test_arguments_of_the_loader(tmp_path: Path) -> None:
     path = write_prompts(tmp_path, [prompt([1, 2], [3, 4], [1], [0])] * 5)
 
@@ -769,4 +759,5 @@ def test_a_loader_has_its_own_batches() -> None:
     dataset = PromptDataset(rows, rows, rows, rows)
     for option in ("collate_fn", "batch_sampler"):
         with pytest.raises(ConfigError, match=f"does not take `{option}`"):
-            PromptDataLoader(dataset, None, 0, None, None, None, **{option: [[0]]})
+            options: Any = {option: [[0]]}
+            PromptDataLoader(dataset, None, 0, **options)

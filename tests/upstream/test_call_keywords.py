@@ -170,7 +170,8 @@ def test_generate(bridge: LoadedBridge, loaders: Any) -> None:
     found, expected = (
         model.generate(whole, **options) for model in (graph(bridge), bridge)
     )
-    assert isinstance(expected, Tensor) and t.equal(found, expected)
+    assert isinstance(expected, Tensor) and isinstance(found, Tensor)
+    assert t.equal(found, expected)
     with pytest.raises(GraphError, match="`generate` knows neither patches nor the pref"):
         graph(bridge, kv_caches=(loaders[0].kv_cache,)).generate(whole, **options)
 

@@ -49,9 +49,9 @@ def edges(model: PatchableModel, names: list[str] = NAMES) -> list[Edge]:
 
 
 def drawn(model: PatchableModel) -> set[str]:
-    sankey: Any
     (sankey,) = draw_seq_graph(model, display_ipython=False).data
-    return {name for name, _ in sankey.link.customdata}
+    link: Any = sankey.link
+    return {name for name, _ in link.customdata}
 
 
 def test_edges_are_drawn_inside(model: PatchableModel) -> None:
