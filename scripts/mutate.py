@@ -245,6 +245,10 @@ ENGINE: tuple[Fault, ...] = (
         "        if True:\n"
         "            return grad_out, None, None",
         GRADIENTS),
+    fault("no gradients where all masks are 0", FORWARD,
+        "if work.does_nothing and not work.weights.requires_grad:",
+        "if work.does_nothing:",
+        f"{CALLERS}::test_mask_gradients_are_finite_differences"),
     fault("old gradients are not zeroed", FORWARD,
         "                grad.zero_()",
         "                pass",

@@ -17,20 +17,30 @@ MAX_SECONDS = 60
 
 
 @contextmanager
+def no_hang(seconds: int = MAX_SECONDS) -> Iterator[None]:
+    """Inside, what takes longer raises TimeoutError."""
+
+    def hang(signal_number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
 def only_our_errors() -> Iterator[None]:
     """Inside, anything but an error of ours fails the test, and so does a hang.
 
     A TypeError passes if our own code raises it by name, not Python for us.
     """
-
-    def hang(signal_number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"took more than {MAX_SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, hang)
-    signal.alarm(MAX_SECONDS)
     try:
         # A warning of ours is no error: a name without a position, a doubled prompt.
-        with warnings.catch_warnings():
+        with no_hang(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             yield
     except AutoCircuitError as error:
@@ -40,6 +50,3 @@ def only_our_errors() -> Iterator[None]:
         assert last.filename.startswith(PACKAGE) and "raise" in (
             last.line or ""
         ), f"a raw TypeError: {error!r}"
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)

@@ -28,6 +28,7 @@ from auto_circuit.types import AblationType
 from auto_circuit.utils.ablation_activations import batch_src_ablations, src_ablations
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
+from tests.fuzzing import no_hang
 from tests.texts import (
     bpe_tokenizer,
     name_prompts,
@@ -512,7 +513,10 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "device.json").symlink_to("/dev/zero")
     for name in ("pipe", "folder", "device"):
-        with pytest.raises(DataError, match="is a folder, a pipe or a device"):
+        with (
+            no_hang(),
+            pytest.raises(DataError, match="is a folder, a pipe or a device"),
+        ):
             read_prompt_file(tmp_path / f"{name}.json")
     with pytest.raises(DataError, match="Cannot read the prompt file"):
         read_prompt_file(tmp_path / f"{'x' * 300}.json")
