@@ -92,6 +92,8 @@ def flipped(data: st.DataObject, content: bytes) -> bytes:
     """The bytes with some of them changed, put in or gone, or without their end."""
     found = bytearray(content)
     for _ in range(data.draw(st.integers(1, 3))):
+        if not found:
+            break
         place = data.draw(st.integers(0, len(found) - 1))
         kind = data.draw(st.sampled_from(["bit", "byte", "gone", "end", "twice"]))
         if kind == "bit":

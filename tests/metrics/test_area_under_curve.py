@@ -88,6 +88,18 @@ def test_two_different_divergence_curves_have_different_areas() -> None:
     )
 
 
+def test_a_least_area() -> None:
+    """The area of RISING is 26, that of its mirror image -26."""
+    falling: Measurements = [(x, -y) for x, y in RISING]
+    for points, eps, area in (
+        (RISING, 25, 26),
+        (RISING, 27, 27),
+        (falling, 0.001, 0.001),
+    ):
+        assert measurements_auc(points, eps=eps) == pytest.approx(area)
+    assert math.isnan(measurements_auc([(0, 0.0), (1, math.nan)], eps=0.5))
+
+
 def test_points_may_come_in_any_order() -> None:
     assert measurements_auc(RISING[::-1]) == measurements_auc(RISING)
 

@@ -78,6 +78,30 @@ def test_acdc_compares_with_the_last_circuit() -> None:
         assert len(removed) == n_removed
 
 
+def test_acdc_asks_how_well_the_circuit_predicts_the_model() -> None:
+    """KL(model || circuit), not the other way round: each edge by itself."""
+    model, loader = micro_model(), micro_loader([0.1])
+    (batch,) = loader
+    patch = src_ablations(model, batch.corrupt)
+
+    def probs(edges: list[Edge]) -> t.Tensor:
+        with t.no_grad(), patch_mode(model, patch, edges):
+            return model(batch.clean)[model.out_slice].double().softmax(-1)
+
+    clean, n_apart = probs([]), 0
+    for edge in model.edges:
+        circuit = probs([edge])
+        kl, reverse = (
+            float((p * (p / q).log()).sum(-1).mean())
+            for p, q in ((clean, circuit), (circuit, clean))
+        )
+        if max(kl, reverse) > 1e-4 + 1.1 * min(kl, reverse):
+            n_apart += 1
+            removed = removed_edges(model, loader, (kl * reverse) ** 0.5, edges=[edge])
+            assert removed == ([edge] if kl < reverse else [])
+    assert n_apart > 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_acdc_is_the_plain_loop(make: Any) -> None:
