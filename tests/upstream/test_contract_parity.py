@@ -140,7 +140,16 @@ def their_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-SLOW = ("mask_gradients", "circuits", "subnetwork_probing", "circuit_probing", "acdc")
+SLOW = (
+    "mask_gradients",
+    "integrated_gradients",
+    "metrics",
+    "predefined_metrics",
+    "circuits",
+    "subnetwork_probing",
+    "circuit_probing",
+    "acdc",
+)
 NAMES = [
     pytest.param(f"{graph}/{case}", marks=() if graph == "gpt2/qkv" else pytest.mark.slow)
     for graph, cases in RANDOM_MODEL_CASES.items()
@@ -160,7 +169,9 @@ def test_random_model(name: str) -> None:
     assert_same(published, theirs_from_ours(case, model, ours))
 
 
-@pytest.mark.parametrize("case", POCKET_CASES)
+@pytest.mark.parametrize(
+    "case", ["prefix_cache", pytest.param("pocket_task", marks=pytest.mark.slow)]
+)
 def test_pocket_model(case: str) -> None:
     ours = POCKET_CASES[case](pocket_model())
     assert_same(expected("pocket")[case], theirs_from_ours(case, pocket_model(), ours))
