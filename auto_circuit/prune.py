@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from auto_circuit.checks import checked
+from auto_circuit.circuits import Circuit, circuit_of_scores
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, CircuitOutputs, PatchType, PruneScores
@@ -19,11 +20,8 @@ from auto_circuit.utils.ablation_activations import (
 from auto_circuit.utils.custom_tqdm import tqdm
 from auto_circuit.utils.graph_utils import patch_mode, preserved_masks
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask, desc_prune_scores
+from auto_circuit.utils.tensor_ops import desc_prune_scores
 from auto_circuit.utils.torch_state import in_own_state
-
-Circuit = dict[str, Tensor]
-"""Destination module -> [seq?, head?, src]: True for the edges of the circuit."""
 
 
 @checked
@@ -65,30 +63,30 @@ def run_circuits(
     means are computed once; the graph is drawn once, not for every batch.
     """
     prune_scores = model.check_scores(prune_scores)
-    masks = _circuit_masks(prune_scores, test_edge_counts, patch_type)
+    patched = _patched_edges(model, prune_scores, test_edge_counts, patch_type)
     clean_input = (patch_type == PatchType.TREE_PATCH) != reverse_clean_corrupt
     input_side: Side = "clean" if clean_input else "corrupt"
     patch_side: Side | None = "corrupt" if clean_input else "clean"
     if ablation_type not in PER_BATCH_ABLATIONS:
         patch_side = None
-    outputs: CircuitOutputs = {n_edges: {} for n_edges in masks}
+    outputs: CircuitOutputs = {n_edges: {} for n_edges in patched}
     batches = iter_src_ablations(model, dataloader, ablation_type, patch_side)
     with preserved_masks(model):
         for batch, patch_src_outs in tqdm(batches, total=len(dataloader), leave=False):
             tokens, kwargs = batch.model_input(input_side)
             with patch_mode(model, patch_src_outs):
-                for n_edges, mask in masks.items():
-                    set_masks(model, mask)
+                for n_edges, edges in patched.items():
+                    set_masks(model, edges)
                     outputs[n_edges][batch.key] = model.sliced(tokens, **kwargs).clone()
     if render_graph and len(test_edge_counts):
         # Imported when asked for: a driver of figures in a lower layer.
         from auto_circuit.visualize import draw_seq_graph
 
-        last = _circuit_masks(prune_scores, test_edge_counts[-1:], patch_type)
-        (patched,) = last.values()
+        last = _patched_edges(model, prune_scores, test_edge_counts[-1:], patch_type)
+        (edges,) = last.values()
         draw_seq_graph(
             model,
-            patched,
+            edges.scores,
             float(render_score_threshold),
             seq_labels=dataloader.seq_labels,
             display_ipython=True,
@@ -98,20 +96,24 @@ def run_circuits(
 
 
 @checked
-def set_masks(model: PatchableModel, values: Circuit) -> None:
+def set_masks(model: PatchableModel, values: Mapping[str, Tensor]) -> None:
     """Set every mask to the values (or booleans) of a dictionary like `patch_masks`."""
     for module_name, mask in model.patch_masks.items():
         mask.data.copy_(values[module_name])
 
 
-def _circuit_masks(
-    prune_scores: PruneScores, test_edge_counts: Sequence[int], patch_type: PatchType
+def _patched_edges(
+    model: PatchableModel,
+    prune_scores: PruneScores,
+    test_edge_counts: Sequence[int],
+    patch_type: PatchType,
 ) -> dict[int, Circuit]:
-    """{edges really in the circuit: True where an edge is patched}"""
-    masks = {}
+    """{edges really in the circuit: the edges that are patched to test it}"""
     desc_scores = desc_prune_scores(prune_scores)
-    for edge_count in sorted(set(test_edge_counts)):
-        circuit, n_edges = circuit_mask(prune_scores, edge_count, desc_scores)
-        is_tree = patch_type == PatchType.TREE_PATCH
-        masks[n_edges] = {k: ~v for k, v in circuit.items()} if is_tree else circuit
-    return masks
+    circuits = [
+        circuit_of_scores(model, prune_scores, size, desc_scores)
+        for size in sorted(set(test_edge_counts))
+    ]
+    if patch_type == PatchType.EDGE_PATCH:
+        return {circuit.n_edges: circuit for circuit in circuits}
+    return {circuit.n_edges: circuit.complement() for circuit in circuits}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from auto_circuit.checks import checked
+from auto_circuit.circuits import Circuit, circuit_of_scores
 from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
@@ -19,20 +20,16 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
     with_mean_of_ratios,
 )
 from auto_circuit.metrics.prune_metrics.task_measurements import measured_values
-from auto_circuit.prune import Circuit, run_circuits
+from auto_circuit.prune import run_circuits
 from auto_circuit.tasks import Task
 from auto_circuit.types import (
     AblationType,
     AlgoKey,
     AlgoPruneScores,
-    Edge,
     PatchType,
-    PruneScores,
     TaskKey,
 )
 from auto_circuit.utils.edge_counts import listed_edge_counts
-from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask
 
 # The documentation of the fields is what `experiments.py --help` prints.
 
@@ -214,13 +211,13 @@ def robustness_rows(
     rows = []
     for algo, prune_scores in find_scores(base_task).items():
         sizes = listed_edge_counts(model.n_edges, list(shares))
-        circuits = [circuit_mask(prune_scores, size)[0] for size in sizes]
+        circuits = [circuit_of_scores(model, prune_scores, size) for size in sizes]
         measured: dict[Choices, list[tuple[int, float]]] = {}
         for variation in varied:
             tested = variation.choices
             if tested not in measured:
                 measured[tested] = _percents(
-                    model, circuits, graphs[_graph_kind(tested)], tested, full
+                    circuits, graphs[_graph_kind(tested)], tested, full
                 )
             rows += [
                 RobustnessRow(
@@ -265,20 +262,19 @@ def _graph_kind(choices: Choices) -> tuple[bool, bool | None]:
 
 
 def _percents(
-    model: PatchableModel,
     circuits: Sequence[Circuit],
     task: Task,
     choices: Choices,
     full: FullModelOuts,
 ) -> list[tuple[int, float]]:
     """(edges, % of the logit difference) of each circuit, the smallest first."""
-    projected = [same_circuit(circuit, model, task.model) for circuit in circuits]
+    projected = [circuit.in_graph(task.model) for circuit in circuits]
     # Each circuit is part of the next one, so that the sum of them all ranks edges.
     ranks = {
-        name: sum((circuit[name] for circuit in projected), start=0 * scores)
+        name: sum((circuit.scores[name] for circuit in projected), start=scores)
         for name, scores in task.model.new_prune_scores().items()
     }
-    sizes = [sum(int(edges.sum()) for edges in c.values()) for c in projected]
+    sizes = [circuit.n_edges for circuit in projected]
     outs = run_circuits(
         task.model,
         task.test_loader,
@@ -294,38 +290,3 @@ def _percents(
     measured = measured_values(metric, task.model, task.test_loader, outs, full)
     percents = {n_edges: percent for n_edges, percent, _, _ in measured}
     return [(size, percents[size]) for size in sizes]
-
-
-@checked
-def same_circuit(
-    circuit: Circuit, model: PatchableModel, other: PatchableModel
-) -> PruneScores:
-    """A circuit of one graph in another graph of the same model: 1 in it, 0 outside.
-
-    If one of them is a graph of nodes, an edge is in the circuit if its source is a
-    source of the circuit; the residual stream between components, which only such a graph
-    has as an edge, is always in it. If only one of them has positions, an edge is in the
-    circuit at every position, or if it is in it at any.
-    """
-    if other is model:
-        return {name: 1.0 * edges for name, edges in circuit.items()}
-    by_node = not (model.is_factorized and other.is_factorized)
-    by_position = model.seq_len is not None and other.seq_len is not None
-
-    def key(edge: Edge) -> tuple[str, int | None]:
-        name = edge.src.name if by_node else edge.name
-        return name, edge.seq_idx if by_position else None
-
-    inside = {
-        key(edge)
-        for edge in model.edges
-        if circuit[edge.dest.module_name][edge.patch_idx]
-    }
-    components = {src.name for src in model.srcs}
-    return other.circuit_prune_scores(
-        [
-            edge
-            for edge in other.edges
-            if key(edge) in inside or edge.src.name not in components
-        ]
-    )

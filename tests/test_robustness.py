@@ -11,6 +11,7 @@ import pytest
 import torch as t
 
 from auto_circuit import experiments
+from auto_circuit.circuits import circuit_of_edges
 from auto_circuit.errors import ConfigError
 from auto_circuit.experiments import ROBUSTNESS, ExperimentConfig, run_robustness
 from auto_circuit.metrics.prune_metrics.answer_diff_percent import (
@@ -22,7 +23,7 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOGIT_DIFF_PERCENT_METRIC,
     with_mean_of_ratios,
 )
-from auto_circuit.prune import Circuit, run_circuits
+from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
@@ -31,7 +32,6 @@ from auto_circuit.robustness import (
     RobustnessRow,
     chosen_task,
     robustness_rows,
-    same_circuit,
     values_by_choice,
     variations,
 )
@@ -39,7 +39,6 @@ from auto_circuit.robustness_plot import robustness_fig
 from auto_circuit.tasks import POCKET_IOI_TASK, POCKET_IOI_TOKEN_TASK, Task
 from auto_circuit.types import AblationType, AlgoPruneScores, PatchType
 from auto_circuit.utils.graph_utils import patchable_model
-from auto_circuit.utils.patchable_model import PatchableModel
 from tests.browser import check_shown
 from tests.models import gpt2
 
@@ -74,18 +73,6 @@ def test_the_unpatched_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FullModelOuts, "_run", count)
     robustness_rows(replace(TASK, batch_count=2), BASE, (0.01,), two)
     assert len(runs) == 2  # batches of clean prompts
-
-
-def bool_circuit(model: PatchableModel, names: list[str]) -> Circuit:
-    return model.circuit_prune_scores(names, bool=True)
-
-
-def names_in(scores: Circuit, model: PatchableModel) -> set[str]:
-    return {
-        edge.name if edge.seq_idx is None else f"{edge.name} @ {edge.seq_idx}"
-        for edge in model.edges
-        if scores[edge.dest.module_name][edge.patch_idx] == 1
-    }
 
 
 # ------------------------------------------------------------------------- the choices
@@ -176,11 +163,9 @@ def test_the_same_circuit_in_other_graphs() -> None:
     )
     alike = patchable_model(bare, True, "last_seq", separate_qkv=True)
     circuit = ["A0.1->MLP 1 @ 0", "A0.1->A1.2.Q @ 0", "MLP 0->Resid End @ 2"]
-    inside = bool_circuit(edges, circuit)
-    assert names_in(same_circuit(inside, edges, edges), edges) == set(circuit)
-    assert names_in(same_circuit(inside, edges, alike), alike) == {
-        name.split(" @ ")[0] for name in circuit
-    }
+    inside = circuit_of_edges(edges, circuit)
+    assert set(inside.in_graph(edges).names) == set(circuit)
+    assert set(inside.in_graph(alike).names) == {name.split(" @ ")[0] for name in circuit}
     residual = {
         f"{name} @ {i}"
         for i in range(3)
@@ -190,12 +175,12 @@ def test_the_same_circuit_in_other_graphs() -> None:
             "Resid Mid 1->Resid End",
         )
     }
-    assert names_in(same_circuit(inside, edges, nodes), nodes) == residual | {
+    assert set(inside.in_graph(nodes).names) == residual | {
         "A0.1->Resid Mid 0 @ 0",
         "MLP 0->Resid Post 0 @ 2",
     }
-    everywhere = same_circuit(bool_circuit(alike, ["A0.1->MLP 1"]), alike, edges)
-    assert names_in(everywhere, edges) == {f"A0.1->MLP 1 @ {i}" for i in range(3)}
+    everywhere = circuit_of_edges(alike, ["A0.1->MLP 1"]).in_graph(edges)
+    assert set(everywhere.names) == {f"A0.1->MLP 1 @ {i}" for i in range(3)}
 
 
 # ------------------------------------------------------------------------- the verdicts

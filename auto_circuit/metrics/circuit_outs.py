@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
 from auto_circuit.checks import checked
+from auto_circuit.circuits import Circuit, CircuitMasks, as_circuit
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
-from auto_circuit.errors import ConfigError, GraphError, near_matches
+from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prune_metrics import PruneMetric
-from auto_circuit.prune import Circuit, set_masks
+from auto_circuit.prune import set_masks
 from auto_circuit.types import AblationType
 from auto_circuit.utils.ablation_activations import (
     PER_BATCH_ABLATIONS,
@@ -28,52 +29,10 @@ CHUNK = 16
 
 
 @checked
-def check_circuit(model: PatchableModel, circuit: Mapping[str, Tensor]) -> None:
-    """Raise GraphError unless the circuit is a boolean tensor for every mask."""
-    expected = {name: tuple(mask.shape) for name, mask in model.patch_masks.items()}
-    for name in (*circuit, *expected):
-        if name not in expected:
-            raise GraphError(
-                f"The circuit names {name!r}, which is no destination of this graph."
-                + near_matches(name, expected)
-            )
-        if name not in circuit:
-            raise GraphError(
-                f"The circuit lacks the destination {name!r}. Start from "
-                "`model.circuit_prune_scores(edges, bool=True)`."
-            )
-        edges = circuit[name]
-        if edges.dtype != t.bool or tuple(edges.shape) != expected[name]:
-            raise GraphError(
-                f"The circuit at {name!r} is {edges.dtype} of shape "
-                f"{tuple(edges.shape)}; expected torch.bool of shape {expected[name]}. "
-                "`circuit_mask(prune_scores, edge_count)` makes circuits of scores."
-            )
-
-
-@checked
-def n_circuit_edges(circuit: Mapping[str, Tensor]) -> int:
-    """The number of edges in a circuit."""
-    return sum(int(edges.sum()) for edges in circuit.values())
-
-
-@checked
-def complement(circuit: Mapping[str, Tensor]) -> Circuit:
-    """All the edges that are not in a circuit."""
-    return {name: ~edges for name, edges in circuit.items()}
-
-
-@checked
-def without(circuit: Mapping[str, Tensor], removed: Mapping[str, Tensor]) -> Circuit:
-    """The edges of a circuit that are not among the removed ones."""
-    return {name: edges & ~removed[name] for name, edges in circuit.items()}
-
-
-@checked
 def iter_circuit_outs(
     model: PatchableModel,
     dataloader: PromptDataLoader,
-    circuits: Sequence[Mapping[str, Tensor]],
+    circuits: Sequence[CircuitMasks],
     ablation_type: AblationType = AblationType.RESAMPLE,
 ) -> Iterator[tuple[PromptPairBatch, int, Tensor]]:
     """(batch, index of the circuit, its output) for every batch and circuit.
@@ -82,14 +41,13 @@ def iter_circuit_outs(
     patched in: with RESAMPLE, the corrupt prompts' activations. The model may be used
     between two items. Cost: a forward pass per batch and circuit, and one per batch.
     """
-    for circuit in circuits:
-        check_circuit(model, circuit)
+    checked_circuits = [as_circuit(model, circuit) for circuit in circuits]
     side = "corrupt" if ablation_type in PER_BATCH_ABLATIONS else None
     for batch, patch_src_outs in iter_src_ablations(
         model, dataloader, ablation_type, side
     ):
         for start in range(0, len(circuits), CHUNK):
-            chunk = circuits[start : start + CHUNK]
+            chunk = checked_circuits[start : start + CHUNK]
             outs = _outs(model, batch, patch_src_outs, chunk)
             for idx, out in enumerate(outs, start=start):
                 yield batch, idx, out
@@ -99,7 +57,7 @@ def _outs(
     model: PatchableModel,
     batch: PromptPairBatch,
     patch_src_outs: Tensor,
-    circuits: Sequence[Mapping[str, Tensor]],
+    circuits: Sequence[Circuit],
 ) -> list[Tensor]:
     tokens, kwargs = batch.model_input("clean")
     outs = []
@@ -109,7 +67,7 @@ def _outs(
         patch_mode(model, patch_src_outs),
     ):
         for circuit in circuits:
-            set_masks(model, complement(circuit))
+            set_masks(model, circuit.complement())
             outs.append(model.sliced(tokens, **kwargs).clone())
     return outs
 
@@ -119,7 +77,7 @@ def _outs(
 def circuit_prompt_vals(
     model: PatchableModel,
     dataloader: PromptDataLoader,
-    circuits: Sequence[Mapping[str, Tensor]],
+    circuits: Sequence[CircuitMasks],
     metric: PruneMetric,
     ablation_type: AblationType = AblationType.RESAMPLE,
 ) -> Float[Tensor, "circuit prompt"]:

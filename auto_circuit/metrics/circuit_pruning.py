@@ -36,7 +36,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from auto_circuit.checks import checked
-from auto_circuit.metrics.circuit_outs import Circuit, check_circuit
+from auto_circuit.circuits import Circuit, CircuitMasks, as_circuit
 from auto_circuit.metrics.edge_ranks import (
     Ranking,
     best_first,
@@ -52,7 +52,7 @@ Selection = Literal["best", "greedy"]
 
 
 @checked
-def connected_circuit(model: PatchableModel, circuit: Mapping[str, Tensor]) -> Circuit:
+def connected_circuit(model: PatchableModel, circuit: CircuitMasks) -> Circuit:
     """The edges of a circuit that lie on a path from an input to the output.
 
     circuit: destination module -> boolean tensor `[seq?, head?, src]` like its mask,
@@ -63,7 +63,7 @@ def connected_circuit(model: PatchableModel, circuit: Mapping[str, Tensor]) -> C
     enough about their components (`Node.component`).
     Source: the pruning of MIB (Mueller et al. 2025, arXiv 2504.13151).
     """
-    check_circuit(model, circuit)
+    circuit = as_circuit(model, circuit)
     links = fed_links(model)
     reached = _reached_srcs(model, circuit, links)
     needed = _needed_dests(model, circuit, links)
@@ -71,11 +71,11 @@ def connected_circuit(model: PatchableModel, circuit: Mapping[str, Tensor]) -> C
     for dest in model.dests:
         rows = _rows(model, connected, dest)
         rows &= reached[:, _in_srcs(model, dest)] & needed[dest][:, None]
-    return connected
+    return Circuit(model, connected)
 
 
 @checked
-def weighted_edge_count(model: PatchableModel, circuit: Mapping[str, Tensor]) -> float:
+def weighted_edge_count(model: PatchableModel, circuit: CircuitMasks) -> float:
     """The size of a circuit: its edges, each with the kept share of its source.
 
     The sum over edges (u, v) of |N_u in the circuit| / |N_u|, where N_u are the neurons
@@ -86,8 +86,7 @@ def weighted_edge_count(model: PatchableModel, circuit: Mapping[str, Tensor]) ->
 
     Raises GraphError for a circuit of another graph. Source: MIB (arXiv 2504.13151).
     """
-    connected = connected_circuit(model, circuit)
-    return float(sum(int(edges.sum()) for edges in connected.values()))
+    return float(connected_circuit(model, circuit).n_edges)
 
 
 # --------------------------------------------------------------- grown from the output

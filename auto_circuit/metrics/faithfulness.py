@@ -31,9 +31,10 @@ from itertools import pairwise
 import torch as t
 
 from auto_circuit.checks import check_number, checked
+from auto_circuit.circuits import circuit_of_scores
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError, DataError
-from auto_circuit.metrics.circuit_outs import iter_circuit_outs, n_circuit_edges
+from auto_circuit.metrics.circuit_outs import iter_circuit_outs
 from auto_circuit.metrics.circuit_pruning import (
     Selection,
     connected_circuit,
@@ -55,7 +56,6 @@ from auto_circuit.types import (
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
     ROUNDING,
-    circuit_mask,
 )
 
 MIB_BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -120,7 +120,7 @@ def faithfulness_curve(
     n_edges = model.n_edges
     sizes = {share: int(share * n_edges) for share in sorted(budgets)}
     circuits = {
-        size: connected_circuit(model, circuit_mask(ranks, size)[0])
+        size: connected_circuit(model, circuit_of_scores(model, ranks, size))
         for size in (0, *sizes.values(), n_edges)
     }
     outs: CircuitOutputs = {size: {} for size in circuits}
@@ -137,7 +137,7 @@ def faithfulness_curve(
             value=float(values[size]),
             faithfulness=faithfulness(values[size], values[0], values[n_edges], rounding),
             # Without dead ends each edge weighs 1.
-            weighted_edge_count=float(n_circuit_edges(circuits[size])),
+            weighted_edge_count=float(circuits[size].n_edges),
         )
         for share, size in sizes.items()
     ]

@@ -28,7 +28,6 @@ and did not correct the minimality test for its many edges.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch as t
@@ -36,17 +35,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from auto_circuit.checks import check_count, check_number, checked, seeded_generator
+from auto_circuit.circuits import Circuit, CircuitMasks, all_edges, as_circuit
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError, DataError
-from auto_circuit.metrics.circuit_outs import (
-    Circuit,
-    check_circuit,
-    circuit_prompt_vals,
-    complement,
-    n_circuit_edges,
-    without,
-)
-from auto_circuit.metrics.minimality import circuit_edges, edge_effects
+from auto_circuit.metrics.circuit_outs import circuit_prompt_vals
+from auto_circuit.metrics.minimality import edge_effects
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOGIT_DIFF_METRIC,
     PruneMetric,
@@ -131,7 +124,7 @@ class MinimalityTest:
 def sufficiency_test(
     model: PatchableModel,
     dataloader: PromptDataLoader,
-    circuit: Mapping[str, Tensor],
+    circuit: CircuitMasks,
     share: float = 0.9,
     n_random: int = 100,
     alpha: float = 0.05,
@@ -148,9 +141,10 @@ def sufficiency_test(
     Raises ConfigError for a circuit without edges or with all of them, and for numbers
     out of range. Cost: a forward pass per random circuit and batch.
     """
+    circuit = as_circuit(model, circuit)
     circuits = [
-        dict(circuit),
-        *_random_alternatives(model, circuit, n_random, seed, share, alpha),
+        circuit,
+        *_random_alternatives(circuit, n_random, seed, share, alpha),
     ]
     distances = _distances(model, dataloader, circuits, metric, ablation_type)
     n_worse = int((distances[1:] > distances[0]).sum())
@@ -161,7 +155,7 @@ def sufficiency_test(
 def partial_necessity_test(
     model: PatchableModel,
     dataloader: PromptDataLoader,
-    circuit: Mapping[str, Tensor],
+    circuit: CircuitMasks,
     share: float = 0.9,
     n_random: int = 100,
     alpha: float = 0.05,
@@ -174,11 +168,12 @@ def partial_necessity_test(
     statistic: the share of random circuits whose removal leaves a smaller distance; a
     tie counts against the circuit. Parameters, errors and cost: `sufficiency_test`.
     """
+    circuit = as_circuit(model, circuit)
     circuits = [
-        dict(circuit),
-        *_random_alternatives(model, circuit, n_random, seed, share, alpha),
+        circuit,
+        *_random_alternatives(circuit, n_random, seed, share, alpha),
     ]
-    rests = [complement(removed) for removed in circuits]
+    rests = [removed.complement() for removed in circuits]
     distances = _distances(model, dataloader, rests, metric, ablation_type)
     n_harmless = int((distances[1:] < distances[0]).sum())
     return _beats_share("Partial necessity", n_harmless, n_random, share, alpha)
@@ -205,65 +200,30 @@ def _distances(
     ablation_type: AblationType,
 ) -> Float[Tensor, "circuit"]:
     """The mean over prompts of |score of the circuit - score of the full model|."""
-    whole = {name: t.ones_like(edges) for name, edges in circuits[0].items()}
     vals = circuit_prompt_vals(
-        model, dataloader, [whole, *circuits], metric, ablation_type
+        model, dataloader, [all_edges(model), *circuits], metric, ablation_type
     )
     return (vals[1:] - vals[0]).abs().mean(1)
 
 
-@checked
-def random_circuit(
-    n_edges: int, like: Mapping[str, Tensor], generator: t.Generator
-) -> Circuit:
-    """`n_edges` of all edges, each set equally likely.
-
-    like: a circuit of the same graph. generator: a CPU generator, so that the circuit is
-    the same on every device. Raises ConfigError for more edges than there are.
-    """
-    everywhere = {name: t.ones_like(edges) for name, edges in like.items()}
-    return _random_subset(everywhere, n_edges, generator)
-
-
 def _random_alternatives(
-    model: PatchableModel,
-    circuit: Mapping[str, Tensor],
+    circuit: Circuit,
     n_random: int,
     seed: int,
     share: float,
     alpha: float,
 ) -> list[Circuit]:
     """Random circuits of the same size, once all arguments are known to be right."""
-    check_circuit(model, circuit)
     _check_shares(share=share, alpha=alpha)
     check_count("n_random", n_random)
-    n_edges = n_circuit_edges(circuit)
-    if not 0 < n_edges < model.n_edges:
+    everywhere, n_edges = all_edges(circuit.model), circuit.n_edges
+    if not 0 < n_edges < everywhere.n_edges:
         raise ConfigError(
-            f"The circuit has {n_edges} of {model.n_edges} edges: every circuit of that "
+            f"The circuit has {n_edges} of {everywhere.n_edges} edges: every circuit of that "
             "size is the same, so it cannot be compared with random ones."
         )
     generator = seeded_generator(seed)
-    return [random_circuit(n_edges, circuit, generator) for _ in range(n_random)]
-
-
-def _random_subset(
-    circuit: Mapping[str, Tensor], n_edges: int, generator: t.Generator
-) -> Circuit:
-    flat = t.cat([edges.flatten().cpu() for edges in circuit.values()])
-    choices = flat.nonzero()[:, 0]
-    if not 0 <= n_edges <= len(choices):
-        raise ConfigError(
-            f"{n_edges} edges were asked for at random, out of {len(choices)}."
-        )
-    picked = choices[t.randperm(len(choices), generator=generator)[:n_edges]]
-    subset = t.zeros_like(flat)
-    subset[picked] = True
-    sizes = [edges.numel() for edges in circuit.values()]
-    return {
-        name: part.view(edges.shape).to(edges.device)
-        for (name, edges), part in zip(circuit.items(), subset.split(sizes), strict=True)
-    }
+    return [everywhere.sample(n_edges, generator) for _ in range(n_random)]
 
 
 # ---------------------------------------------------------------- against the full model
@@ -273,7 +233,7 @@ def _random_subset(
 def equivalence_test(
     model: PatchableModel,
     dataloader: PromptDataLoader,
-    circuit: Mapping[str, Tensor],
+    circuit: CircuitMasks,
     epsilon: float = 0.1,
     alpha: float = 0.05,
     metric: PruneMetric = LOGIT_DIFF_METRIC,
@@ -286,11 +246,10 @@ def equivalence_test(
 
     Raises GraphError for a circuit of another graph.
     """
-    check_circuit(model, circuit)
+    circuit = as_circuit(model, circuit)
     _check_equivalence(epsilon, alpha)
-    whole = {name: t.ones_like(edges) for name, edges in circuit.items()}
     model_scores, circuit_scores = circuit_prompt_vals(
-        model, dataloader, [whole, circuit], metric, ablation_type
+        model, dataloader, [all_edges(model), circuit], metric, ablation_type
     )
     return equivalence_of_scores(circuit_scores, model_scores, epsilon, alpha)
 
@@ -335,7 +294,7 @@ def equivalence_of_scores(
 def independence_test(
     model: PatchableModel,
     dataloader: PromptDataLoader,
-    circuit: Mapping[str, Tensor],
+    circuit: CircuitMasks,
     n_permutations: int = 1000,
     alpha: float = 0.05,
     seed: int = 0,
@@ -349,12 +308,11 @@ def independence_test(
 
     Raises GraphError for a circuit of another graph.
     """
-    check_circuit(model, circuit)
+    circuit = as_circuit(model, circuit)
     _check_shares(alpha=alpha)
     check_count("n_permutations", n_permutations)
-    whole = {name: t.ones_like(edges) for name, edges in circuit.items()}
     model_scores, rest_scores = circuit_prompt_vals(
-        model, dataloader, [whole, complement(circuit)], metric, ablation_type
+        model, dataloader, [all_edges(model), circuit.complement()], metric, ablation_type
     )
     return independence_of_scores(rest_scores, model_scores, n_permutations, alpha, seed)
 
@@ -418,7 +376,7 @@ def _centred(kernel: Float[Tensor, "prompt prompt"]) -> Float[Tensor, "prompt pr
 def minimality_test(
     model: PatchableModel,
     dataloader: PromptDataLoader,
-    circuit: Mapping[str, Tensor],
+    circuit: CircuitMasks,
     share: float = 0.9,
     n_random: int = 100,
     alpha: float = 0.05,
@@ -439,7 +397,8 @@ def minimality_test(
     Raises ConfigError for a circuit without edges or with all of them, and for numbers
     out of range. Cost: a forward pass per edge, and two per random effect, and batch.
     """
-    edges = circuit_edges(model, circuit)
+    circuit = as_circuit(model, circuit)
+    edges = circuit.edges
     _check_shares(share=share, alpha=alpha)
     check_count("n_random", n_random)
     n_outside = model.n_edges - len(edges)
@@ -490,16 +449,16 @@ def edge_minimality(
 
 
 def _inflated_pairs(
-    circuit: Mapping[str, Tensor], n_added: int, n_pairs: int, seed: int
+    circuit: Circuit, n_added: int, n_pairs: int, seed: int
 ) -> list[tuple[Circuit, Circuit]]:
     """(the circuit and random edges, the same without one of these edges)"""
     generator = seeded_generator(seed)
-    outside = complement(circuit)
+    outside = circuit.complement()
     pairs = []
     for _ in range(n_pairs):
-        added = _random_subset(outside, n_added, generator)
-        inflated = {name: edges | added[name] for name, edges in circuit.items()}
-        pairs.append((inflated, without(inflated, _random_subset(added, 1, generator))))
+        added = outside.sample(n_added, generator)
+        inflated = circuit.union(added)
+        pairs.append((inflated, inflated.without(added.sample(1, generator))))
     return pairs
 
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from auto_circuit.checks import checked
+from auto_circuit.circuits import CircuitMasks, as_circuit
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
-from auto_circuit.metrics.circuit_outs import (
-    Circuit,
-    check_circuit,
-    circuit_prompt_vals,
-)
+from auto_circuit.metrics.circuit_outs import circuit_prompt_vals
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOGIT_DIFF_METRIC,
     PruneMetric,
@@ -39,50 +33,29 @@ class EdgeEffect:
 def edge_effects(
     model: PatchableModel,
     dataloader: PromptDataLoader,
-    circuit: Mapping[str, Tensor],
+    circuit: CircuitMasks,
     metric: PruneMetric = LOGIT_DIFF_METRIC,
     ablation_type: AblationType = AblationType.RESAMPLE,
 ) -> list[EdgeEffect]:
     """The effect of removing each edge of a circuit, one at a time, in graph order.
 
-    circuit: destination module -> boolean `[seq?, head?, src]`. The metric is the mean
-    over prompts; the input is clean, and the ablation is patched in along all edges
-    that are not in the circuit.
+    The metric is the mean over prompts; the input is clean, and the ablation is patched in
+    along all edges that are not in the circuit.
 
     Cost: a forward pass per edge and batch. Raises GraphError for a circuit of another
     graph, ConfigError for one without edges or a metric without `prompt_func`.
     """
-    edges = circuit_edges(model, circuit)
+    circuit = as_circuit(model, circuit)
+    edges = circuit.edges
     if not edges:
         raise ConfigError(
             "The circuit has no edges, so none can be removed. Give a circuit with at "
             "least one."
         )
-    circuits = [dict(circuit), *(without_edge(circuit, edge) for edge in edges)]
+    circuits = [circuit, *(circuit.without_edges([edge]) for edge in edges)]
     vals = circuit_prompt_vals(model, dataloader, circuits, metric, ablation_type)
     whole, *reduced = vals.mean(1).tolist()
     return [
         EdgeEffect(edge, whole - value)
         for edge, value in zip(edges, reduced, strict=True)
     ]
-
-
-@checked
-def circuit_edges(model: PatchableModel, circuit: Mapping[str, Tensor]) -> list[Edge]:
-    """The edges of a circuit, in the order of the graph.
-
-    Raises GraphError for a circuit of another graph.
-    """
-    check_circuit(model, circuit)
-    return [
-        edge for edge in model.edges if circuit[edge.dest.module_name][edge.patch_idx]
-    ]
-
-
-@checked
-def without_edge(circuit: Mapping[str, Tensor], edge: Edge) -> Circuit:
-    """The circuit without one of its edges."""
-    name = edge.dest.module_name
-    edges = circuit[name].clone()
-    edges[edge.patch_idx] = False
-    return {**circuit, name: edges}

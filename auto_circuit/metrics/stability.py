@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import torch as t
-from torch import Tensor
 
 from auto_circuit.checks import check_count, checked, seeded_generator
+from auto_circuit.circuits import CircuitMasks, circuit_jaccard, n_circuit_edges
 from auto_circuit.data import PromptDataLoader, PromptDataset
-from auto_circuit.errors import ConfigError, DataError, GraphError
+from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.types import PruneScores
 from auto_circuit.utils.tensor_ops import circuit_mask
 
@@ -52,26 +52,7 @@ class Stability:
 
 
 @checked
-def circuit_jaccard(circuit: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """|edges in both| / |edges in either|, in [0, 1]; 1 for two empty circuits.
-
-    circuits: destination module -> boolean `[seq?, head?, src]`. Raises GraphError for
-    circuits of different graphs.
-    """
-    shapes = [
-        {name: tuple(edges.shape) for name, edges in c.items()} for c in (circuit, other)
-    ]
-    if shapes[0] != shapes[1]:
-        raise GraphError(
-            f"The circuits are of different graphs: {shapes[0]} and {shapes[1]}."
-        )
-    both = sum(int((edges & other[name]).sum()) for name, edges in circuit.items())
-    either = sum(int((edges | other[name]).sum()) for name, edges in circuit.items())
-    return both / either if either else 1.0
-
-
-@checked
-def circuits_stability(circuits: Sequence[Mapping[str, Tensor]]) -> Stability:
+def circuits_stability(circuits: Sequence[CircuitMasks]) -> Stability:
     """How much some circuits agree.
 
     Raises ConfigError for fewer than two, GraphError for circuits of different graphs.
@@ -83,9 +64,7 @@ def circuits_stability(circuits: Sequence[Mapping[str, Tensor]]) -> Stability:
         )
     return Stability(
         jaccards=tuple(circuit_jaccard(a, b) for a, b in combinations(circuits, 2)),
-        circuit_sizes=tuple(
-            sum(int(edges.sum()) for edges in circuit.values()) for circuit in circuits
-        ),
+        circuit_sizes=tuple(n_circuit_edges(circuit) for circuit in circuits),
     )
 
 

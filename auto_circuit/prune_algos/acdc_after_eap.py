@@ -16,6 +16,7 @@ from collections.abc import Collection, Sequence
 from functools import partial
 
 from auto_circuit.checks import check_count, checked
+from auto_circuit.circuits import circuit_of_scores
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.prune_algos.ACDC import check_thresholds, take_edges_out
 from auto_circuit.prune_algos.edge_attribution_patching import (
@@ -25,7 +26,6 @@ from auto_circuit.prune_algos.mask_training import training_batches
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask
 from auto_circuit.utils.torch_state import in_own_state
 
 
@@ -77,8 +77,7 @@ def _best_edges(
     model: PatchableModel, dataloader: PromptDataLoader, n_edges: int
 ) -> list[Edge]:
     eap = edge_attribution_patching_prune_scores(model, dataloader, None)
-    chosen, _ = circuit_mask(eap, n_edges)
-    return [e for e in model.edges if chosen[e.dest.module_name][e.patch_idx]]
+    return circuit_of_scores(model, eap, n_edges).edges
 
 
 ACDC_AFTER_EAP_PRUNE_ALGO = PruneAlgo(

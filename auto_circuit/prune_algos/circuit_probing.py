@@ -13,6 +13,7 @@ from functools import partial
 from typing import Literal
 
 from auto_circuit.checks import checked
+from auto_circuit.circuits import circuit_of_scores
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.prune_algos.objectives import (
@@ -28,7 +29,6 @@ from auto_circuit.prune_algos.subnetwork_probing import (
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, Edge, MaskFn, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask
 from auto_circuit.utils.torch_state import in_own_state
 
 CircuitSize = int | Literal["true_size"]
@@ -99,8 +99,7 @@ def circuit_probing_prune_scores(
             warm_start,
             last_rate_share,
         )
-        circuit, _ = circuit_mask(trained, size)
-        for name, in_circuit in circuit.items():
+        for name, in_circuit in circuit_of_scores(model, trained, size).items():
             scores[name][in_circuit & (scores[name] == 0)] = len(sizes) - place
     return scores
 

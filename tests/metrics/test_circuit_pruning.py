@@ -11,13 +11,10 @@ from typing import Any
 import pytest
 import torch as t
 
+from auto_circuit.circuits import Circuit, CircuitMasks, as_circuit, circuit_of_edges
 from auto_circuit.data import PromptDataLoader, PromptDataset
 from auto_circuit.errors import GraphError
-from auto_circuit.metrics.circuit_outs import (
-    Circuit,
-    iter_circuit_outs,
-    n_circuit_edges,
-)
+from auto_circuit.metrics.circuit_outs import iter_circuit_outs
 from auto_circuit.metrics.circuit_pruning import (
     connected_circuit,
     greedy_ranks,
@@ -39,19 +36,20 @@ SEQ = 4
 
 
 def circuit_of(model: PatchableModel, *names: str) -> Circuit:
-    return model.circuit_prune_scores(names, bool=True)
+    return circuit_of_edges(model, names)
 
 
-def names_in(model: PatchableModel, circuit: Circuit) -> set[str]:
-    return {repr(e) for e in model.edges if circuit[e.dest.module_name][e.patch_idx]}
+def names_in(model: PatchableModel, circuit: CircuitMasks) -> set[str]:
+    return set(as_circuit(model, circuit).names)
 
 
 def random_circuit(model: PatchableModel, share: float, seed: int) -> Circuit:
     generator = t.Generator().manual_seed(seed)
-    return {
+    masks = {
         name: t.rand(mask.shape, generator=generator) < share
         for name, mask in model.patch_masks.items()
     }
+    return Circuit(model, masks)
 
 
 def bridge(make: Callable[[], Any], seq_len: int | None = None, **kwargs: Any):
@@ -232,7 +230,7 @@ def test_dead_ends_have_no_effect(
     circuits = [random_circuit(model, share, 0) for share in (0.1, 0.3, 0.6)]
     connected = [connected_circuit(model, circuit) for circuit in circuits]
     # The test is about something: there are dead ends, and not only these.
-    sizes = [sum(map(n_circuit_edges, found)) for found in (circuits, connected)]
+    sizes = [sum(c.n_edges for c in found) for found in (circuits, connected)]
     assert 0 < sizes[1] < sizes[0]
     outs = [out for _, _, out in iter_circuit_outs(model, loader, circuits + connected)]
     for out, pruned_out in zip(outs[:3], outs[3:], strict=True):

@@ -8,8 +8,8 @@ from fractions import Fraction
 import pytest
 import torch as t
 
+from auto_circuit.circuits import Circuit, all_edges, circuit_of_edges
 from auto_circuit.errors import ConfigError, DataError, GraphError
-from auto_circuit.metrics.circuit_outs import Circuit, n_circuit_edges
 from auto_circuit.metrics.hypothesis_tests import (
     HypothesisTest,
     binomial_tail,
@@ -20,7 +20,6 @@ from auto_circuit.metrics.hypothesis_tests import (
     independence_test,
     minimality_test,
     partial_necessity_test,
-    random_circuit,
     sufficiency_test,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
@@ -29,8 +28,7 @@ from tests.models import state_snapshot
 
 
 def all_but(model: PatchableModel, *names: str) -> Circuit:
-    removed = model.circuit_prune_scores(names, bool=True)
-    return {name: ~edges for name, edges in removed.items()}
+    return circuit_of_edges(model, names).complement()
 
 
 def seeded(seed: int) -> t.Generator:
@@ -163,27 +161,13 @@ def test_independence_of_micro_complements() -> None:
 # -------------------------------------------------------- against random circuits
 
 
-def test_random_circuits() -> None:
-    like = all_but(micro_model())
-    counts = {name: t.zeros(edges.shape) for name, edges in like.items()}
-    for seed in range(300):
-        circuit = random_circuit(4, like, seeded(seed))
-        assert n_circuit_edges(circuit) == 4
-        for name, edges in circuit.items():
-            counts[name] += edges
-    frequencies = t.cat([count.flatten() for count in counts.values()]) / 300
-    assert (frequencies - 4 / 13).abs().max() < 0.1
-    with pytest.raises(ConfigError, match="14 edges .* out of 13"):
-        random_circuit(14, like, seeded(0))
-
-
 def test_sufficiency() -> None:
     model, loader = micro_model(), micro_loader()
     # It changes no logit difference, so only the same circuit is as near to the model.
     best = all_but(model, "Resid Start->Resid End")
     result = sufficiency_test(model, loader, best, share=0.5, n_random=40)
     generator = seeded(0)
-    alternatives = [random_circuit(12, best, generator) for _ in range(40)]
+    alternatives = [all_edges(model).sample(12, generator) for _ in range(40)]
     n_same = sum(not bool(circuit["output"][0]) for circuit in alternatives)
     assert 0 < n_same < 10
     assert result.statistic == (40 - n_same) / 40
@@ -208,7 +192,7 @@ def test_partial_necessity() -> None:
 
 def test_same_seed_same_result() -> None:
     model, loader = micro_model(), micro_loader()
-    circuit = random_circuit(5, all_but(model), seeded(0))
+    circuit = all_edges(model).sample(5, seeded(0))
     state = t.get_rng_state()
     results = [
         sufficiency_test(model, loader, circuit, n_random=30, seed=seed)
@@ -222,7 +206,7 @@ def test_comparison_errors() -> None:
     model, loader = micro_model(), micro_loader()
     with pytest.raises(ConfigError, match="13 of 13 edges"):
         sufficiency_test(model, loader, all_but(model))
-    circuit = random_circuit(5, all_but(model), seeded(0))
+    circuit = all_edges(model).sample(5, seeded(0))
     with pytest.raises(ConfigError, match="`share` is 1.0"):
         partial_necessity_test(model, loader, circuit, share=1.0)
     with pytest.raises(ConfigError, match="`n_random` is 0"):
@@ -271,6 +255,6 @@ def test_minimality_errors() -> None:
     model, loader = micro_model(), micro_loader()
     with pytest.raises(ConfigError, match="13 of 13 edges"):
         minimality_test(model, loader, all_but(model))
-    circuit = random_circuit(5, all_but(model), seeded(0))
+    circuit = all_edges(model).sample(5, seeded(0))
     with pytest.raises(ConfigError, match="`n_added` is 9; .* at most 8"):
         minimality_test(model, loader, circuit, n_added=9)

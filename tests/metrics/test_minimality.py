@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from auto_circuit.errors import ConfigError
-from auto_circuit.metrics.minimality import edge_effects, without_edge
+from auto_circuit.metrics.minimality import edge_effects
 from auto_circuit.metrics.prune_metrics.prune_metrics import PruneMetric
 from auto_circuit.prune import run_circuits
 from auto_circuit.types import AblationType, PatchType
@@ -66,14 +66,6 @@ def test_removing_from_everything_is_what_run_circuits_does() -> None:
         )
         ((wrong, right),) = next(iter(outs[1].values())).tolist()
         assert edge_effect.effect == pytest.approx(24.0 - (right - wrong))
-
-
-def test_without_edge_leaves_the_circuit_alone() -> None:
-    model = micro_model()
-    circuit = model.circuit_prune_scores(PATH, bool=True)
-    (edge,) = model.find_edges(PATH[1])
-    smaller = without_edge(circuit, edge)
-    assert circuit["output"].sum() == 1 and smaller["output"].sum() == 0
 
 
 def test_errors() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch as t
 
+from auto_circuit.circuits import circuit_jaccard
 from auto_circuit.data import PromptDataLoader, PromptDataset
 from auto_circuit.errors import ConfigError, DataError, GraphError
 from auto_circuit.metrics.stability import (
     bootstrap_loader,
     bootstrap_stability,
-    circuit_jaccard,
     circuits_stability,
     seed_stability,
 )

@@ -11,22 +11,16 @@ Source: the completeness criterion of Wang et al. 2022 (arXiv 2211.00593).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from auto_circuit.checks import checked
+from auto_circuit.circuits import Circuit, as_circuit, circuit_of_scores
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.errors import ConfigError, near_matches
-from auto_circuit.metrics.circuit_outs import (
-    Circuit,
-    check_circuit,
-    complement,
-    iter_circuit_outs,
-    n_circuit_edges,
-    without,
-)
+from auto_circuit.metrics.circuit_outs import iter_circuit_outs
 from auto_circuit.metrics.completeness_metrics.same_under_knockouts_plot import (
     same_under_knockouts_fig,
 )
@@ -42,7 +36,7 @@ from auto_circuit.types import (
     TaskKey,
     TaskPruneScores,
 )
-from auto_circuit.utils.tensor_ops import circuit_mask, desc_prune_scores
+from auto_circuit.utils.tensor_ops import desc_prune_scores
 
 __all__ = [
     "AlgoCompletenessScores",
@@ -101,29 +95,29 @@ def same_under_knockout(
     Differs from auto-circuit, where a score equal to the threshold was knocked out, so
     that scores of 0 removed the whole circuit.
     """
-    circuit, n_edges = circuit_mask(circuit_ps, circuit_size)
-    if not n_edges:
+    circuit = circuit_of_scores(task.model, circuit_ps, circuit_size)
+    if not circuit.n_edges:
         raise ConfigError(
             "The circuit's 0 edges do nothing that could be compared. Give a `circuit_size` "
             "of at least 1."
         )
     knockouts = knocked_out_edges(task, circuit, knockout_ps, knockout_threshold)
-    if not n_circuit_edges(without(circuit, knockouts)):
+    if circuit == knockouts:
         raise ConfigError(
-            f"All {n_edges} edges of the circuit have a knockout score "
+            f"All {circuit.n_edges} edges of the circuit have a knockout score "
             f"above {knockout_threshold:g}: without them it is empty, and there is nothing "
             "to compare. Raise `knockout_threshold`, or give other scores."
         )
     outs = _circuit_outs(
-        task, [circuit, complement(knockouts), without(circuit, knockouts)]
+        task, [circuit, knockouts.complement(), circuit.without(knockouts)]
     )
     circuit_outs, model_without_outs, circuit_without_outs = outs
     full = full_model_outs or FullModelOuts(task.model, task.test_loader)
     model_without = _GivenOuts(task.model, task.test_loader, model_without_outs)
     return [
         CompletenessScore(
-            n_edges=n_edges,
-            n_knockouts=n_circuit_edges(knockouts),
+            n_edges=circuit.n_edges,
+            n_knockouts=knockouts.n_edges,
             kl_div=_kl_div(task, circuit_outs, full),
             knockout_kl_div=_kl_div(task, circuit_without_outs, model_without),
         )
@@ -183,9 +177,7 @@ def knocked_out_edges(
     """
     desc_prune_scores(knockout_ps)  # Raises for NaN, which is not above anything.
     above = {name: scores > knockout_threshold for name, scores in knockout_ps.items()}
-    check_circuit(task.model, circuit)
-    check_circuit(task.model, above)
-    return {name: edges & above[name] for name, edges in circuit.items()}
+    return as_circuit(task.model, circuit).intersection(above)
 
 
 @checked
@@ -249,9 +241,7 @@ class _GivenOuts(FullModelOuts):
         return self._outs[batch.key]
 
 
-def _circuit_outs(
-    task: TaskLike, circuits: Sequence[Mapping[str, Tensor]]
-) -> list[BatchOutputs]:
+def _circuit_outs(task: TaskLike, circuits: Sequence[Circuit]) -> list[BatchOutputs]:
     outs: list[BatchOutputs] = [{} for _ in circuits]
     for batch, idx, out in iter_circuit_outs(task.model, task.test_loader, circuits):
         outs[idx][batch.key] = out

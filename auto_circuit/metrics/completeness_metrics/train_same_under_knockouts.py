@@ -22,9 +22,9 @@ from auto_circuit.checks import (
     checked,
     seeded_generator,
 )
+from auto_circuit.circuits import Circuit, circuit_of_scores
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.errors import ConfigError, TrainingError, near_matches
-from auto_circuit.metrics.circuit_outs import Circuit, check_circuit, n_circuit_edges
 from auto_circuit.metrics.completeness_metrics.same_under_knockouts import (
     find_task_like,
     known_circuit_size,
@@ -44,7 +44,6 @@ from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
     at_least_float32,
     batch_avg_answer_diff,
-    circuit_mask,
     hard_concrete_expected_l0,
     multibatch_kl_div,
 )
@@ -156,9 +155,8 @@ def train_same_under_knockout_prune_scores(
     # Without a function, masks would not stay between 0 and 1.
     check_choice("mask_fn", mask_fn, Literal["hard_concrete", "sigmoid"])
     model: PatchableModel = task.model
-    circuit, n_edges = circuit_mask(algo_ps, circuit_size)
-    check_circuit(model, circuit)
-    if not n_edges:
+    circuit = circuit_of_scores(model, algo_ps, circuit_size)
+    if not circuit.n_edges:
         raise ConfigError(
             "The circuit has no edges, so none can be knocked out. Give a `circuit_size` "
             "of at least 1."
@@ -234,7 +232,7 @@ def _size_penalty(
 ) -> Tensor:
     size = hard_concrete_expected_l0 if mask_fn == "hard_concrete" else t.sigmoid
     inside = t.cat([mask[circuit[name]] for name, mask in masks.items()])
-    target = max(1, n_circuit_edges(circuit) // TARGET_SHARE)
+    target = max(1, circuit.n_edges // TARGET_SHARE)
     return t.relu(size(inside).sum() - target) / target
 
 
