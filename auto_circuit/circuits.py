@@ -21,6 +21,7 @@ from torch import Tensor
 from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, GraphError, near_matches
 from auto_circuit.types import Edge, PruneScores
+from auto_circuit.utils.dead_ends import without_dead_ends
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import circuit_mask
 
@@ -101,6 +102,14 @@ class Circuit(Mapping[str, Tensor]):
                 masks[name] = masks[name].clone()
             masks[name][edge.patch_idx] = False
         return self._with(masks)
+
+    def connected(self) -> Circuit:
+        """Its edges on a path from an input to the output (see `utils.dead_ends`).
+
+        Raises GraphError for a graph whose nodes do not say enough about their components.
+        Source: the pruning of MIB (Mueller et al. 2025, arXiv 2504.13151).
+        """
+        return self._with(without_dead_ends(self.model, self.masks))
 
     def sample(self, n_edges: int, generator: t.Generator) -> Circuit:
         """`n_edges` of its edges, each set of them equally likely.

@@ -1,28 +1,7 @@
-"""Circuits without dead ends: only edges on a path from the inputs to the output.
+"""The size of circuits without dead ends, and circuits that are grown from the output.
 
-An algorithm ranks edges one by one, so the best of them may hang in the air: an edge
-from a head that reads nothing of the circuit, or into a head that nothing reads. Such
-an edge is a *dead end*. With resampled activations it carries what would be patched in
-anyway, or nobody listens, so that the circuit's output is the same without it. With other
-ablations a dead end may act: a component that reads nothing of the circuit writes what it
-makes of ablated inputs, which is not what the ablation puts in its place.
-
-How activations get from a destination to a source:
-
-- In the factorized graph a destination feeds the sources of its own component, head for
-  head (`A0.1.Q` feeds `A0.1`; `MLP 0` all latents and the error of an autoencoder there).
-  With grouped-query attention a key-value head feeds the query heads of its group; where
-  heads are not told apart on one side (`A0`), all are connected. Nodes say themselves what
-  they belong to (`Node.component`), see `utils.component_links`.
-- In the unfactorized graph the residual stream feeds all sources of the next layer.
-- A head lives if *any* of its inputs (query, key, value) does.
-- With edges at each position, everything stays at its position, except for what
-  attention reads as keys and values: that reaches the same and all later positions
-  (all positions, if the model's attention is bidirectional). An edge into the output
-  counts only at a position that the model's `out_slice` keeps.
-
-A source that no destination feeds (the embeddings) is an input; a destination that
-feeds no source (the final residual stream) is the output.
+An algorithm ranks edges one by one, so the best of them may hang in the air: see
+`utils.dead_ends`, which says what a path is.
 """
 
 from __future__ import annotations
@@ -32,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch as t
-from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from auto_circuit.checks import checked
@@ -44,7 +22,8 @@ from auto_circuit.metrics.edge_ranks import (
     ranks_in_order,
 )
 from auto_circuit.types import DestNode, PositionsRead, PruneScores
-from auto_circuit.utils.component_links import Links, fed_links
+from auto_circuit.utils.component_links import fed_links
+from auto_circuit.utils.dead_ends import edge_rows, output_positions
 from auto_circuit.utils.patchable_model import PatchableModel
 
 Selection = Literal["best", "greedy"]
@@ -55,23 +34,13 @@ Selection = Literal["best", "greedy"]
 def connected_circuit(model: PatchableModel, circuit: CircuitMasks) -> Circuit:
     """The edges of a circuit that lie on a path from an input to the output.
 
-    circuit: destination module -> boolean tensor `[seq?, head?, src]` like its mask,
-        True for the circuit's edges. Returned in the same form, on the same device. The
-        module says what a path is.
+    `utils.dead_ends` says what a path is.
 
     Raises GraphError for a circuit of another graph, and for a graph whose nodes do not say
     enough about their components (`Node.component`).
     Source: the pruning of MIB (Mueller et al. 2025, arXiv 2504.13151).
     """
-    circuit = as_circuit(model, circuit)
-    links = fed_links(model)
-    reached = _reached_srcs(model, circuit, links)
-    needed = _needed_dests(model, circuit, links)
-    connected = {name: edges.clone() for name, edges in circuit.items()}
-    for dest in model.dests:
-        rows = _rows(model, connected, dest)
-        rows &= reached[:, _in_srcs(model, dest)] & needed[dest][:, None]
-    return Circuit(model, connected)
+    return as_circuit(model, circuit).connected()
 
 
 @checked
@@ -155,7 +124,7 @@ def _grow(model: PatchableModel, places: Mapping[str, Tensor]) -> Iterator[int]:
         for link in of_dest:
             feeders.setdefault(link.src.src_idx, []).append((dest, link.positions))
     n_positions = model.seq_len or 1
-    rows = {dest: _rows(model, places, dest).tolist() for dest in model.dests}
+    rows = {dest: edge_rows(model, places, dest).tolist() for dest in model.dests}
     candidates: list[tuple[int, int, int]] = []
     in_circuit: set[tuple[object, int]] = set()
 
@@ -165,7 +134,7 @@ def _grow(model: PatchableModel, places: Mapping[str, Tensor]) -> Iterator[int]:
             for src_idx, place in enumerate(rows[dest][position], dest.min_src_idx):
                 heapq.heappush(candidates, (place, src_idx, position))
 
-    outputs = _output_positions(model).nonzero().flatten().tolist()
+    outputs = output_positions(model).nonzero().flatten().tolist()
     for dest in (dest for dest, of_dest in links.items() if not of_dest):
         for position in outputs:
             let_in(dest, position)
@@ -180,88 +149,3 @@ def _grow(model: PatchableModel, places: Mapping[str, Tensor]) -> Iterator[int]:
             stop = n_positions if positions == "all" else position + 1
             for at in range(first, stop):
                 let_in(dest, at)
-
-
-# ----------------------------------------------------------------- reached and needed
-
-
-def _reached_srcs(
-    model: PatchableModel,
-    circuit: Mapping[str, Tensor],
-    links: Links,
-) -> Bool[Tensor, "seq src"]:
-    """Which sources the inputs reach."""
-    device = next(iter(circuit.values())).device
-    reached = t.ones(model.seq_len or 1, len(model.srcs), dtype=t.bool, device=device)
-    for link in (link for of_dest in links.values() for link in of_dest):
-        reached[:, link.src.src_idx] = False
-    # In the order of the graph, so that what a destination reads is known.
-    for dest in sorted(model.dests):
-        edges = _rows(model, circuit, dest)
-        lives = (edges & reached[:, _in_srcs(model, dest)]).any(-1)
-        for link in links[dest]:
-            reached[:, link.src.src_idx] |= _reaching(lives, link.positions)
-    return reached
-
-
-def _needed_dests(
-    model: PatchableModel,
-    circuit: Mapping[str, Tensor],
-    links: Links,
-) -> dict[DestNode, Bool[Tensor, "seq"]]:
-    """Which destinations reach the output."""
-    device = next(iter(circuit.values())).device
-    needed_srcs = t.zeros(
-        model.seq_len or 1, len(model.srcs), dtype=t.bool, device=device
-    )
-    needed: dict[DestNode, Tensor] = {}
-    for dest in sorted(model.dests, reverse=True):
-        if links[dest]:
-            lives = t.zeros_like(needed_srcs[:, 0])
-            for link in links[dest]:
-                # Backwards in time: who reaches is whom the flipped positions reach.
-                src_lives = needed_srcs[:, link.src.src_idx].flip(0)
-                lives |= _reaching(src_lives, link.positions).flip(0)
-        else:
-            lives = _output_positions(model).to(device)
-        needed[dest] = lives
-        edges = _rows(model, circuit, dest)
-        needed_srcs[:, _in_srcs(model, dest)] |= edges & lives[:, None]
-    return needed
-
-
-def _rows(
-    model: PatchableModel, circuit: Mapping[str, Tensor], dest: DestNode
-) -> Shaped[Tensor, "seq src"]:
-    """A view of the edges into a destination."""
-    edges = circuit[dest.module_name]
-    edges = edges if model.seq_len is not None else edges.unsqueeze(0)
-    return edges if dest.head_idx is None else edges[:, dest.head_idx]
-
-
-def _in_srcs(model: PatchableModel, dest: DestNode) -> slice:
-    in_srcs = model.wrapper(dest.module_name).in_srcs
-    assert in_srcs is not None
-    return in_srcs
-
-
-# ------------------------------------------------------------------------------ positions
-
-
-def _reaching(
-    lives: Bool[Tensor, "seq"], positions: PositionsRead
-) -> Bool[Tensor, "seq"]:
-    """The positions that depend on one that lives."""
-    if positions == "own":
-        return lives
-    if positions == "all":
-        return lives.any().expand_as(lives)
-    return lives.cumsum(0) > 0
-
-
-def _output_positions(model: PatchableModel) -> Bool[Tensor, "seq"]:
-    if model.seq_len is None:
-        return t.ones(1, dtype=t.bool)
-    kept = t.zeros(1, model.seq_len, dtype=t.bool)
-    kept[model.out_slice] = True
-    return kept[0]

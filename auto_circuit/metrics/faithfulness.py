@@ -37,7 +37,6 @@ from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.metrics.circuit_outs import iter_circuit_outs
 from auto_circuit.metrics.circuit_pruning import (
     Selection,
-    connected_circuit,
     selection_ranks,
 )
 from auto_circuit.metrics.edge_ranks import Ranking
@@ -120,7 +119,7 @@ def faithfulness_curve(
     n_edges = model.n_edges
     sizes = {share: int(share * n_edges) for share in sorted(budgets)}
     circuits = {
-        size: connected_circuit(model, circuit_of_scores(model, ranks, size))
+        size: circuit_of_scores(model, ranks, size).connected()
         for size in (0, *sizes.values(), n_edges)
     }
     outs: CircuitOutputs = {size: {} for size in circuits}
