@@ -554,14 +554,26 @@ NEED_NO_WRONG_ANSWERS = (
 )
 
 
-def check_wrong_answers(prompts: Iterable[PromptPairBatch], who: str) -> None:
-    """Raise DataError if some prompt has no wrong answers, which `who` compares with."""
+def check_wrong_answers(
+    prompts: Iterable[PromptPairBatch] | Sequence[Prompt], who: str
+) -> None:
+    """Raise DataError if some prompt has no wrong answers, which `who` compares with.
+
+    The prompts of a loader, or as their file has them.
+    """
+    rows: list[Tensor | list[Any]]
     if isinstance(prompts, PromptDataLoader):
         every = prompts.prompt_dataset.wrong_answers
         rows = [every[place] for place in prompts.places]
     else:
-        rows = [row for batch in prompts for row in batch.wrong_answers]
-    n_without = sum(not row.numel() for row in rows)
+        rows = [
+            row
+            for one in prompts
+            for row in (
+                [one.wrong_answers] if isinstance(one, Prompt) else one.wrong_answers
+            )
+        ]
+    n_without = sum(not len(row) for row in rows)
     if n_without:
         raise DataError(
             f"{n_without} of {len(rows)} prompts have no `wrong_answers`, which {who} "
@@ -641,8 +653,8 @@ def load_datasets_from_json(
             "`tail_divergence` must be False."
         )
     file = read_prompt_files(path)
-    missing = _missing(file.prompts, sizes)
-    prompts = _picked(file.prompts, sizes, random_seed if shuffle else None)
+    missing = missing_prompts(file.prompts, sizes)
+    prompts = pick_prompts(file.prompts, sizes, random_seed if shuffle else None)
     with t.device("cpu"):  # whatever the caller's default is
         if model is None:
             encoded = encode_numbers(prompts)
@@ -721,7 +733,7 @@ def _checked_sizes(train_test_size: Any) -> tuple[int, int]:
     )
 
 
-def _missing(prompts: list[Prompt], sizes: tuple[int, int]) -> str | None:
+def missing_prompts(prompts: list[Prompt], sizes: tuple[int, int]) -> str | None:
     """What to say if there are too few prompts. Raises it if the train split lacks some."""
     n_prompts = sum(sizes)
     if n_prompts <= len(prompts):
@@ -736,10 +748,10 @@ def _missing(prompts: list[Prompt], sizes: tuple[int, int]) -> str | None:
     return text
 
 
-def _picked(
+def pick_prompts(
     prompts: list[Prompt], sizes: tuple[int, int], seed: int | None
 ) -> list[Prompt]:
-    """As many as are needed, from the start, after shuffling if there is a seed."""
+    """The (train, test) prompts of a file: the first ones, after shuffling with a seed."""
     picked = list(prompts)
     if seed is not None:
         random.Random(seed).shuffle(picked)

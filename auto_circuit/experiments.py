@@ -33,6 +33,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,8 @@ class ExperimentConfig(Choices):
     """Exactly these shares of all edges (0.05 is 5 %), instead of `edge_counts`."""
     ungroup: bool = False
     """With grouped-query attention, a key and a value for every query head (EAP-IG, MIB)?"""
+    keep_positions: bool = False
+    """Do zero and mean ablations keep position embeddings, as EAP-IG's tools do?"""
     seed: int = 42
     """Which prompts are picked from each task's file, and in which order, and all that
     algorithms draw at random."""
@@ -261,7 +264,7 @@ def check_config(
     """What the configuration names. Raises for all that is wrong without loading a model.
 
     ConfigError for names, numbers, devices and folders; DataError for a prompt file that is
-    not there.
+    not there, is not as it must be, or has not what an algorithm or a metric compares with.
     """
     checked_file_name("name", config.name)
     _check_numbers(config)
@@ -272,18 +275,36 @@ def check_config(
         find_prune_algo(name)
     _check_not_empty(config)
     _check_circuits_are_known(tasks, algos)
-    for task in tasks:
-        task._dataset_path()
+    _check_prompts(tasks, algos, metrics, config)
     if config.device is not None:
         check_device("device", config.device)
     _check_out_folder(config)
     return tasks, algos, metrics
 
 
+def _check_prompts(
+    tasks: Sequence[Task],
+    algos: Sequence[PruneAlgo],
+    metrics: Sequence[PruneMetric],
+    config: ExperimentConfig,
+) -> None:
+    """Do the prompts have what algorithms and metrics compare? As their files have them."""
+    for task, seed in product(tasks, config.seeds):
+        train, test = replace(task, seed=seed).read_prompts()
+        for algo in algos:
+            algo.check_prompts(train)
+        for metric in metrics:
+            metric.check_prompts(test)
+
+
 def _task(key: TaskKey, config: ExperimentConfig) -> Task:
     task = find_task(key)
     ungroup = task.ungroup or config.ungroup
-    return chosen_task(replace(task, device=config.device, ungroup=ungroup), config)
+    keep_positions = task.keep_positions or config.keep_positions
+    task = replace(
+        task, device=config.device, ungroup=ungroup, keep_positions=keep_positions
+    )
+    return chosen_task(task, config)
 
 
 def _check_numbers(config: ExperimentConfig) -> None:

@@ -16,7 +16,9 @@ from auto_circuit.data import (
     PerSplit,
     PromptDataLoader,
     load_datasets_from_json,
+    missing_prompts,
     per_split,
+    pick_prompts,
 )
 from auto_circuit.errors import ConfigError, DataError, near_matches
 from auto_circuit.metrics.official_circuits.circuits.docstring_official import (
@@ -39,7 +41,7 @@ from auto_circuit.metrics.official_circuits.circuits.tracr.reverse_official impo
 from auto_circuit.metrics.official_circuits.circuits.tracr.xproportion_official import (
     tracr_xproportion_official_edges,
 )
-from auto_circuit.prompt_files import READERS, read_prompt_file
+from auto_circuit.prompt_files import READERS, Prompt, read_prompt_file
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AutoencoderInput, Edge, OutputSlice, TaskKey
 from auto_circuit.utils.graph_utils import patchable_model
@@ -187,6 +189,26 @@ class Task:
         """How many edges the known circuit has, or None."""
         return None if self.true_edges is None else len(self.true_edges)
 
+    def read_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        """The (train, test) prompts as their file has them. No model is loaded.
+
+        Raises DataError for a file that is not there, is not as it must be, or has too few
+        prompts.
+        """
+        file = read_prompt_file(self._dataset_path())
+        n_train, n_test = self._split_sizes
+        missing = missing_prompts(file.prompts, (n_train, n_test))
+        if missing is not None:
+            raise DataError(missing)
+        picked = pick_prompts(file.prompts, (n_train, n_test), self.seed)
+        return picked[:n_train], picked[n_train:]
+
+    @property
+    def _split_sizes(self) -> tuple[int, int]:
+        sizes = per_split("batch_size", self.batch_size)
+        counts = per_split("batch_count", self.batch_count, at_least=0)
+        return sizes[0] * counts[0], sizes[1] * counts[1]
+
     def free(self) -> None:
         """Drop the model and the data; they load again when they are asked for."""
         names = {field.name for field in fields(self)}
@@ -246,8 +268,8 @@ class Task:
 
     @cached_property
     def _loaders(self) -> tuple[PromptDataLoader, PromptDataLoader]:
-        sizes = per_split("batch_size", self.batch_size)
-        counts = per_split("batch_count", self.batch_count, at_least=0)
+        batch_sizes = per_split("batch_size", self.batch_size)
+        split_sizes = self._split_sizes
         check_count("seed", self.seed, at_least=0)
         path = self._dataset_path()
         read_prompt_file(path)  # what is wrong with it is said before the model loads
@@ -258,8 +280,8 @@ class Task:
             path=path,
             device=self._device,
             prepend_bos=self.prepend_bos,
-            batch_size=sizes,
-            train_test_size=(sizes[0] * counts[0], sizes[1] * counts[1]),
+            batch_size=batch_sizes,
+            train_test_size=split_sizes,
             return_seq_length=self.token_circuit,
             tail_divergence=has_tokenizer and _has_kv_cache(model),
             random_seed=self.seed,

@@ -90,6 +90,36 @@ def test_ungroup_reaches_the_tasks() -> None:
     assert config.folder != ExperimentConfig().folder
 
 
+def test_kept_positions_reach_the_tasks() -> None:
+    config = ExperimentConfig(keep_positions=True)
+    assert experiments._task("Pocket IOI", config).keep_positions
+    assert not experiments._task("Pocket IOI", ExperimentConfig()).keep_positions
+
+
+def test_prompts_are_looked_at_before_the_first_task_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second task's have no wrong answers; no model is loaded to find that out."""
+    prompt = {"clean": "a", "corrupt": "b", "answers": ["c"], "wrong_answers": []}
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"prompts": [prompt] * 4}))
+    first = experiments.find_task("Pocket IOI")
+    second = replace(
+        first, key="none wrong", batch_size=2, batch_count=1, _dataset_name=path
+    )
+    tasks = {task.key: task for task in (first, second)}
+    monkeypatch.setattr(experiments, "find_task", tasks.__getitem__)
+    monkeypatch.setattr(experiments, "_run_task", lambda *_: pytest.fail("it ran"))
+    config = ExperimentConfig(tasks=tuple(tasks), algos=("EAP",), out=tmp_path / "out")
+    with pytest.raises(DataError, match="2 of 2 prompts have no `wrong_answers`.*'EAP'"):
+        experiments.run_experiment(config)
+    config = replace(config, algos=("Random",))
+    with pytest.raises(DataError, match="2 of 2 prompts have no .*'Logit Diff'"):
+        experiments.run_experiment(config)
+    kl = replace(config, metrics=("Clean KL Div",))
+    assert len(experiments.check_config(kl)[0]) == 2
+
+
 def score_files(folder: Path) -> dict[str, bytes]:
     (results,) = folder.iterdir()
     return {path.name: path.read_bytes() for path in (results / "scores").iterdir()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, check_wrong_answers
 from auto_circuit.errors import ConfigError
+from auto_circuit.prompt_files import Prompt
 from auto_circuit.types import AlgoKey, PruneScores
 
 
@@ -39,7 +40,7 @@ class PruneAlgo:
         """The short name, or the name if there is none."""
         return self._short_name or self.name
 
-    def check_prompts(self, dataloader: PromptDataLoader) -> None:
+    def check_prompts(self, dataloader: PromptDataLoader | Sequence[Prompt]) -> None:
         """Raise DataError if it compares with wrong answers that some prompt has not."""
         if self.needs_wrong_answers:
             check_wrong_answers(dataloader, f"the algorithm {self.short_name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch, check_wrong_answers
 from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.prune_metrics.prompt_stats import PromptFunc
+from auto_circuit.prompt_files import Prompt
 from auto_circuit.types import CircuitOutputs, Measurements, PruneMetricKey
 
 MetricFunc = Callable[[Any, Iterable[PromptPairBatch], CircuitOutputs], Measurements]
@@ -57,7 +58,9 @@ class PruneMetric:
                 "logarithmic axis needs a `y_min` above 0."
             )
 
-    def check_prompts(self, dataloader: Iterable[PromptPairBatch]) -> None:
+    def check_prompts(
+        self, dataloader: Iterable[PromptPairBatch] | Sequence[Prompt]
+    ) -> None:
         """Raise DataError if it compares with wrong answers that some prompt has not."""
         if self.needs_wrong_answers:
             check_wrong_answers(dataloader, f"the metric {self.key!r}")
