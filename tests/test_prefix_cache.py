@@ -358,6 +358,32 @@ def test_a_prefix_longer_than_the_window_is_exact(name: str) -> None:
         set_all_masks(graph, 0.0)
 
 
+def test_a_prefix_is_computed_in_eval_mode() -> None:
+    """Dropout would change half of its numbers, and autograd would keep them all."""
+    model: Any = gpt2(n_layers=1, dropout=0.5)
+    prefix = tokens(1, 5)[0]
+    expected = make_prefix_cache(model, prefix)
+    model.train()
+    model.original_model.train()
+    found = make_prefix_cache(model, prefix)
+    assert model.training
+    for one, other in zip(found.keys, expected.keys, strict=True):
+        assert t.equal(one, other) and not one.requires_grad
+
+
+class Forgetful(t.nn.Module):
+    """Its cache lacks a position, as one with a sliding window may."""
+
+    def forward(self, tokens: Tensor, past_key_values: Any, use_cache: bool) -> None:
+        part = t.zeros(1, 1, tokens.shape[1] - 1, 2)
+        past_key_values.update(part, part, 0)
+
+
+def test_a_cache_that_lacks_a_position_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"it holds \[3\] of 4 positions"):
+        make_prefix_cache(Forgetful(), tokens(1, 4)[0])
+
+
 def test_a_cache_that_is_not_exact_is_noticed() -> None:
     model = gpt2()
     whole = tokens(1, 9)[0]

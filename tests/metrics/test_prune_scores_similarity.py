@@ -142,3 +142,10 @@ def test_the_figure() -> None:
     assert list(of_5_edges.z[0]) == [1.0, pytest.approx(4 / 5)]
     assert list(of_5_edges.z[1]) == [None, 1.0]
     assert fig.layout.coloraxis.cmin == 0 and fig.layout.coloraxis.cmax == 1
+
+
+def test_the_order_of_modules_does_not_count() -> None:
+    scores = {"a": t.tensor([3.0, 0.0, 1.0]), "b": t.tensor([0.0, 2.0])}
+    turned = dict(reversed(scores.items()))
+    for by_algo in prune_score_similarities({"x": scores, "y": turned}, [1, 2]).values():
+        assert by_algo["x"]["y"] == 1.0

@@ -139,6 +139,21 @@ def test_acdc_is_the_plain_loop_on_the_pocket_model() -> None:
     task.free()
 
 
+def test_several_edges_at_once_are_as_one_by_one() -> None:
+    """Each circuit is tried on all prompts."""
+    model, loader = micro_model(), micro_loader([0.1, 0.2, -0.4], 3)
+    edges = list(model.edges)
+    options: Any = {"grad_function": "logit", "answer_function": "avg_val"}
+    effects = edge_effects(model, loader, edges, **options)
+    assert len({round(effect, 4) for effect in effects.values()}) > 3
+    removed = removed_edges(model, loader, 1e-2)
+    assert 0 < len(removed) < len(edges)
+    for n_edges in (2, 5):
+        found = edge_effects(model, loader, edges, edges_at_once=n_edges, **options)
+        assert found == pytest.approx(effects, abs=1e-5)
+        assert removed_edges(model, loader, 1e-2, edges_at_once=n_edges) == removed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_guessing_that_edges_go_changes_nothing(make: Any) -> None:

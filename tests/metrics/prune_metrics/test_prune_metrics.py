@@ -125,6 +125,7 @@ def test_metric_leaves_no_gradients(
 ) -> None:
     model.logits.requires_grad_()
     full = FullModelOuts(model, batches)
+    assert not full.vals(batches[0], "clean", "softmax").requires_grad
     trained = {
         size: {key: out.clone().requires_grad_() for key, out in outs.items()}
         for size, outs in circuit_outs.items()
