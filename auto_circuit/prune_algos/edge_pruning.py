@@ -145,7 +145,7 @@ def train_edge_pruning(
     steps: list[TrainingStep] = []
     first_sparsity = 0.0
     with (
-        train_mask_mode(model) as masks,
+        train_mask_mode(model, notes=False) as masks,
         mask_fn_mode(model, "hard_concrete", 0.0, generator),
         training_steps(model, batches, n_steps) as all_steps,
     ):

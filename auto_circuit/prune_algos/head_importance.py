@@ -104,7 +104,10 @@ def _batch_importance(
     """The sum over a batch's prompts of |difference * gradient| at every source."""
     tokens, kwargs = batch.model_input("clean")
     # A mask for each prompt: the sum over its edges comes before the absolute value.
-    with set_mask_batch_size(model, len(tokens)), train_mask_mode(model) as masks:
+    with (
+        set_mask_batch_size(model, len(tokens)),
+        train_mask_mode(model, notes=False) as masks,
+    ):
         with patch_mode(model, patch_src_outs, overwrite_patch=True):
             set_all_masks(model, 0.0)
             loss = mean_loss(model.sliced(tokens, **kwargs), batch) * len(tokens)

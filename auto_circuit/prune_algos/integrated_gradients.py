@@ -160,7 +160,7 @@ def activation_integrated_gradients_prune_scores(
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
     scores, n_prompts = model.new_prune_scores(), 0
     batches = iter_src_ablations(model, dataloader, ablation_type, side)
-    with train_mask_mode(model):
+    with train_mask_mode(model, notes=False):
         for batch, patch_src_outs in batches:
             n_prompts += len(batch.clean)
             with patch_mode(model, patch_src_outs):
@@ -185,7 +185,7 @@ def _input_path_scores(
     side: Side | None = "corrupt" if ablation_type in PER_BATCH_ABLATIONS else None
     clean, n_prompts = None, 0
     batches = iter_src_ablations(model, dataloader, ablation_type, side)
-    with train_mask_mode(model) as masks:
+    with train_mask_mode(model, notes=False) as masks:
         set_all_masks(model, 0.0)
         for batch, ablated in batches:
             tokens, kwargs = batch.model_input("clean")

@@ -77,7 +77,7 @@ def mask_gradient_prune_scores(
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
     n_prompts = 0
     batches = iter_src_ablations(model, dataloader, ablation_type, side)
-    with train_mask_mode(model) as masks:
+    with train_mask_mode(model, notes=False) as masks:
         for batch, patch_src_outs in batches:
             n_prompts += len(batch.clean)
             once = len(points) == 1

@@ -106,7 +106,7 @@ def train_matryoshka(
     generator = seeded_generator(seed)
     steps = []
     with (
-        train_mask_mode(model) as masks,
+        train_mask_mode(model, notes=False) as masks,
         training_steps(model, batches, n_steps) as all_steps,
     ):
         lengths = [mask.numel() for mask in masks.values()]

@@ -64,7 +64,7 @@ def mask_gradient_prompt_scores(
     check_objective(dataloader, answer_function)
     batches = iter_src_ablations(model, dataloader, ablation_type, side)
     scores = []
-    with train_mask_mode(model):
+    with train_mask_mode(model, notes=False):
         set_all_masks(model, mask_val)
         for batch, patch_src_outs in batches:
             scores.append(

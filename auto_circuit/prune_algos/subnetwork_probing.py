@@ -236,7 +236,7 @@ def train_subnetwork(
             validations[n_steps - 1] = _validate(model, validation, faithfulness_target)
 
     with (
-        train_mask_mode(model) as masks,
+        train_mask_mode(model, notes=False) as masks,
         mask_fn_mode(model, mask_fn, float(dropout_p), generator),
         training_steps(
             model, batches, epochs * len(batches), after_epoch if validation else None

@@ -637,13 +637,16 @@ def _heal_masks(model: PatchableModel) -> None:
 @checked
 @contextmanager
 def train_mask_mode(
-    model: PatchableModel, requires_grad: bool = True
+    model: PatchableModel, requires_grad: bool = True, *, notes: bool = True
 ) -> Iterator[dict[str, Parameter]]:
     """Inside, the masks can be trained. Yields {destination module name: mask}.
 
     The model itself is in eval mode and its weights need no gradients; the wrappers are
     in train mode, so that `mask_fn_mode`'s dropout is live. On exit all of that is as it
     was, the masks' values and gradients too: copy what you need inside.
+
+    notes: tell whoever reads the masks after it that they were put back (algorithms of the
+        library, whose scores are what they return, do not).
     """
     masks = model.patch_masks
     weights = list(model.wrapped_model.parameters())
@@ -651,7 +654,7 @@ def train_mask_mode(
     wrappers_before = [(wrapper, wrapper.training) for wrapper in model.wrappers]
     with ExitStack() as stack:
         stack.enter_context(own_computation(grad=requires_grad or None))
-        stack.enter_context(preserved_masks(model, notes="train_mask_mode"))
+        stack.enter_context(preserved_masks(model, "train_mask_mode" if notes else None))
         stack.enter_context(eval_mode(model.wrapped_model))
         try:
             for wrapper, _ in wrappers_before:

@@ -168,7 +168,7 @@ def train_same_under_knockout_prune_scores(
     )
     with (
         own_state(model, grad=True),
-        train_mask_mode(model) as masks,
+        train_mask_mode(model, notes=False) as masks,
         mask_fn_mode(model, mask_fn, 0.0, generator),
     ):
         for mask in masks.values():
