@@ -394,6 +394,9 @@ def test_an_interruption_amid_a_pass(model: PatchableModel, state: str) -> None:
 
 
 def test_views_of_the_masks_stay_true(model: PatchableModel) -> None:
+    set_all_masks(
+        model, 0.0
+    )  # else it would be said that tests before have put them back
     masks = model.current_patch_masks_as_prune_scores()
     circuit_outputs(model)
     own_loop(model)
