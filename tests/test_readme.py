@@ -1,26 +1,40 @@
-"""Every Python block of the README runs, as it stands, from an empty folder."""
+"""Every Python block of the README and of the pages in docs/ runs, from an empty folder."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(
-    r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", README.read_text(), re.S | re.M
-)
+REPO = Path(__file__).parents[1]
+README = REPO / "README.md"
+PAGES = [README, *sorted((REPO / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
+HEADING = re.compile(r"^## ([^\n]+)$", re.M)
+
+
+def _blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """(the heading above it, the code) of each block."""
+    text = page.read_text()
+    for block in BLOCK.finditer(text):
+        yield HEADING.findall(text, 0, block.start())[-1], block[1]
+
+
+BLOCKS = [(page.name, *block) for page in PAGES for block in _blocks(page)]
 PRINTED = {
     "Quickstart": r"0 edges: .*\n.* 10 edges: .*\n(.*\n)*.*1519 edges: 100.0 %",
     "Patch one edge": r"\w+\n",
     "Use your own prompts": r"1519 edges, 6 prompts",
     "Add an algorithm": r"",
+    "What you keep": r"torch.Size\(\[16, 385\]\) 2 of 1,519 edges",
 }
 
 
-@pytest.mark.parametrize("title,code", BLOCKS, ids=[title for title, _ in BLOCKS])
+@pytest.mark.parametrize("page,title,code", BLOCKS, ids=[block[1] for block in BLOCKS])
 def test_block(
+    page: str,
     title: str,
     code: str,
     tmp_path: Path,
@@ -28,16 +42,17 @@ def test_block(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, f"README.md, {title}", "exec"), {"__name__": title})
+    exec(compile(code, f"{page}, {title}", "exec"), {"__name__": title})
     assert re.search(PRINTED[title], capsys.readouterr().out)
 
 
 def test_every_block_is_found() -> None:
-    assert len(BLOCKS) == README.read_text().count("```python") == len(PRINTED)
+    found = sum(page.read_text().count("```python") for page in PAGES)
+    assert len(BLOCKS) == found == len(PRINTED)
 
 
 def test_the_quickstart_is_short() -> None:
-    lines = [line for line in dict(BLOCKS)["Quickstart"].splitlines() if line.strip()]
+    lines = [line for line in BLOCKS[0][2].splitlines() if line.strip()]
     assert len(lines) <= 15
 
 

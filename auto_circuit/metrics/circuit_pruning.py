@@ -14,7 +14,7 @@ import torch as t
 from torch import Tensor
 
 from auto_circuit.checks import checked
-from auto_circuit.circuits import Circuit, CircuitMasks, as_circuit
+from auto_circuit.circuits import CircuitMasks, as_circuit
 from auto_circuit.metrics.edge_ranks import (
     Ranking,
     best_first,
@@ -31,8 +31,8 @@ Selection = Literal["best", "greedy"]
 
 
 @checked
-def connected_circuit(model: PatchableModel, circuit: CircuitMasks) -> Circuit:
-    """The edges of a circuit that lie on a path from an input to the output.
+def connected_circuit(model: PatchableModel, circuit: CircuitMasks) -> dict[str, Tensor]:
+    """The masks of `Circuit.connected`: its edges on a path from an input to the output.
 
     `utils.dead_ends` says what a path is.
 
@@ -40,7 +40,7 @@ def connected_circuit(model: PatchableModel, circuit: CircuitMasks) -> Circuit:
     enough about their components (`Node.component`).
     Source: the pruning of MIB (Mueller et al. 2025, arXiv 2504.13151).
     """
-    return as_circuit(model, circuit).connected()
+    return dict(as_circuit(model, circuit).connected())
 
 
 @checked
@@ -55,7 +55,7 @@ def weighted_edge_count(model: PatchableModel, circuit: CircuitMasks) -> float:
 
     Raises GraphError for a circuit of another graph. Source: MIB (arXiv 2504.13151).
     """
-    return float(connected_circuit(model, circuit).n_edges)
+    return float(as_circuit(model, circuit).connected().n_edges)
 
 
 # --------------------------------------------------------------- grown from the output

@@ -228,7 +228,7 @@ def test_dead_ends_have_no_effect(
     )
     loader = PromptDataLoader(dataset, seq_len, 0, batch_size=3)
     circuits = [random_circuit(model, share, 0) for share in (0.1, 0.3, 0.6)]
-    connected = [connected_circuit(model, circuit) for circuit in circuits]
+    connected = [circuit.connected() for circuit in circuits]
     # The test is about something: there are dead ends, and not only these.
     sizes = [sum(c.n_edges for c in found) for found in (circuits, connected)]
     assert 0 < sizes[1] < sizes[0]

@@ -57,8 +57,9 @@ def drawn(model: PatchableModel) -> set[str]:
 def test_edges_are_drawn_inside(model: PatchableModel) -> None:
     with patch_mode(model, acts(model), NAMES):
         assert drawn(model) == set(NAMES)
-        link_names, n_layers = net_viz(model, model.edges, None, (0.0, 1.0))
-        assert {name for name, _ in link_names.link.customdata} == set(NAMES)
+        sankey, n_layers = net_viz(model, model.edges, None, (0.0, 1.0))
+        drawn_links: Any = sankey.link
+        assert {name for name, _ in drawn_links.customdata} == set(NAMES)
         assert n_layers == 3
 
 
