@@ -25,6 +25,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -35,9 +36,8 @@ from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -104,6 +104,9 @@ from auto_circuit.types import (
     TestEdges,
 )
 from auto_circuit.utils.custom_tqdm import tqdm
+
+if TYPE_CHECKING:
+    import pandas  # takes a fifth of the time in which `--help` answers
 
 SHARE = 0.8
 Numbers = dict[str, int | float | None]
@@ -205,7 +208,7 @@ class ExperimentResults:
 
     config: ExperimentConfig
     runs: list[TaskRun]
-    summary: pd.DataFrame
+    summary: pandas.DataFrame
 
     @property
     def rows(self) -> list[MeasurementRow]:
@@ -462,7 +465,7 @@ def _timed_scores(
 
 def summarize(
     runs: Sequence[TaskRun], algos: Sequence[PruneAlgo], is_reversed: bool = False
-) -> pd.DataFrame:
+) -> pandas.DataFrame:
     """A row per task and algorithm: how small a circuit does the task, and how well.
 
     Each number is the mean over seeds; `<number>_plus_minus` is half the width of its 95 %
@@ -479,12 +482,14 @@ def summarize(
     is_reversed: tests that take the circuit out of the model (`reverse_clean_corrupt`).
         What counts is then what is lost of the model's logit difference.
     """
+    import pandas
+
     values: dict[tuple[TaskKey, AlgoKey], list[Numbers]] = {}
     for run in runs:
         for algo, numbers in _run_numbers(run, is_reversed).items():
             values.setdefault((run.task, algo), []).append(numbers)
     names = {algo.key: algo.short_name for algo in algos}
-    return pd.DataFrame(
+    return pandas.DataFrame(
         {"task": task, "algorithm": names[algo], "n_seeds": len(of_seeds)}
         | _mean_numbers(of_seeds)
         for (task, algo), of_seeds in values.items()
@@ -568,10 +573,10 @@ def print_summary(results: ExperimentResults, console: Console) -> None:
 
 
 def _shown_mean(mean: MeanInterval, digits: int, with_interval: bool) -> str:
-    if pd.isna(mean.mean):
+    if math.isnan(mean.mean):
         return "-"
     shown = f"{round(mean.mean, digits) + 0.0:.{digits}f}"  # no minus before a zero
-    if with_interval and not pd.isna(mean.plus_minus):
+    if with_interval and not math.isnan(mean.plus_minus):
         shown += f" ± {mean.plus_minus:.{digits}f}"
     return shown
 
@@ -665,8 +670,10 @@ def mean_measurements(rows: Sequence[MeasurementRow]) -> AblationMeasurements:
     )
 
 
-def _as_table(rows: Sequence[Any]) -> pd.DataFrame:
-    return pd.DataFrame([asdict(row) for row in rows])
+def _as_table(rows: Sequence[Any]) -> pandas.DataFrame:
+    import pandas
+
+    return pandas.DataFrame([asdict(row) for row in rows])
 
 
 def _slug(text: str) -> str:

@@ -69,3 +69,13 @@ def test_a_patchable_model_hands_texts_and_tokens_to_its_model() -> None:
     assert model.to_str_tokens(text) == bridge.to_str_tokens(text)
     assert model.to_string(tokens[0]).strip() == text
     assert model.cfg is bridge.cfg and model.tokenizer is bridge.tokenizer
+
+
+def test_the_command_line_starts_without_what_only_a_run_needs() -> None:
+    """Each of them takes half a second or more."""
+    code = (
+        "import sys, auto_circuit.experiments\n"
+        "slow = {'pandas', 'plotly', 'transformers', 'transformer_lens', 'matplotlib'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
