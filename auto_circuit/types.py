@@ -80,11 +80,11 @@ class AblationType(_TitledEnum):
     BATCH_TOKENWISE_MEAN: the mean at each position over the batch that is patched in.
     BATCH_ALL_TOK_MEAN: the mean over that batch and all of its positions.
 
-    What ZERO takes away depends on where the weights have their biases. A value bias that
-    is folded into the output bias belongs to no head and stays; one that is not goes with
-    its head. `load_tl_model` folds them, and a Task in another dtype than float32 does not:
-    compare zero ablations of one kind of weights only. The other ablations do not depend on
-    it.
+    What ZERO takes away depends on where the weights have their biases. A value bias (and
+    what the values make of a layer norm's bias) that is folded into the output bias belongs
+    to no head and stays; one that is not goes with its head. `load_tl_model` folds them, and
+    a Task in another dtype than float32 does not: compare zero ablations of one kind of
+    weights only. The other ablations do not depend on it.
 
     Learned position embeddings (GPT-2) are part of the first source, so that ZERO and the
     mean over positions take them away too. EAP-IG's tools keep them, and so does

@@ -8,6 +8,7 @@ import pytest
 import torch as t
 from torch import Tensor
 
+from auto_circuit.data import PromptDataLoader, PromptDataset
 from auto_circuit.types import AblationType
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import (
@@ -26,6 +27,7 @@ from tests.models import (
     D_MODEL,
     MORE_ARCHITECTURES,
     architectures,
+    folded,
     gpt2,
     llama,
     state_snapshot,
@@ -368,3 +370,85 @@ def test_grouped_query_attention_has_one_key_input_per_key_value_head() -> None:
     names = {dest.name for dest in model.dests}
     assert {"A0.3.Q", "A0.1.K", "A0.1.V"} <= names
     assert "A0.2.K" not in names
+
+
+# --------------------------------------------------------------- biases, folded or not
+
+
+@pytest.fixture(scope="module")
+def plain() -> PatchableModel:
+    """As it was published: value biases belong to their heads."""
+    return patchable_model(gpt2(), True, separate_qkv=True)
+
+
+@pytest.fixture(scope="module")
+def processed() -> PatchableModel:
+    """The same model as `load_tl_model` has it: value biases in the output's bias."""
+    return patchable_model(folded(gpt2()), True, separate_qkv=True)
+
+
+def folded_biases(plain: PatchableModel) -> Tensor:
+    """What folding takes from each source, by the weights as published.
+
+    Of a head, what it writes of its value bias, and of what the values make of the norm's
+    bias, which is folded first; centred, as all that is written. Of others nothing.
+    """
+    biases = t.zeros(plain.plan.n_srcs, 1, 1, D_MODEL)
+    blocks: Any = plain.wrapped_model.blocks
+    for src in plain.srcs:
+        if src.head_idx is not None:
+            block, head = blocks[int(src.name[1])], src.head_idx
+            attn = block.attn
+            values = attn.b_V[head] + block.ln1.bias @ attn.W_V[head]
+            biases[src.src_idx] = values @ attn.W_O[head]
+    return biases - biases.mean(-1, keepdim=True)
+
+
+def log_probs(model: PatchableModel, edges: list[str], patch: Tensor) -> Tensor:
+    with t.no_grad(), patch_mode(model, patch, edges):
+        return model(CLEAN).log_softmax(-1)
+
+
+ONE_HEAD = ["A1.2->Resid End"]
+FROM_HEADS = ["A0.1->MLP 0", "A0.1->A1.3.V", "A0.3->A1.0.Q", "A1.2->MLP 1", *ONE_HEAD]
+ALSO_OTHERS = [*FROM_HEADS, "Resid Start->A0.0.K", "MLP 0->A1.1.V", "MLP 1->Resid End"]
+on_some_edges = pytest.mark.parametrize(
+    "edges", [ONE_HEAD, FROM_HEADS, ALSO_OTHERS], ids=["one", "heads", "all kinds"]
+)
+
+
+@on_some_edges
+def test_zero_ablation_differs_by_the_folded_biases(
+    plain: PatchableModel, processed: PatchableModel, edges: list[str]
+) -> None:
+    """Zeros in place of a head that has its bias are minus the bias where it was folded."""
+    biases = folded_biases(plain)
+    zeros = src_ablations(plain, CLEAN, AblationType.ZERO)
+    of_plain, of_processed = (log_probs(m, edges, zeros) for m in (plain, processed))
+    t.testing.assert_close(log_probs(processed, edges, zeros - biases), of_plain, **EXACT)
+    t.testing.assert_close(log_probs(plain, edges, zeros + biases), of_processed, **EXACT)
+    assert (of_plain - of_processed).abs().max() > 0.01
+
+
+NOT_ZERO = [kind for kind in AblationType if kind != AblationType.ZERO]
+
+
+@on_some_edges
+@pytest.mark.parametrize("kind", NOT_ZERO, ids=lambda kind: kind.name)
+def test_other_ablations_do_not_depend_on_where_biases_are(
+    plain: PatchableModel,
+    processed: PatchableModel,
+    kind: AblationType,
+    edges: list[str],
+) -> None:
+    sample = prompts() if kind.mean_over_dataset else CORRUPT
+    one, two = (
+        log_probs(m, edges, src_ablations(m, sample, kind)) for m in (plain, processed)
+    )
+    t.testing.assert_close(one, two, **EXACT)
+    assert (one - log_probs(plain, [], src_ablations(plain, CORRUPT))).abs().max() > 0.01
+
+
+def prompts() -> PromptDataLoader:
+    dataset = PromptDataset(CLEAN, CORRUPT, [t.tensor([1])] * 3, [t.tensor([2])] * 3)
+    return PromptDataLoader(dataset, None, 0, batch_size=3)
