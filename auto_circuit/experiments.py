@@ -52,10 +52,16 @@ from auto_circuit.checks import (
 )
 from auto_circuit.errors import AutoCircuitError, ConfigError
 from auto_circuit.files import checked_file_name, folder_written_whole
-from auto_circuit.metrics.area_under_curve import edges_for_share, mean_curve, task_areas
+from auto_circuit.metrics.area_under_curve import (
+    accuracy_area,
+    edges_for_share,
+    mean_curve,
+    task_areas,
+)
 from auto_circuit.metrics.mean_interval import MAX_VALUES, MeanInterval, mean_interval
 from auto_circuit.metrics.official_circuits.measure_roc import measure_task_roc, roc_auc
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
+    CORRECT_ANSWER_GREATER_THAN_INCORRECT_PERCENT_METRIC,
     LOGIT_DIFF_PERCENT_METRIC,
     PruneMetric,
     find_metric,
@@ -132,7 +138,8 @@ class ExperimentConfig(Choices):
     """Names of prune algorithms (see auto_circuit/prune_algos/prune_algos.py). Those that
     need a known circuit are left out on tasks without one."""
     metrics: tuple[str, ...] = ("Clean KL Div", "Logit Diff", "Logit Diff Percent")
-    """Keys of metrics (see auto_circuit/metrics/prune_metrics/prune_metrics.py)."""
+    """Keys of metrics (see auto_circuit/metrics/prune_metrics/prune_metrics.py). Areas are of
+    'Logit Diff Percent'; of accuracy, with 'Correct Answer Greater Than Incorrect Percent'."""
     edge_counts: EdgeCounts = EdgeCounts.LOGARITHMIC
     """Which circuit sizes are tested: LOGARITHMIC (1..9, 10, 20, ...), ALL or GROUPS."""
     circuit_sizes: tuple[int, ...] = ()
@@ -475,12 +482,15 @@ def summarize(
     of the model's logit difference (empty: for some seed there is none). area: how much of
     it circuits have, from 1 edge to all on a logarithmic axis (`Areas.kept`: higher is
     better, overshoot counts in favour). off: how far they are from the model, both ways
-    (`Areas.off`, 0 is best). auroc: how well the scores tell the known circuit's edges from all
-    others (1 is perfect, 0.5 chance; empty: no circuit is known). seconds: the time that the
-    algorithm took to score the edges.
+    (`Areas.off`, 0 is best). accuracy_area: the mean share of prompts, in %, whose correct
+    answer is above the wrong ones (`accuracy_area`; empty without the metric 'Correct Answer
+    Greater Than Incorrect Percent', and with fewer than two sizes above 0 edges). auroc: how
+    well the scores tell the known circuit's edges from all others (1 is perfect, 0.5 chance;
+    empty: no circuit is known). seconds: the time that the algorithm took to score the edges.
 
     is_reversed: tests that take the circuit out of the model (`reverse_clean_corrupt`).
-        What counts is then what is lost of the model's logit difference.
+        What counts is then what is lost of the model's logit difference, and the share of
+        prompts that are not answered correctly.
     """
     import pandas
 
@@ -498,12 +508,10 @@ def summarize(
 
 def _run_numbers(run: TaskRun, is_reversed: bool) -> dict[AlgoKey, Numbers]:
     """The numbers of each algorithm of one run."""
-    curves: dict[AlgoKey, Measurements] = {algo: [] for algo in run.seconds}
-    for row in run.rows:
-        if row.metric == LOGIT_DIFF_PERCENT_METRIC.key:
-            percent = 100 - row.value if is_reversed else row.value
-            curves[row.algo].append((row.n_edges, percent))
+    curves = _curves(run, LOGIT_DIFF_PERCENT_METRIC, is_reversed)
     areas = task_areas(curves, log_x=True)
+    metric = CORRECT_ANSWER_GREATER_THAN_INCORRECT_PERCENT_METRIC
+    accuracies = _curves(run, metric, is_reversed)
     return {
         algo: {
             "edges_for_80_percent": (
@@ -511,11 +519,29 @@ def _run_numbers(run: TaskRun, is_reversed: bool) -> dict[AlgoKey, Numbers]:
             ),
             "area": areas[algo].kept,
             "off": areas[algo].off,
+            "accuracy_area": _accuracy_area(accuracies[algo]),
             "auroc": run.aurocs.get(algo),
             "seconds": run.seconds[algo],
         }
         for algo, curve in curves.items()
     }
+
+
+def _curves(
+    run: TaskRun, metric: PruneMetric, is_reversed: bool
+) -> dict[AlgoKey, Measurements]:
+    """Each algorithm's curve of a metric in percent; empty if it was not measured."""
+    curves: dict[AlgoKey, Measurements] = {algo: [] for algo in run.seconds}
+    for row in run.rows:
+        if row.metric == metric.key:
+            percent = 100 - row.value if is_reversed else row.value
+            curves[row.algo].append((row.n_edges, percent))
+    return curves
+
+
+def _accuracy_area(curve: Measurements) -> float | None:
+    has_area = sum(n_edges > 0 for n_edges, _ in curve) > 1
+    return accuracy_area(curve) if has_area else None
 
 
 def _mean_numbers(
@@ -541,10 +567,12 @@ def print_summary(results: ExperimentResults, console: Console) -> None:
     table.add_column("Task")
     table.add_column("Algorithm")
     of_what = "of logit diff lost" if config.reverse_clean_corrupt else "of logit diff"
+    answered = "not answered" if config.reverse_clean_corrupt else "answered"
     columns = {
         "edges_for_80_percent": (f"Edges from which\n80 % {of_what}", 0),
         "area": ("Area\n(high is good)", 3),
         "off": ("Off the model\n(0 is best)", 3),
+        "accuracy_area": (f"Prompts\n{answered} (%)", 1),
         "auroc": ("AUROC", 3),
         "seconds": ("Seconds", 1),
     }

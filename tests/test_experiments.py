@@ -181,6 +181,7 @@ def test_the_default_sweep_in_two_processes(tmp_path: Path) -> None:
         check_shown(path)
 
 
+ACCURACY = "Correct Answer Greater Than Incorrect Percent"
 QUICK_GRADIENT_ALGOS = ("EAP", "Clean-Corrupt", "HISP")
 LONG_GRADIENT_ALGOS = (
     *("IEG", "EAP-IG inputs", "EAP-IG activations", "EAP-IG sources"),
@@ -200,10 +201,13 @@ def test_the_report_says_how_well_gradients_find_a_known_circuit(
     config = replace(
         experiments.TRACR_REVERSE,
         algos=("GT", "Random", *algos),
+        metrics=(*experiments.TRACR_REVERSE.metrics, ACCURACY),
         circuit_sizes=(0, 8, 462),
         out=tmp_path,
     )
     results = run_experiment(config)
+    accuracies = results.summary.set_index("algorithm")["accuracy_area"]
+    assert 100.0 > accuracies["GT"] > accuracies["Random"] > 0.0
     aurocs = dict(
         zip(results.summary["algorithm"], results.summary["auroc"], strict=True)
     )
@@ -216,6 +220,7 @@ def test_the_report_says_how_well_gradients_find_a_known_circuit(
     console = Console(record=True, width=120)
     experiments.print_summary(results, console)
     assert "AUROC" in (text := console.export_text()) and "1.000" in text
+    assert "answered (%)" in text and f" {accuracies['GT']:.1f} " in text
 
 
 def _plain_function(algo: PruneAlgo) -> tuple[object, dict[str, object]]:
@@ -325,12 +330,17 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in re.sub(r"[\s│]+", " ", text)
 
 
-def run_of(curve: Measurements, seed: int = 42, algo: str = "EAP") -> TaskRun:
+def run_of(
+    curve: Measurements,
+    seed: int = 42,
+    algo: str = "EAP",
+    metric: str = "Logit Diff Percent",
+) -> TaskRun:
     """One algorithm's run with this curve of percentages."""
     key = find_prune_algo(algo).key
     rows = [
         MeasurementRow(
-            *("Task", key, "Logit Diff Percent", "Resample", "Edge Patch"),
+            *("Task", key, metric, "Resample", "Edge Patch"),
             n_edges=int(n_edges),
             value=percent,
             seed=seed,
@@ -374,6 +384,23 @@ def test_the_summary_of_several_seeds() -> None:
     assert row["off"] == pytest.approx(1 - row["area"])  # no overshoot
     half_width = 4.303 * statistics.stdev(areas) / 3**0.5
     assert row["area_plus_minus"] == pytest.approx(half_width)
+
+
+def test_the_summary_of_correct_answers() -> None:
+    curves: list[Measurements] = [
+        [(0, 5.0), (1, 20.0), (10, 40.0), (1000, 90.0)],  # a decade, and two
+        [(0, 5.0), (1, 50.0), (10, 50.0), (1000, 50.0)],
+    ]
+    runs = [run_of(curve, seed, metric=ACCURACY) for seed, curve in enumerate(curves)]
+    (kept,) = summarize(runs, ALGOS).to_dict("records")
+    one = (30 + 2 * 65) / 3
+    assert kept["accuracy_area"] == pytest.approx((one + 50) / 2)
+    assert kept["accuracy_area_plus_minus"] > 0 and math.isnan(kept["area"])
+    (lost,) = summarize(runs, ALGOS, is_reversed=True).to_dict("records")
+    assert lost["accuracy_area"] == pytest.approx(100 - kept["accuracy_area"])
+    for curve in ([], [(0, 5.0), (1000, 90.0)]):
+        (row,) = summarize([run_of(curve, metric=ACCURACY)], ALGOS).to_dict("records")
+        assert math.isnan(row["accuracy_area"])
 
 
 def test_one_seed_has_no_interval() -> None:
