@@ -398,7 +398,8 @@ def test_the_summary_of_correct_answers() -> None:
     assert kept["accuracy_area_plus_minus"] > 0 and math.isnan(kept["area"])
     (lost,) = summarize(runs, ALGOS, is_reversed=True).to_dict("records")
     assert lost["accuracy_area"] == pytest.approx(100 - kept["accuracy_area"])
-    for curve in ([], [(0, 5.0), (1000, 90.0)]):
+    without: list[Measurements] = [[], [(0, 5.0), (1000, 90.0)]]
+    for curve in without:
         (row,) = summarize([run_of(curve, metric=ACCURACY)], ALGOS).to_dict("records")
         assert math.isnan(row["accuracy_area"])
 
