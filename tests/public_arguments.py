@@ -95,8 +95,9 @@ def _functions(name: str, public: Any) -> Iterator[tuple[str, Callable[..., Any]
 
 
 def _is_result(public: type) -> bool:
-    """Is it made by functions of ours only?"""
-    return public.__name__ in ("RobustnessRow", "TracrEncoding", "Variation")
+    """Is it made by functions of ours only, or checked with the graph that it is part of?"""
+    made = ("RobustnessRow", "TracrEncoding", "Variation")
+    return public.__name__ in (*made, "Component", "SrcNode", "DestNode")
 
 
 def choices_in(annotation: Any) -> list[Any]:

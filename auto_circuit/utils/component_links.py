@@ -12,11 +12,12 @@ as a query, at the later ones (all, if attention is bidirectional).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import NamedTuple
 
+from auto_circuit.checks import check_choice
 from auto_circuit.errors import GraphError
-from auto_circuit.types import DestNode, Node, PositionsRead, SrcNode
+from auto_circuit.types import DestNode, HeadInput, Node, PositionsRead, SrcNode
 from auto_circuit.utils.patchable_model import PatchableModel
 
 
@@ -109,6 +110,19 @@ def _positions(src: SrcNode, dest: DestNode) -> PositionsRead:
 
 
 # ------------------------------------------------------------------------------- checks
+
+
+def check_words(nodes: Iterable[Node]) -> None:
+    """Raise ConfigError for words of an adapter's nodes that mean nothing."""
+    for node in nodes:
+        if node.component is not None:
+            check_choice(
+                f"{node.name}.component.positions",
+                node.component.positions,
+                PositionsRead | None,
+            )
+        if isinstance(node, DestNode):
+            check_choice(f"{node.name}.head_input", node.head_input, HeadInput | None)
 
 
 def _check(model: PatchableModel, fed: Mapping[DestNode, tuple[SrcNode, ...]]) -> None:

@@ -20,6 +20,7 @@ from auto_circuit.model_utils.model_adapter import ModelAdapter
 from auto_circuit.prefix_cache import PrefixCache
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import DestNode, Edge, MaskFn, Node, OutputSlice, SrcNode
+from auto_circuit.utils.component_links import check_words
 from auto_circuit.utils.edge_blocks import (
     DestPort,
     PatchPlan,
@@ -113,6 +114,7 @@ def patchable_model(
     if ungroup:
         adapter = _ungrouped(adapter, model)
     srcs, dests = adapter.graph_nodes(model, factorized, separate_qkv)
+    check_words([*srcs, *dests])
     with own_computation(), own_defaults():
         wrappers = _make_wrappers(model, srcs, dests, factorized, seq_len, device)
     src_wrappers = OrderedSet(w for w in wrappers if w.is_src)

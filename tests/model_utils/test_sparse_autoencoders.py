@@ -176,8 +176,9 @@ def test_pruned_latents_go_into_the_error() -> None:
         *kept,
         "MLP 0 Error",
     ]
+    corrupt_out = bridge(CORRUPT)
     with t.no_grad(), patch_mode(model, src_ablations(model, CORRUPT), model.edges):
-        t.testing.assert_close(model(CLEAN), bridge(CORRUPT), **EXACT)
+        t.testing.assert_close(model(CLEAN), corrupt_out, **EXACT)
 
 
 # ------------------------------------------------------------------- files and the task

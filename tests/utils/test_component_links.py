@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import Identity, Module, Parameter
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from auto_circuit.errors import GraphError
+from auto_circuit.errors import ConfigError, GraphError
 from auto_circuit.metrics.circuit_pruning import connected_circuit, weighted_edge_count
 from auto_circuit.model_utils.micro_model_utils import (
     MICRO_MODEL_ADAPTER,
@@ -207,6 +208,30 @@ def test_positions_that_nobody_says() -> None:
         weighted_edge_count(model, circuit)
     told = micro(lambda node: node, seq_len=3)
     assert weighted_edge_count(told, circuit) == 2.0
+
+
+def test_words_that_mean_nothing() -> None:
+    def late(node: Any) -> Any:
+        return forced(node, component=forced(node.component, positions="later"))
+
+    with pytest.raises(
+        ConfigError, match=r"`Resid Start.component.positions` is 'later'"
+    ):
+        micro(late)
+
+    def short(node: Any) -> Any:
+        return forced(node, head_input="q") if isinstance(node, DestNode) else node
+
+    with pytest.raises(ConfigError, match=r"`B0.0.head_input` is 'q'; expected one of"):
+        micro(short)
+
+
+def forced(data: Any, **changes: Any) -> Any:
+    """A changed copy, as an adapter without type checks would make it."""
+    changed = copy(data)
+    for name, value in changes.items():
+        object.__setattr__(changed, name, value)
+    return changed
 
 
 def test_what_nodes_say_is_no_part_of_their_identity() -> None:

@@ -150,7 +150,8 @@ def test_the_known_circuits_size_is_measured(task: FakeTask, calls: list[Any]) -
         PatchType.EDGE_PATCH,
         tasks=[task],
     )
-    assert calls[0][0] == [4, 7, 12]
+    # Scores that make one circuit have its size alone.
+    assert calls[0][0] == [4, 7]
 
 
 def test_a_metric_of_ones_own(task: FakeTask, calls: list[Any]) -> None:
