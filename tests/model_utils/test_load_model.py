@@ -18,7 +18,11 @@ from transformers import AutoTokenizer
 
 from auto_circuit.errors import ConfigError, ModelError
 from auto_circuit.experiment_utils import load_tl_model
-from auto_circuit.model_utils.load_model import check_log_probs, probe_log_probs
+from auto_circuit.model_utils.load_model import (
+    check_log_probs,
+    load_transformer,
+    probe_log_probs,
+)
 from auto_circuit.model_utils.transformer_lens_utils import native_bridge
 from auto_circuit.tasks import POCKET_MODEL
 from tests.models import SIZES, gpt2, randomize
@@ -152,3 +156,11 @@ def test_a_rotary_native_model() -> None:
     )
     with pytest.raises(ConfigError, match="`positional_embedding_type` is 'rotary'"):
         native_bridge(config)
+
+
+def test_value_biases_are_folded_in_float32_only() -> None:
+    """What zero ablations take away depends on it (`AblationType`)."""
+    for dtype, are_folded in ((t.float32, True), (t.bfloat16, False)):
+        model: Any = load_transformer(POCKET_MODEL, dtype=dtype)
+        biases = t.stack([block.attn.b_V for block in model.blocks])
+        assert biases.dtype == dtype and bool((biases == 0).all()) == are_folded
