@@ -53,6 +53,7 @@ from auto_circuit.utils.tensor_ops import (
 
 FORMAT = "auto_circuit circuit"
 VERSION = 1
+FIELDS = ("format", "version", "task", "model", "edges", "checksum")
 
 ScoredEdge = tuple[Edge, float]
 
@@ -197,6 +198,13 @@ def _check_version(path: Path | str, content: dict[str, Any]) -> None:
             f"{path} has format version {shown(version)}; this version of AutoCircuit "
             f"reads version {VERSION}."
         )
+    # A field whose name was damaged, the checksum's too, must not be one that is missing.
+    for field in content:
+        if field not in FIELDS:
+            raise DataError(
+                f"{path} has the field {shown(field)}, which no circuit file has."
+                + near_matches(str(field), FIELDS)
+            )
     if "checksum" not in content:
         return
     rest = {key: value for key, value in content.items() if key != "checksum"}

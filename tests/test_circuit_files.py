@@ -523,3 +523,12 @@ def test_the_hint_is_for_another_name_only(tmp_path: Path) -> None:
     with pytest.raises(GraphError) as error:
         load_circuit(edited(path, model=changed), model, any_model_name=True)
     assert "any_model_name" not in str(error.value)
+
+
+def test_a_damaged_name_of_a_field_hides_no_damage(tmp_path: Path) -> None:
+    model, path = micro_model(), tmp_path / "circuit.json"
+    save_circuit(path, model, model.new_prune_scores(1.5))
+    text = path.read_text().replace('"checksum"', '"checksun"').replace("1.5", "1.25", 1)
+    path.write_text(text)
+    with pytest.raises(DataError, match="'checksun'.*Did you mean 'checksum'"):
+        load_circuit(path, model)

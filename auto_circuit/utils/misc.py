@@ -167,11 +167,9 @@ def load_cache(folder_name: str, filename: str) -> dict[Any, Any]:
 
 def _json_content(content: bytes) -> dict[Any, Any]:
     found = json.loads(content.decode())
-    if isinstance(found, dict) and "tree" in found:  # older files have no checksum
-        if found["checksum"] != checksum(found["tree"]):
-            raise DataError("its checksum is wrong")
-        found = found["tree"]
-    return _from_tree(found, {})
+    if found["checksum"] != checksum(found["tree"]):
+        raise DataError("its checksum is wrong")
+    return _from_tree(found["tree"], {})
 
 
 def _safetensors_content(content: bytes) -> dict[Any, Any]:
@@ -179,8 +177,7 @@ def _safetensors_content(content: bytes) -> dict[Any, Any]:
     header_size = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + header_size])["__metadata__"]
     text = metadata[TREE_KEY]
-    found = metadata.get(CHECKSUM_KEY)  # older files have none
-    if found is not None and found != _checksum(text, tensors):
+    if metadata[CHECKSUM_KEY] != _checksum(text, tensors):
         raise DataError("its checksum is wrong")
     return _from_tree(json.loads(text), tensors)
 

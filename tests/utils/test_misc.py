@@ -310,3 +310,18 @@ def test_bad_questions_about_embeddings() -> None:
         )
     with pytest.raises(DataError, match="'ab' is 2 tokens"):
         run_prompt(model, "a", answer="ab")
+
+
+@pytest.mark.parametrize(
+    "content", [{"n": 1}, {"scores": t.arange(6.0)}], ids=["json", "safetensors"]
+)
+def test_a_damaged_name_of_the_checksum_hides_no_damage(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    path = save_cache(content, str(tmp_path), "x")
+    damaged = path.read_bytes().replace(b"checksum", b"checksun")
+    path.write_bytes(damaged)
+    with pytest.raises(
+        DataError, match="is not a file of `save_cache`, or it is damaged"
+    ):
+        load_cache(str(tmp_path), path.name)
