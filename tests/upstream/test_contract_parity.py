@@ -33,6 +33,8 @@ from tests.upstream.users_code import (
     graph_of,
 )
 
+# Users of graphs with positions name edges without them; ours says what that means.
+pytestmark = pytest.mark.filterwarnings("ignore:.*names no position")
 N_BATCHES = N_PROMPTS // BATCH_SIZE
 
 
