@@ -117,8 +117,9 @@ class PromptPairBatch:
     corrupt_attention_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        n_prompts = len(self.answers)
-        if not _are_placeholders(self.clean, self.corrupt):
+        if _are_placeholders(self.clean, self.corrupt):
+            n_prompts = _n_rows("answers", self.answers)
+        else:
             _check_sides(self, n_lead=2)
             n_prompts = len(self.clean)
         _check_answers(
@@ -180,17 +181,19 @@ def _check_sides(prompts: PromptPair | PromptPairBatch, n_lead: int) -> None:
 
 def _answer_rows(name: str, answers: Any, n_prompts: int) -> list[Any]:
     """The answers of a batch: of all its prompts in one tensor, or a row for each."""
-    rows = answers if isinstance(answers, list) else [answers]
-    found = len(rows)
-    if isinstance(answers, Tensor):
-        _check_tensor(name, answers, 2)
-        found = len(answers)
+    found = _n_rows(name, answers)
     if found != n_prompts:
         raise DataError(
             f"`{name}` has {found} rows, but the batch has {n_prompts} prompts; expected a "
             "row for each."
         )
-    return rows
+    return answers if isinstance(answers, list) else [answers]
+
+
+def _n_rows(name: str, answers: Any) -> int:
+    if not isinstance(answers, list):
+        _check_tensor(name, answers, 2)
+    return len(answers)
 
 
 def _check_answers(answers: list[Any], wrong_answers: list[Any]) -> None:

@@ -47,7 +47,8 @@ import torch as t
 
 from auto_circuit.errors import DataError
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
-from auto_circuit.utils.ablation_activations import batch_src_ablations
+from auto_circuit.types import AblationType
+from auto_circuit.utils.ablation_activations import iter_src_ablations
 from auto_circuit.utils.graph_utils import patch_mode, set_all_masks, train_mask_mode
 from auto_circuit.utils.tensor_ops import batch_avg_answer_diff
 
@@ -56,12 +57,14 @@ def newcomer_prune_scores(model, dataloader, official_edges):
     """How fast the answers' lead falls as an edge is patched."""
     if not len(dataloader):
         raise DataError("There are no prompts.")
-    ablations = batch_src_ablations(model, dataloader, clean_corrupt="corrupt")
+    ablations = iter_src_ablations(
+        model, dataloader, AblationType.RESAMPLE, clean_corrupt="corrupt"
+    )
     with train_mask_mode(model) as masks:
         set_all_masks(model, 0.5)
-        for batch in dataloader:
+        for batch, patch_src_outs in ablations:
             tokens, kwargs = batch.model_input("clean")
-            with patch_mode(model, ablations[batch.key]):
+            with patch_mode(model, patch_src_outs):
                 logits = model(tokens, **kwargs)[model.out_slice]
                 (-batch_avg_answer_diff(logits, batch)).backward()
         return {name: mask.grad.clone() for name, mask in masks.items()}

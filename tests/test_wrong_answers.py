@@ -91,7 +91,7 @@ def test_every_algorithm_says_whether_it_needs_them(
 
     if not algo.needs_wrong_answers:
         scores = score(algo, model, loader())
-        assert all(values.isfinite().all() for values in scores.values())
+        assert not any(values.isnan().any() for values in scores.values())
         return
     hook = model.wrapped_model.register_forward_pre_hook(count)
     try:
