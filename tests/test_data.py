@@ -765,3 +765,21 @@ def test_a_loader_has_its_own_batches() -> None:
         with pytest.raises(ConfigError, match=f"does not take `{option}`"):
             options: Any = {option: [[0]]}
             PromptDataLoader(dataset, None, 0, **options)
+
+
+def test_the_first_difference_of_a_batch_is_its_earliest() -> None:
+    clean = t.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])
+    corrupt = t.tensor([[1, 2, 3, 5], [1, 6, 3, 4]])
+    one = [t.tensor([1]), t.tensor([1])]
+    dataset = PromptDataset(clean, corrupt, one, [row + 1 for row in one])
+    (batch,) = PromptDataLoader(dataset, None, 0, batch_size=2)
+    assert batch.batch_diverge_idx == 1
+
+
+def test_each_side_of_a_batch_has_its_own_mask() -> None:
+    tokens, rows = t.tensor([[1, 2, 3]]), t.tensor([[1]])
+    masks = t.tensor([[0, 1, 1]]), t.tensor([[0, 0, 1]])
+    batch = PromptPairBatch(0, 0, tokens, tokens + 1, rows, rows + 1, *masks)
+    for side, mask in zip(("clean", "corrupt"), masks, strict=True):
+        _, kwargs = batch.model_input(side)
+        assert kwargs["attention_mask"].tolist() == mask.tolist()
