@@ -346,7 +346,7 @@ ENGINE: tuple[Fault, ...] = (
     fault("dropout does not rescale", WRAPPER,
         ".to(weights.dtype) / (1 - self.dropout_p)",
         ".to(weights.dtype)",
-        "test_graph_utils.py", TRAINING),
+        "test_graph_utils.py::test_dropout_keeps_the_mean_of_a_mask"),
     fault("dropout in eval mode too", WRAPPER,
         "if self.dropout_p > 0.0 and self.training:",
         "if self.dropout_p > 0.0:",

@@ -16,8 +16,10 @@ from auto_circuit.model_utils.micro_model_utils import MICRO_MODEL_ADAPTER, Micr
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import (
     graph_edges,
+    mask_fn_mode,
     patch_mode,
     patchable_model,
+    set_all_masks,
     set_mask_batch_size,
     train_mask_mode,
     unpatch,
@@ -269,3 +271,17 @@ def test_hooks_that_would_never_be_called_are_an_error() -> None:
         src_ablations(model, inputs)
     handle.remove()
     assert src_ablations(model, inputs).isfinite().all()
+
+
+def test_dropout_keeps_the_mean_of_a_mask() -> None:
+    model, generator = micro_model(), t.Generator().manual_seed(0)
+    wrapper = model.wrapper("output")
+    with (
+        train_mask_mode(model, requires_grad=False),
+        mask_fn_mode(model, None, 0.25, generator),
+        t.no_grad(),
+    ):
+        set_all_masks(model, 0.6)
+        drawn = t.stack([wrapper.mask_weights(1).flatten() for _ in range(400)])
+    assert sorted({round(value, 4) for value in drawn.flatten().tolist()}) == [0.0, 0.8]
+    assert abs(float(drawn.mean()) - 0.6) < 0.03
