@@ -283,5 +283,16 @@ def test_dropout_keeps_the_mean_of_a_mask() -> None:
     ):
         set_all_masks(model, 0.6)
         drawn = t.stack([wrapper.mask_weights(1).flatten() for _ in range(400)])
+        wrapper.eval()
+        evaluated = wrapper.mask_weights(1).clone()
     assert sorted({round(value, 4) for value in drawn.flatten().tolist()}) == [0.0, 0.8]
     assert abs(float(drawn.mean()) - 0.6) < 0.03
+    t.testing.assert_close(evaluated, t.full_like(evaluated, 0.6))
+
+
+def test_a_wrapper_keeps_the_mask_of_the_first_example() -> None:
+    wrapper = micro_model().wrapper("output")
+    wrapper.set_mask_batch_size(2)
+    wrapper.mask.data.copy_(t.tensor([0.2, 0.7])[:, None].expand(2, 5))
+    wrapper.set_mask_batch_size(None)
+    t.testing.assert_close(wrapper.mask.data, t.full((5,), 0.2))
