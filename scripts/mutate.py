@@ -586,7 +586,7 @@ NUMBERS: tuple[Fault, ...] = (
     fault("a loader with another prefix", ABLATIONS,
         "not t.equal(model.kv_caches.tokens, prefix.tokens)",
         "False",
-        DATA),
+        PREFIX),
     fault("clean and corrupt are exchanged", "prune.py",
         "clean_input = (patch_type == PatchType.TREE_PATCH) != reverse_clean_corrupt",
         "clean_input = (patch_type == PatchType.TREE_PATCH) == reverse_clean_corrupt"),
