@@ -17,7 +17,7 @@ from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
 from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
-from auto_circuit.prune_algos.objectives import answer_loss
+from auto_circuit.prune_algos.objectives import answer_loss, answer_values
 from auto_circuit.types import AblationType, PatchType, PruneScores
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import (
@@ -351,3 +351,12 @@ def test_an_unknown_function() -> None:
     options: dict[str, Any] = {**EAP, "grad_function": "logits"}
     with pytest.raises(ConfigError, match="is 'logits'; expected one of 'logit', 'prob'"):
         mask_gradient_prune_scores(make(), token_loader(), None, **options)
+
+
+def test_what_answers_are_compared_in_by_hand() -> None:
+    logits = t.tensor([[1.0, 3.0], [4.0, 1.0]]).log()
+    shares = t.tensor([[0.25, 0.75], [0.8, 0.2]])
+    t.testing.assert_close(answer_values(logits, "logit"), logits)
+    t.testing.assert_close(answer_values(logits, "prob"), shares)
+    t.testing.assert_close(answer_values(logits, "logprob"), shares.log())
+    t.testing.assert_close(answer_values(logits, "logit_exp"), shares)
