@@ -79,6 +79,7 @@ OPS = "utils/test_tensor_ops.py"
 LINKS = "utils/test_component_links.py"
 DEAD_ENDS = "metrics/test_circuit_pruning.py"
 CIRCUITS = "test_prune.py"
+CORE_RULES = "prune_algos/test_core_rules.py"
 DATA = "test_data.py"
 BAD_INPUT = "test_bad_input.py"
 CHECKS = "test_checks.py"
@@ -346,11 +347,11 @@ ENGINE: tuple[Fault, ...] = (
     fault("dropout does not rescale", WRAPPER,
         ".to(weights.dtype) / (1 - self.dropout_p)",
         ".to(weights.dtype)",
-        "test_graph_utils.py::test_dropout_keeps_the_mean_of_a_mask"),
+        f"{CORE_RULES}::test_dropout_is_rescaled"),
     fault("dropout in eval mode too", WRAPPER,
         "if self.dropout_p > 0.0 and self.training:",
         "if self.dropout_p > 0.0:",
-        "test_graph_utils.py::test_dropout_keeps_the_mean_of_a_mask"),
+        "test_graph_utils.py::test_dropout_acts_in_train_mode_only"),
     fault("the mask that is left is the mean of the examples'", WRAPPER,
         "self._replace_mask(self.mask.data[0])",
         "self._replace_mask(self.mask.data.mean(0))",
@@ -468,13 +469,16 @@ ALGORITHMS: tuple[Fault, ...] = (
         "patch_side: Side | None = \"clean\" if input_side == \"clean\" else \"corrupt\""),
     fault("ranks of a warm start the wrong way round", "prune_algos/mask_training.py",
         "(highest * (1 - 2 * log_rank))",
-        "(highest * (2 * log_rank - 1))"),
+        "(highest * (2 * log_rank - 1))",
+        CORE_RULES),
     fault("ranks of a warm start by signed scores", "prune_algos/mask_training.py",
         "t.searchsorted(ascending, scores.abs().contiguous(), right=True)",
-        "t.searchsorted(ascending, scores.contiguous(), right=True)"),
+        "t.searchsorted(ascending, scores.contiguous(), right=True)",
+        CORE_RULES),
     fault("a warm start's ties at the left", "prune_algos/mask_training.py",
         "scores.abs().contiguous(), right=True)",
-        "scores.abs().contiguous())"),
+        "scores.abs().contiguous())",
+        CORE_RULES),
     fault("the penalty goes on below the allowed size", PROBING,
         "return t.relu(n_edges - allowed) / allowed",
         "return (n_edges - allowed) / allowed"),
