@@ -1005,7 +1005,7 @@ STATES: tuple[Fault, ...] = (
     fault("a model given by name keeps its state", TORCH,
         "args[0] if args else kwargs.get(\"model\")",
         "args[0] if args else None",
-        TORCH_STATE),
+        "test_torch_state.py::test_a_model_that_is_given_by_name"),
     fault("inference tensors reach autograd", TORCH,
         "return tensor.clone() if tensor.is_inference() else tensor",
         "return tensor",

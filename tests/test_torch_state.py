@@ -34,6 +34,7 @@ from auto_circuit.utils.graph_utils import (
     train_mask_mode,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.torch_state import in_own_state
 from tests.models import gpt2, state_snapshot, tokens
 from tests.prune_algos.test_conformance import score
 from tests.test_prune import random_scores, token_loader
@@ -417,3 +418,13 @@ def test_a_pass_inside_of_patch_mode_is_no_plain_pass(model: PatchableModel) -> 
         ):
             with pytest.raises(GraphError, match="it is in `patch_mode`"):
                 attempt()
+
+
+def test_a_model_that_is_given_by_name() -> None:
+    @in_own_state(grad=False)
+    def is_training(model: Any) -> tuple[bool, bool]:
+        return model.training, t.is_grad_enabled()
+
+    module = t.nn.Dropout().train()
+    assert is_training(module) == is_training(model=module) == (False, False)
+    assert module.training and t.is_grad_enabled()
