@@ -247,8 +247,12 @@ def as_circuit(model: PatchableModel, circuit: CircuitMasks) -> Circuit:
 @checked
 def check_circuit(model: PatchableModel, circuit: Mapping[str, Tensor]) -> None:
     """Raise GraphError unless the circuit is a boolean tensor for every mask."""
+    # Without the dimension of single examples that masks have in `set_mask_batch_size`.
     expected = {
-        name: tuple(mask.shape) for name, mask in model.new_prune_scores().items()
+        wrapper.module_name: tuple(
+            wrapper.mask.shape[wrapper.mask_batch_size is not None :]
+        )
+        for wrapper in model.dest_wrappers
     }
     for name in (*circuit, *expected):
         if name not in expected:

@@ -271,7 +271,7 @@ def _percents(
     projected = [circuit.in_graph(task.model) for circuit in circuits]
     # Each circuit is part of the next one, so that the sum of them all ranks edges.
     ranks = {
-        name: sum((circuit.scores[name] for circuit in projected), start=scores)
+        name: sum((circuit[name] for circuit in projected), start=scores)
         for name, scores in task.model.new_prune_scores().items()
     }
     sizes = [circuit.n_edges for circuit in projected]
