@@ -365,3 +365,8 @@ def test_what_cannot_be_done_is_refused(folder: Path) -> None:
     wrong = {**weights(), "latent_bias": t.zeros(2)}
     with pytest.raises(ModelError, match=r"latent_bias has the shape \(2,\).*\(3,\)"):
         SparseAutoencoder.from_state_dict(bridge, wrong)
+
+
+def test_an_argument_that_means_nothing_any_more() -> None:
+    with pytest.warns(UserWarning, match="`new_instance=False`.*never changed.*leave it"):
+        sae_model(gpt2(), "resid_delta_mlp", False, N_LATENTS, new_instance=False)

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from warnings import warn
 
 import torch as t
 from jaxtyping import Int
@@ -170,10 +171,16 @@ def sae_model(
     """A model with an autoencoder for every block: published ones, or random ones.
 
     load_pretrained: from files, see `load_autoencoder`. Else random, of `n_latents`.
-    new_instance: of no consequence: the model is never changed, so it is not copied.
+    new_instance: False warns: the model is never changed, so it is not copied.
     Raises ConfigError without `n_latents` where they are needed and for "resid", ModelError
     without the files.
     """
+    if not new_instance:
+        warn(
+            "`new_instance=False` means nothing here: the model is never changed, so there "
+            "is no copy to avoid; leave it out.",
+            stacklevel=2,
+        )
     hook = _hook_name(sae_input)
     _check_mlps(model, sae_input)
     if not load_pretrained and n_latents is None:
