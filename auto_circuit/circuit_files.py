@@ -43,13 +43,9 @@ from auto_circuit.files import (
     write_text,
 )
 from auto_circuit.model_utils.transformer_lens_utils import has_parallel_attention
+from auto_circuit.ranking import circuit_mask, score_in_dtype, score_tensors
 from auto_circuit.types import DestNode, Edge, HeadInput, PruneScores, SrcNode
 from auto_circuit.utils.patchable_model import PatchableModel, split_edge_name
-from auto_circuit.utils.tensor_ops import (
-    circuit_mask,
-    score_in_dtype,
-    score_tensors,
-)
 
 FORMAT = "auto_circuit circuit"
 VERSION = 1

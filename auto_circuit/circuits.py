@@ -20,10 +20,10 @@ from torch import Tensor
 
 from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, GraphError, near_matches
+from auto_circuit.ranking import circuit_mask
 from auto_circuit.types import Edge, PruneScores
 from auto_circuit.utils.dead_ends import without_dead_ends
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask
 
 CircuitMasks = Mapping[str, Tensor]
 """Destination module -> `[seq?, head?, src]`: True for the edges of the circuit."""

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, load_datasets_from_json
 from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.files import repo_path_to_abs_path
 from auto_circuit.metrics.official_circuits.circuits.ioi_official import (
     ioi_head_based_official_edges,
     ioi_true_edges,
@@ -33,7 +34,6 @@ from auto_circuit.prune_algos.subnetwork_probing import (
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, Edge, PatchType, PruneScores
 from auto_circuit.utils.graph_utils import patchable_model
-from auto_circuit.utils.misc import repo_path_to_abs_path
 from auto_circuit.utils.patchable_model import PatchableModel
 
 IoiOrder = Literal["ABBA", "BABA"]

@@ -279,3 +279,31 @@ def parse_json(text: str, where: str) -> Any:
         raise DataError(f"{where}: lists or objects are nested too deeply.") from None
     except ValueError as error:  # also a number of more than 4300 digits
         raise DataError(f"{where} is not JSON: {error}.") from None
+
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+
+
+def repo_path_to_abs_path(path: Path | str) -> Path:
+    """Where a path that is relative to the repository is on this machine.
+
+    What exists in the checkout is meant first, then what exists in the installed
+    package (which ships `datasets/`). A path that exists in neither is a new one: in
+    the checkout, or in the working directory if the package is installed. An absolute
+    path stays as it is.
+
+    Differs from auto-circuit, which looked in (and wrote to) `site-packages` when it
+    was installed.
+    """
+    root = _checkout_root()
+    homes = [PACKAGE_DIR] if root is None else [root, PACKAGE_DIR]
+    for home in homes:
+        if (home / path).exists():
+            return home / path
+    return (root or Path.cwd()) / path
+
+
+def _checkout_root() -> Path | None:
+    """The repository that this code is in, or None if the package is installed."""
+    root = PACKAGE_DIR.parent
+    return root if (root / "pyproject.toml").is_file() else None

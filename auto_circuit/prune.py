@@ -11,6 +11,7 @@ from auto_circuit.checks import checked
 from auto_circuit.circuits import Circuit, circuit_of_scores
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
+from auto_circuit.ranking import desc_prune_scores
 from auto_circuit.types import AblationType, CircuitOutputs, PatchType, PruneScores
 from auto_circuit.utils.ablation_activations import (
     PER_BATCH_ABLATIONS,
@@ -20,7 +21,6 @@ from auto_circuit.utils.ablation_activations import (
 from auto_circuit.utils.custom_tqdm import tqdm
 from auto_circuit.utils.graph_utils import patch_mode, preserved_masks
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import desc_prune_scores
 from auto_circuit.utils.torch_state import in_own_state
 
 

@@ -21,6 +21,7 @@ from auto_circuit.data import (
     pick_prompts,
 )
 from auto_circuit.errors import ConfigError, DataError, near_matches
+from auto_circuit.files import repo_path_to_abs_path
 from auto_circuit.metrics.official_circuits.circuits.docstring_official import (
     docstring_node_based_official_edges,
     docstring_true_edges,
@@ -45,7 +46,6 @@ from auto_circuit.prompt_files import READERS, Prompt, read_prompt_file
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AutoencoderInput, Edge, OutputSlice, TaskKey
 from auto_circuit.utils.graph_utils import patchable_model
-from auto_circuit.utils.misc import repo_path_to_abs_path
 from auto_circuit.utils.patchable_model import PatchableModel
 
 

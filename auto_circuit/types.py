@@ -122,7 +122,7 @@ class AblationType(_TitledEnum):
 
 
 class PatchWrapper(Module, ABC):
-    """The stateful module that patches at one node site (see `utils.patch_wrapper`)."""
+    """The stateful module that patches at one node site (see `engine.patch_wrapper`)."""
 
     module_name: str
     patch_mask: Parameter | None

@@ -57,6 +57,7 @@ from auto_circuit.prune_algos.matryoshka import matryoshka_prune_scores
 from auto_circuit.prune_algos.prompt_scores import mask_gradient_prompt_scores
 from auto_circuit.prune_algos.random_edges import random_prune_scores
 from auto_circuit.prune_algos.subnetwork_probing import subnetwork_probing_prune_scores
+from auto_circuit.ranking import circuit_mask
 from auto_circuit.types import Edge, PatchType
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.backward_modifiers import gim_backward, relp_backward
@@ -67,7 +68,6 @@ from auto_circuit.utils.graph_utils import (
     train_mask_mode,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask
 
 Run = Callable[[], object]
 Plain = Callable[[int], object]

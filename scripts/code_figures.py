@@ -25,8 +25,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "auto_circuit"
 ENGINE = (
-    *("patch_wrapper", "patch_session", "forward_pass", "head_inputs"),
-    *("edge_blocks", "edge_matrices"),
+    *("patch_wrapper", "patch_session", "forward_pass", "head_inputs", "edge_matrices"),
 )
 """Modules whose every tensor has a shape, and whose comments are counted."""
 BARE_TENSOR = re.compile(r"(?<![\w.\]\"])(?:t\.)?Tensor(?!\s*,\s*[\"'])\b")

@@ -64,7 +64,7 @@ GRADIENTS = f"{LAWS}::test_mask_gradients_are_finite_differences"
 SPARSE = f"{LAWS}::test_sparse_and_dense_computations_agree"
 STATE = f"{LAWS}::test_state_is_restored_also_after_an_error"
 EXAMPLES = f"{LAWS}::test_masks_of_each_example_are_as_if_it_was_alone"
-SESSION = "utils/test_patch_session.py"
+SESSION = "engine/test_patch_session.py"
 HALF = "test_half_precision.py"
 CALLERS = "test_engine_callers.py"
 ACDC = "prune_algos/test_one_by_one.py"
@@ -98,6 +98,8 @@ LOADED, UNGROUPED = (
 TESTS = MappingProxyType(
     {
         "utils/tensor_ops.py": (OPS,),
+        "gates.py": (OPS,),
+        "ranking.py": (OPS,),
         "utils/edge_counts.py": ("utils/test_edge_counts.py",),
         "utils/component_links.py": (LINKS, DEAD_ENDS),
         "utils/ablation_activations.py": (CIRCUITS, DATA),
@@ -154,8 +156,8 @@ def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
     return Fault(name, file, old, new, tests or TESTS[file])
 
 
-FORWARD, HEADS = "utils/forward_pass.py", "utils/head_inputs.py"
-PATCHES, WRAPPER = "utils/patch_session.py", "utils/patch_wrapper.py"
+FORWARD, HEADS = "engine/forward_pass.py", "engine/head_inputs.py"
+PATCHES, WRAPPER = "engine/patch_session.py", "engine/patch_wrapper.py"
 GRAPH, MODEL = "utils/graph_utils.py", "utils/patchable_model.py"
 SITES = "model_utils/transformer_lens_sites.py"
 PROBING, PRUNING = "prune_algos/subnetwork_probing.py", "prune_algos/edge_pruning.py"
@@ -546,19 +548,19 @@ NUMBERS: tuple[Fault, ...] = (
     fault("ragged answers weigh what fills them up", TENSORS,
         "sums = answer_vals.masked_fill(~is_answer, 0.0).sum(-1)",
         "sums = answer_vals.sum(-1)"),
-    fault("an edge too few in a circuit", TENSORS,
+    fault("an edge too few in a circuit", "ranking.py",
         "return desc_scores[edge_count - 1]",
         "return desc_scores[max(edge_count - 2, 0)]"),
-    fault("ties are left out", TENSORS,
+    fault("ties are left out", "ranking.py",
         "_magnitudes(scores).to(threshold.dtype) >= threshold.to(scores.device)",
         "_magnitudes(scores).to(threshold.dtype) > threshold.to(scores.device)"),
-    fault("circuits are ranked by signed scores", TENSORS,
+    fault("circuits are ranked by signed scores", "ranking.py",
         "return scores.abs() if scores.is_floating_point() else scores.float().abs()",
         "return scores if scores.is_floating_point() else scores.float()"),
-    fault("samples of gates are the same in a batch", TENSORS,
+    fault("samples of gates are the same in a batch", "gates.py",
         "shape = mask.shape if mask_expanded else (batch_size, *mask.shape)",
         "shape = mask.shape if mask_expanded else (1, *mask.shape)"),
-    fault("gates are not clamped", TENSORS,
+    fault("gates are not clamped", "gates.py",
         "return (concrete * width + HARD_CONCRETE_LEFT).clamp(0.0, 1.0)",
         "return concrete * width + HARD_CONCRETE_LEFT"),
     fault("half precision in divergences", TENSORS,
@@ -1246,23 +1248,23 @@ OTHERS: tuple[Fault, ...] = (
         "    return links + _joins(links, joined)",
         "    return links",
         DRAWN),
-    fault("caches that are damaged are read", "utils/misc.py",
+    fault("caches that are damaged are read", "caches.py",
         "if metadata[CHECKSUM_KEY] != _checksum(text, tensors):",
         "if False:",
         BAD_INPUT),
-    fault("damaged caches without tensors are read", "utils/misc.py",
+    fault("damaged caches without tensors are read", "caches.py",
         "if found[\"checksum\"] != checksum(found[\"tree\"]):",
         "if False:",
         BAD_INPUT),
-    fault("a tuple comes back as a list", "utils/misc.py",
+    fault("a tuple comes back as a list", "caches.py",
         "return tuple(_from_tree(item, tensors) for item in content)",
         "return [_from_tree(item, tensors) for item in content]",
         "utils/test_misc.py"),
-    fault("a tensor of the same name overwrites", "utils/misc.py",
+    fault("a tensor of the same name overwrites", "caches.py",
         "    while name in tensors:\n        name += \"'\"\n",
         "",
         "utils/test_misc.py"),
-    fault("a forward that stood in stays", "utils/misc.py",
+    fault("a forward that stood in stays", "modules.py",
         "        del module.__dict__[\"forward\"]\n        if before is not None:",
         "        if before is not None:",
         STATE, SESSION),

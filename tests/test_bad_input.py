@@ -16,6 +16,7 @@ import pytest
 import torch as t
 from torch import Tensor
 
+from auto_circuit.caches import load_cache, save_cache
 from auto_circuit.circuit_files import (
     load_circuit,
     load_mib_circuit,
@@ -40,11 +41,10 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
     PruneMetric,
 )
 from auto_circuit.prune import run_circuits
+from auto_circuit.ranking import circuit_mask
 from auto_circuit.types import EdgeCounts
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model
-from auto_circuit.utils.misc import load_cache, save_cache
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask
 from auto_circuit.visualize import draw_seq_graph
 from tests.fuzzing import no_hang
 from tests.micro import CLEAN, micro_loader, micro_model

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+from importlinter.api import read_configuration
 
 import auto_circuit
 from auto_circuit.experiment_utils import load_tl_model
@@ -79,3 +83,16 @@ def test_the_command_line_starts_without_what_only_a_run_needs() -> None:
         "assert not slow & set(sys.modules), slow & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
+
+
+def test_every_module_has_its_layer_and_no_import_is_ignored() -> None:
+    """`lint-imports` looks at imports of modules that its contract names, and no others."""
+    contracts = read_configuration(str(REPO / "pyproject.toml"))["contracts_options"]
+    assert not any("ignore_imports" in contract for contract in contracts)
+    layers = re.findall(r"auto_circuit[\w.]*", str(contracts[0]["layers"]))
+    assert len(layers) == len(set(layers)) > 20
+    for module in pkgutil.walk_packages(auto_circuit.__path__, "auto_circuit."):
+        homes = [x for x in layers if f"{module.name}.".startswith(f"{x}.")]
+        # A package holds modules of several layers, or is one.
+        is_cut = any(x.startswith(f"{module.name}.") for x in layers)
+        assert len(homes) == (0 if is_cut else 1), module.name

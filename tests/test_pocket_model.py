@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from auto_circuit.data import load_datasets_from_json
 from auto_circuit.experiment_utils import load_tl_model
+from auto_circuit.files import repo_path_to_abs_path
 from auto_circuit.tasks import (
     POCKET_DOCSTRING_TASK,
     POCKET_GREATERTHAN_TASK,
@@ -23,7 +24,6 @@ from auto_circuit.tasks import (
     POCKET_TASKS,
     Task,
 )
-from auto_circuit.utils.misc import repo_path_to_abs_path
 from auto_circuit.utils.tensor_ops import batch_avg_answer_diff, indices_vals
 
 REPO = Path(__file__).parents[1]

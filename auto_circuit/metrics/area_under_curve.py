@@ -47,6 +47,7 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
     PruneMetric,
     find_metric,
 )
+from auto_circuit.precision import ROUNDING
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import (
     AlgoKey,
@@ -57,7 +58,6 @@ from auto_circuit.types import (
     TaskKey,
     TaskMeasurements,
 )
-from auto_circuit.utils.tensor_ops import ROUNDING
 
 K = TypeVar("K", bound=Hashable)
 

@@ -9,12 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from auto_circuit.checks import checked
+from auto_circuit.ranking import desc_prune_scores, flat_prune_scores, score_tensors
 from auto_circuit.types import PruneScores
-from auto_circuit.utils.tensor_ops import (
-    desc_prune_scores,
-    flat_prune_scores,
-    score_tensors,
-)
 
 Ranking = Literal["signed", "absolute"]
 """Which edge is the best: that of the largest score, or of the largest |score|."""

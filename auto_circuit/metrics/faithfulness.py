@@ -45,6 +45,7 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOGIT_DIFF_METRIC,
     PruneMetric,
 )
+from auto_circuit.precision import ROUNDING
 from auto_circuit.types import (
     AblationType,
     BatchOutputs,
@@ -53,9 +54,6 @@ from auto_circuit.types import (
     PruneScores,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import (
-    ROUNDING,
-)
 
 MIB_BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The shares of all edges at which MIB measures."""

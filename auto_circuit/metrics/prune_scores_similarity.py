@@ -25,14 +25,14 @@ from auto_circuit.metrics.official_circuits.known_circuits import tasks_with_cir
 from auto_circuit.metrics.protocols import PrunableTask
 from auto_circuit.metrics.prune_scores_similarity_plot import Figure, similarity_fig
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
-from auto_circuit.types import AlgoKey, AlgoPruneScores, TaskKey, TaskPruneScores
-from auto_circuit.utils.edge_counts import listed_edge_counts
-from auto_circuit.utils.tensor_ops import (
+from auto_circuit.ranking import (
     circuit_mask,
     desc_prune_scores,
     flat_prune_scores,
     score_tensors,
 )
+from auto_circuit.types import AlgoKey, AlgoPruneScores, TaskKey, TaskPruneScores
+from auto_circuit.utils.edge_counts import listed_edge_counts
 
 AlgoSimilarities = dict[int, dict[AlgoKey, dict[AlgoKey, float]]]
 """{edges asked for: {algorithm: {algorithm: similarity}}}, each pair once."""

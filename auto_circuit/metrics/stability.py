@@ -20,8 +20,8 @@ from auto_circuit.checks import check_count, checked, seeded_generator
 from auto_circuit.circuits import CircuitMasks, circuit_jaccard, n_circuit_edges
 from auto_circuit.data import PromptDataLoader, PromptDataset
 from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.ranking import circuit_mask
 from auto_circuit.types import PruneScores
-from auto_circuit.utils.tensor_ops import circuit_mask
 
 
 @dataclass(frozen=True)

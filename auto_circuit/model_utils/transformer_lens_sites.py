@@ -39,8 +39,8 @@ from auto_circuit.model_utils.ungrouped_heads import (
     norm_weight,
     ungrouped_attention,
 )
+from auto_circuit.modules import replaced_forward
 from auto_circuit.types import HeadInput
-from auto_circuit.utils.misc import replaced_forward
 from auto_circuit.utils.user_hooks import Bypassed
 
 NORM_HOOKS = ("hook_scale", "hook_normalized", "hook_out")

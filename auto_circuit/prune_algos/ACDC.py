@@ -24,6 +24,7 @@ from torch.nn.functional import mse_loss
 from auto_circuit.checks import check_count, check_number, checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError, GraphError
+from auto_circuit.precision import at_least_float32
 from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.mask_training import (
     TrainingBatch,
@@ -42,7 +43,7 @@ from auto_circuit.types import (
 )
 from auto_circuit.utils.custom_tqdm import tqdm
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import at_least_float32, multibatch_kl_div
+from auto_circuit.utils.tensor_ops import multibatch_kl_div
 from auto_circuit.utils.torch_state import in_own_state
 
 AcdcTarget = Literal["kl_div", "mse"]

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from auto_circuit.checks import check_number, checked, seeded_generator
 from auto_circuit.data import PromptDataLoader
+from auto_circuit.gates import HARD_CONCRETE_LEFT, HARD_CONCRETE_RIGHT, HARD_CONCRETE_TEMP
+from auto_circuit.precision import at_least_float32
 from auto_circuit.prune_algos.integrated_gradients import (
     INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
 )
@@ -46,12 +48,6 @@ from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.graph_utils import mask_fn_mode, set_all_masks, train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import (
-    HARD_CONCRETE_LEFT,
-    HARD_CONCRETE_RIGHT,
-    HARD_CONCRETE_TEMP,
-    at_least_float32,
-)
 from auto_circuit.utils.torch_state import in_own_state
 
 Warmup = Literal["linear", "geometric"]

@@ -22,6 +22,7 @@ from auto_circuit.checks import check_count, check_number, checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.errors import TrainingError
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.ranking import desc_prune_scores
 from auto_circuit.types import AblationType, PruneScores
 from auto_circuit.utils.ablation_activations import (
     PER_BATCH_ABLATIONS,
@@ -31,7 +32,6 @@ from auto_circuit.utils.ablation_activations import (
 )
 from auto_circuit.utils.graph_utils import patch_mode
 from auto_circuit.utils.patchable_model import PatchableModel, unpatched
-from auto_circuit.utils.tensor_ops import desc_prune_scores
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,12 +13,12 @@ from torch.nn.functional import mse_loss
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch, check_wrong_answers
 from auto_circuit.errors import DataError
+from auto_circuit.precision import at_least_float32
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
     answer_diff_rounding_errors,
     answer_margins,
     answer_targets,
-    at_least_float32,
     batch_answer_diffs,
     batch_avg_answer_diff,
     batch_avg_answer_val,

@@ -15,12 +15,8 @@ from torch import Tensor
 
 from auto_circuit.checks import check_count, check_number, checked, seeded_generator
 from auto_circuit.errors import ConfigError, DataError, GraphError
+from auto_circuit.ranking import desc_prune_scores, flat_prune_scores, score_tensors
 from auto_circuit.types import PruneScores
-from auto_circuit.utils.tensor_ops import (
-    desc_prune_scores,
-    flat_prune_scores,
-    score_tensors,
-)
 
 MAX_BOOTSTRAP_VALUES = 2**22
 """How many means of resampled prompts are in memory at once."""

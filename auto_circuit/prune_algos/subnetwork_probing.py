@@ -29,6 +29,8 @@ from auto_circuit.checks import (
 )
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
+from auto_circuit.gates import hard_concrete_expected_l0
+from auto_circuit.precision import at_least_float32
 from auto_circuit.prune_algos.integrated_gradients import (
     INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
 )
@@ -62,7 +64,6 @@ from auto_circuit.utils.graph_utils import (
     train_mask_mode,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import at_least_float32, hard_concrete_expected_l0
 from auto_circuit.utils.torch_state import in_own_state, own_computation
 
 INIT_LOGIT = 1.6094379124341003

@@ -1,1 +1,1 @@
-"""The engine of edge patching and the small operations that it is built from."""
+"""The graph, masks and contexts that users call, and other published paths."""

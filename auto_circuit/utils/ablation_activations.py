@@ -14,10 +14,10 @@ from torch.nn import Module
 
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch, Side
+from auto_circuit.engine.edge_matrices import SrcPort
 from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, BatchKey
-from auto_circuit.utils.edge_blocks import SrcPort
 from auto_circuit.utils.patchable_model import (
     LAST_POSITION,
     PatchableModel,

@@ -8,8 +8,8 @@ from numbers import Integral, Real
 
 from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, GraphError
+from auto_circuit.ranking import desc_prune_scores
 from auto_circuit.types import EdgeCounts, PruneScores, TestEdges
-from auto_circuit.utils.tensor_ops import desc_prune_scores
 
 LOGARITHMIC_FROM = 200
 MAX_GROUPS = 100

@@ -15,23 +15,24 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from auto_circuit.checks import check_count, check_number, checked
-from auto_circuit.errors import ConfigError, GraphError, ModelError
-from auto_circuit.model_utils.model_adapter import ModelAdapter
-from auto_circuit.prefix_cache import PrefixCache
-from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
-from auto_circuit.types import DestNode, Edge, MaskFn, Node, OutputSlice, SrcNode
-from auto_circuit.utils.component_links import check_words
-from auto_circuit.utils.edge_blocks import (
+from auto_circuit.engine.edge_matrices import (
     DestPort,
     PatchPlan,
     SrcPort,
     edge_block_groups,
 )
+from auto_circuit.engine.masks_put_back import masks_put_back
+from auto_circuit.engine.patch_session import PatchSession
+from auto_circuit.engine.patch_wrapper import PatchWrapperImpl
+from auto_circuit.errors import ConfigError, GraphError, ModelError
+from auto_circuit.model_utils.model_adapter import ModelAdapter
+from auto_circuit.precision import mask_dtype
+from auto_circuit.prefix_cache import PrefixCache
+from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
+from auto_circuit.types import DestNode, Edge, MaskFn, Node, OutputSlice, SrcNode
+from auto_circuit.utils.component_links import check_words
 from auto_circuit.utils.edge_counts import edge_counts_util
-from auto_circuit.utils.masks_put_back import masks_put_back
 from auto_circuit.utils.module_use import in_use
-from auto_circuit.utils.patch_session import PatchSession
-from auto_circuit.utils.patch_wrapper import PatchWrapperImpl, mask_dtype
 from auto_circuit.utils.patchable_model import LAST_POSITION, PatchableModel, unpatched
 from auto_circuit.utils.torch_state import (
     eval_mode,

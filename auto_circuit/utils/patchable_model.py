@@ -18,6 +18,10 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
 from auto_circuit.checks import checked, is_number, shown
+from auto_circuit.engine.edge_matrices import PatchPlan
+from auto_circuit.engine.masks_put_back import MasksPutBack, MasksPutBackWarning
+from auto_circuit.engine.patch_session import PatchSession
+from auto_circuit.engine.patch_wrapper import PatchWrapperImpl
 from auto_circuit.errors import (
     ConfigError,
     DataError,
@@ -38,13 +42,9 @@ from auto_circuit.prefix_cache import (
     current_keywords,
     make_prefix_cache,
 )
+from auto_circuit.ranking import score_in_dtype, score_tensors
 from auto_circuit.types import DestNode, Edge, Node, PruneScores, SrcNode
-from auto_circuit.utils.edge_blocks import PatchPlan
-from auto_circuit.utils.masks_put_back import MasksPutBack, MasksPutBackWarning
 from auto_circuit.utils.module_use import being_read, in_use, is_in_use
-from auto_circuit.utils.patch_session import PatchSession
-from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
-from auto_circuit.utils.tensor_ops import score_in_dtype, score_tensors
 from auto_circuit.utils.torch_state import (
     all_modules,
     eval_mode,

@@ -1,4 +1,4 @@
-"""What is done with tensors everywhere: answers, divergences, masks, score ranks.
+"""What the model answered: values of answers, differences, divergences.
 
 Answers are token ids, `batch.answers` and `batch.wrong_answers`: a tensor
 `[batch *pos n]`, or a list of `[*pos n]` when prompts have different numbers of them.
@@ -11,94 +11,30 @@ Half-precision values are averaged in float32.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
 from warnings import warn
 
-import numpy as np
 import torch as t
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from auto_circuit.checks import checked, shown
+from auto_circuit.checks import checked
 from auto_circuit.data import NEED_NO_WRONG_ANSWERS, PromptPairBatch
-from auto_circuit.errors import DataError, GraphError
-from auto_circuit.types import PruneScores
-
-ROUNDING = 64 * t.finfo(t.float32).eps
-"""Numbers that differ by less, relatively, are equal but for rounding."""
-
-HARD_CONCRETE_LEFT = -0.1
-HARD_CONCRETE_RIGHT = 1.1
-HARD_CONCRETE_TEMP = 2 / 3
-_MIN_NOISE = 1e-4
+from auto_circuit.errors import DataError
+from auto_circuit.gates import hard_concrete_expected_l0 as hard_concrete_expected_l0
+from auto_circuit.gates import hard_concrete_value as hard_concrete_value
+from auto_circuit.gates import sample_hard_concrete as sample_hard_concrete
+from auto_circuit.precision import at_least_float32
+from auto_circuit.ranking import circuit_mask as circuit_mask
+from auto_circuit.ranking import desc_prune_scores as desc_prune_scores
+from auto_circuit.ranking import flat_prune_scores as flat_prune_scores
+from auto_circuit.ranking import prune_scores_threshold as prune_scores_threshold
+from auto_circuit.types import PruneScores as PruneScores
 
 Answers = Tensor | list[Tensor]
 
 
 class UndefinedPercentWarning(UserWarning):
     """A percentage of a number that is zero, but for rounding."""
-
-
-# --------------------------------------------------------------------- hard concrete
-
-
-@checked
-def sample_hard_concrete(
-    mask: Float[Tensor, "*mask"],
-    batch_size: int,
-    mask_expanded: bool = False,
-    generator: t.Generator | None = None,
-) -> Float[Tensor, "batch *edges"]:
-    """Random masks in [0, 1] from mask logits, an independent one per batch element.
-
-    The hard concrete distribution: a binary concrete (temperature 2/3) stretched to
-    [-0.1, 1.1] and clamped, so that exact 0s and 1s have positive probability. 0: the
-    edge is as it is, 1: it is patched.
-
-    mask_expanded: does `mask` have the leading batch dimension already? Then the result
-        has its shape, else `[batch_size, *mask.shape]`.
-    generator: where the randomness comes from; the global generator if None.
-
-    Raises GraphError if an expanded mask has another batch size.
-    """
-    if mask_expanded and (mask.ndim == 0 or mask.shape[0] != batch_size):
-        raise GraphError(
-            f"A mask of shape {tuple(mask.shape)} was called expanded, but the batch "
-            f"size is {batch_size}. Its first dimension must be the batch's."
-        )
-    shape = mask.shape if mask_expanded else (batch_size, *mask.shape)
-    logits = at_least_float32(mask)
-    noise = t.rand(shape, generator=generator, device=mask.device, dtype=logits.dtype)
-    noise = noise.clamp(_MIN_NOISE, 1 - _MIN_NOISE)
-    concrete = t.sigmoid((t.logit(noise) + logits) / HARD_CONCRETE_TEMP)
-    return _stretch(concrete).to(mask.dtype)
-
-
-@checked
-def hard_concrete_value(mask: Float[Tensor, "*mask"]) -> Float[Tensor, "*mask"]:
-    """The mask without randomness, in [0, 1]: the stretched sigmoid of the logits."""
-    return _stretch(t.sigmoid(mask))
-
-
-@checked
-def hard_concrete_expected_l0(mask: Float[Tensor, "*mask"]) -> Float[Tensor, "*mask"]:
-    """The probability that a sample is not 0, for every entry.
-
-    Its sum is the expected number of edges that are patched at all. It has no noise,
-    unlike the sum of a sample, which auto-circuit penalised.
-    """
-    ratio = -HARD_CONCRETE_LEFT / HARD_CONCRETE_RIGHT
-    return t.sigmoid(mask - HARD_CONCRETE_TEMP * math.log(ratio))
-
-
-def _stretch(concrete: Tensor) -> Tensor:
-    width = HARD_CONCRETE_RIGHT - HARD_CONCRETE_LEFT
-    return (concrete * width + HARD_CONCRETE_LEFT).clamp(0.0, 1.0)
-
-
-# ---------------------------------------------------------------------------- answers
 
 
 @checked
@@ -424,13 +360,6 @@ def check_same_shape(output: Tensor, target: Tensor) -> None:
 
 
 @checked
-def at_least_float32(vals: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """The values, half precision turned into float32."""
-    is_half = vals.dtype in (t.float16, t.bfloat16)
-    return vals.float() if is_half else vals
-
-
-@checked
 def kl_divs(
     input_logprobs: Float[Tensor, "*lead vocab"],
     target_logprobs: Float[Tensor, "*lead vocab"],
@@ -460,186 +389,3 @@ def multibatch_kl_div(
 ) -> Float[Tensor, ""]:
     """KL(target || input), in nats: the mean over all leading dimensions."""
     return kl_divs(input_logprobs, target_logprobs).mean()
-
-
-# ----------------------------------------------------------------------- prune scores
-
-
-@checked
-def score_tensors(prune_scores: Mapping[str, Any]) -> PruneScores:
-    """Scores as dense tensors of real numbers or booleans, whose values are those given.
-
-    numpy arrays and nested lists of numbers become tensors; whole numbers become float32,
-    or float64 where that would change them. Raises GraphError, which names the module, for
-    what cannot be turned into scores without a change, and if there are none.
-    """
-    if not prune_scores:
-        raise GraphError("The prune scores are empty: they name no module.")
-    return {name: _score_tensor(name, scores) for name, scores in prune_scores.items()}
-
-
-def _score_tensor(name: str, scores: Any) -> Tensor:
-    if not isinstance(name, str):
-        raise GraphError(f"The scores name {shown(name)}; expected a module's name.")
-    if not isinstance(scores, Tensor):
-        scores = _array_tensor(name, scores)
-    problem = None
-    if scores.is_meta:
-        problem = "have no values (they are on the device 'meta')"
-    elif scores.is_complex():
-        problem = f"are complex numbers ({scores.dtype})"
-    elif scores.is_quantized:
-        problem = f"are quantized ({scores.dtype})"
-    if problem:
-        raise GraphError(f"The scores of {name!r} {problem}; expected real numbers.")
-    scores = scores.detach()
-    if scores.layout != t.strided:
-        scores = scores.to_dense()
-    if scores.is_floating_point():
-        # torch compares no numbers of 8 bits.
-        return scores if scores.itemsize > 1 else scores.float()
-    return scores if scores.dtype == t.bool else _as_floats(name, scores)
-
-
-def _array_tensor(name: str, scores: Any) -> Tensor:
-    try:
-        array = np.array(scores) if isinstance(scores, (list, tuple)) else scores
-    except (ValueError, TypeError, OverflowError, RuntimeError, RecursionError):
-        array = None  # ragged, too large, nested without end
-    is_array = isinstance(array, np.ndarray)
-    if not is_array or array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
-        kind = f"a {array.dtype} array" if is_array else shown(scores)
-        raise GraphError(
-            f"The scores of {name!r} are {kind}; expected a Tensor of real numbers, "
-            "[position?, head?, source]."
-        )
-    if array.dtype.kind == "u" and array.size and array.max() > t.iinfo(t.int64).max:
-        raise GraphError(f"The scores of {name!r} are too large to be told apart.")
-    array = array.astype(np.int64) if array.dtype.kind == "u" else array
-    # torch reads neither other byte orders nor arrays that run backwards.
-    return t.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
-
-
-def _as_floats(name: str, scores: Tensor) -> Tensor:
-    """Whole numbers as floats, each of which is the same number."""
-    wide = scores.long()
-    limit = 0
-    for dtype in (t.float32, t.float64):
-        limit = round(2 / t.finfo(dtype).eps)
-        if bool(((wide >= -limit) & (wide <= limit)).all()):
-            return wide.to(dtype)
-    raise GraphError(
-        f"The scores of {name!r} are whole numbers above {limit}, which floating point "
-        "does not tell apart. Divide them by a number."
-    )
-
-
-def score_in_dtype(what: str, value: int | float, dtype: t.dtype) -> float:
-    """A score as a float. Raises GraphError if `dtype` would make it infinite or 0.
-
-    what: what the error calls it. Infinite scores are scores; NaN is not.
-    """
-    try:
-        score = float(value)
-    except OverflowError:
-        score = math.nan
-    limits = t.finfo(dtype)
-    too_large = abs(score) > limits.max and not math.isinf(score)
-    too_small = 0 < abs(score) <= limits.tiny * limits.eps / 2
-    if math.isnan(score) or too_large or too_small:
-        raise GraphError(
-            f"{what} is {shown(value)}; as a score ({dtype}) it must be a number whose size "
-            f"is 0, from {limits.tiny:.1e} to {limits.max:.1e}, or infinite."
-        )
-    return score
-
-
-@checked
-def flat_prune_scores(prune_scores: Mapping[str, Tensor]) -> Shaped[Tensor, "edges"]:
-    """All scores in one dimension, module after module.
-
-    Raises GraphError if there are none, and for what is no score (`score_tensors`).
-    """
-    tensors = list(score_tensors(prune_scores).values())
-    device = tensors[0].device
-    return t.cat([scores.flatten().to(device) for scores in tensors])
-
-
-@checked
-def desc_prune_scores(prune_scores: Mapping[str, Tensor]) -> Float[Tensor, "edges"]:
-    """All |scores|, the largest first.
-
-    Raises GraphError if a score is NaN, which has no rank.
-    """
-    prune_scores = score_tensors(prune_scores)
-    for module_name, scores in prune_scores.items():
-        n_nan = int(scores.isnan().sum())
-        if n_nan:
-            raise GraphError(
-                f"{n_nan} of the {scores.numel()} scores of {module_name!r} are NaN, "
-                "so edges cannot be ranked. Look for an infinite loss or a division by "
-                "0 in the algorithm that made them."
-            )
-    return _magnitudes(flat_prune_scores(prune_scores)).sort(descending=True).values
-
-
-@checked
-def prune_scores_threshold(
-    prune_scores: Mapping[str, Tensor] | Float[Tensor, "edges"], edge_count: int
-) -> Float[Tensor, ""]:
-    """The |score| of the edge of rank `edge_count`; +inf for 0 edges.
-
-    prune_scores: scores, or all |scores| in descending order. For which edges are in a
-    circuit use `circuit_mask`: infinite scores are not below a threshold of +inf.
-
-    Raises GraphError for more edges than there are, fewer than 0, and NaN scores.
-    """
-    if isinstance(prune_scores, Tensor):
-        desc_scores = prune_scores
-    else:
-        desc_scores = desc_prune_scores(prune_scores)
-    n_edges = desc_scores.numel()
-    if not 0 <= edge_count <= n_edges:
-        raise GraphError(
-            f"A circuit of {edge_count} edges was asked for; the graph has {n_edges}, "
-            f"so give a number from 0 to {n_edges}."
-        )
-    if edge_count == 0:
-        return desc_scores.new_tensor(t.inf)
-    return desc_scores[edge_count - 1]
-
-
-@checked
-def circuit_mask(
-    prune_scores: PruneScores,
-    edge_count: int,
-    desc_scores: Float[Tensor, "edges"] | None = None,
-) -> tuple[dict[str, Bool[Tensor, "*mask"]], int]:
-    """Which edges are in the circuit of a size, and how many these really are.
-
-    The circuit has the `edge_count` edges with the largest |score| and all that tie
-    with the last of them, so the real number may be larger. The circuit of 0 edges is
-    empty, whatever the scores are.
-
-    desc_scores: `desc_prune_scores(prune_scores)`, to sort them once for many sizes.
-    Returns ({module: tensor like its scores, True in the circuit}, number of edges).
-    Raises GraphError for more edges than there are, fewer than 0, and NaN scores.
-    """
-    prune_scores = score_tensors(prune_scores)
-    if desc_scores is None:
-        desc_scores = desc_prune_scores(prune_scores)
-    threshold = prune_scores_threshold(desc_scores, edge_count)
-    mask = {
-        module_name: (
-            _magnitudes(scores).to(threshold.dtype) >= threshold.to(scores.device)
-            if edge_count > 0
-            else t.zeros_like(scores, dtype=t.bool)
-        )
-        for module_name, scores in prune_scores.items()
-    }
-    return mask, int(sum(in_circuit.sum() for in_circuit in mask.values()))
-
-
-def _magnitudes(scores: Shaped[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """|scores| as floating point (circuits may be given as booleans)."""
-    return scores.abs() if scores.is_floating_point() else scores.float().abs()

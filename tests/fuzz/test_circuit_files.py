@@ -12,6 +12,7 @@ import torch as t
 from hypothesis import given
 from hypothesis import strategies as st
 
+from auto_circuit.caches import load_cache, save_cache
 from auto_circuit.circuit_files import (
     load_circuit,
     load_mib_circuit,
@@ -20,7 +21,6 @@ from auto_circuit.circuit_files import (
 )
 from auto_circuit.types import PruneScores
 from auto_circuit.utils.graph_utils import patchable_model
-from auto_circuit.utils.misc import load_cache, save_cache
 from tests.fuzzing import only_our_errors
 from tests.micro import micro_model
 from tests.models import ARCHITECTURES

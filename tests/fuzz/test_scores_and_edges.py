@@ -18,11 +18,11 @@ from auto_circuit.prune_algos.score_ensembles import (
     mean_normalised_prune_scores,
     mean_rank_prune_scores,
 )
+from auto_circuit.ranking import circuit_mask
 from auto_circuit.types import EdgeCounts, PatchType
 from auto_circuit.utils.edge_counts import edge_counts_util
 from auto_circuit.utils.graph_utils import patch_mode
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask
 from auto_circuit.visualize import draw_seq_graph
 from tests.fuzzing import only_our_errors
 from tests.micro import micro_loader, micro_model

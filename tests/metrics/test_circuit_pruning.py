@@ -25,10 +25,10 @@ from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import
     AutoencoderTransformer,
     sae_model,
 )
+from auto_circuit.ranking import circuit_mask
 from auto_circuit.types import Edge
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask
 from tests.micro import micro_model
 from tests.models import ARCHITECTURES, gemma2, gpt2, llama, pythia, tokens
 

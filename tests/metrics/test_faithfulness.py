@@ -27,10 +27,10 @@ from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import
     sae_model,
 )
 from auto_circuit.prune_algos.random_edges import random_prune_scores
+from auto_circuit.ranking import circuit_mask
 from auto_circuit.types import AblationType, PruneScores
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask
 from tests.micro import micro_loader, micro_model
 from tests.models import gpt2, state_snapshot
 from tests.test_prune import token_loader

@@ -24,11 +24,11 @@ from auto_circuit.prune_algos.prune_algos import (
     find_prune_algo,
     run_prune_algos,
 )
+from auto_circuit.ranking import flat_prune_scores
 from auto_circuit.tasks import POCKET_IOI_TASK, Task
 from auto_circuit.types import PruneScores
 from auto_circuit.utils.graph_utils import patchable_model, set_mask_batch_size
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import flat_prune_scores
 from tests.micro import micro_loader, micro_model
 from tests.models import gpt2, llama, state_snapshot
 from tests.test_prune import token_loader

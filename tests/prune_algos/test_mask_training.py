@@ -11,6 +11,7 @@ import torch as t
 
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.errors import ConfigError, GraphError, TrainingError
+from auto_circuit.gates import hard_concrete_expected_l0, sample_hard_concrete
 from auto_circuit.prune_algos.circuit_probing import circuit_probing_prune_scores
 from auto_circuit.prune_algos.edge_pruning import expected_gate, train_edge_pruning
 from auto_circuit.prune_algos.mask_training import (
@@ -36,10 +37,6 @@ from auto_circuit.prune_algos.subnetwork_probing import (
 from auto_circuit.types import AblationType
 from auto_circuit.utils.graph_utils import patchable_model, set_all_masks
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import (
-    hard_concrete_expected_l0,
-    sample_hard_concrete,
-)
 from tests.micro import micro_loader, micro_model
 from tests.models import gpt2, state_snapshot
 from tests.test_prune import token_loader

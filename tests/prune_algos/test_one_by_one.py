@@ -25,12 +25,12 @@ from auto_circuit.prune_algos.exact_edge_patching import (
     exact_edge_patching_prune_scores,
 )
 from auto_circuit.prune_algos.mask_training import training_batches
+from auto_circuit.ranking import circuit_mask
 from auto_circuit.tasks import POCKET_IOI_TASK
 from auto_circuit.types import AblationType, Edge
 from auto_circuit.utils.ablation_activations import record_src_outs, src_ablations
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model, starting_at
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask
 from tests.micro import micro_loader, micro_model
 from tests.models import attn_only, gpt2, llama, pythia, tokens
 from tests.test_prune import token_loader

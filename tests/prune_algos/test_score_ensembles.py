@@ -19,8 +19,8 @@ from auto_circuit.prune_algos.score_ensembles import (
     mean_normalised_prune_scores,
     mean_rank_prune_scores,
 )
+from auto_circuit.ranking import circuit_mask
 from auto_circuit.types import PruneScores
-from auto_circuit.utils.tensor_ops import circuit_mask
 from tests.micro import micro_loader, micro_model
 
 FIRST = {"a": t.tensor([[3.0, -1.0]]), "b": t.tensor([0.0, 1.0, -5.0])}

@@ -17,19 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Linear, Module, ReLU, Sequential
 
+from auto_circuit import files
+from auto_circuit.caches import load_cache, save_cache
 from auto_circuit.errors import ConfigError, DataError, GraphError
+from auto_circuit.files import repo_path_to_abs_path
+from auto_circuit.modules import module_by_name, remove_hooks, set_module_by_name
 from auto_circuit.types import AblationType, PatchType
-from auto_circuit.utils import misc
 from auto_circuit.utils.misc import (
     get_most_similar_embeddings,
-    load_cache,
-    module_by_name,
     percent_gpu_mem_used,
-    remove_hooks,
-    repo_path_to_abs_path,
     run_prompt,
-    save_cache,
-    set_module_by_name,
     top_tokens,
 )
 
@@ -179,7 +176,7 @@ def test_paths_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / "datasets" / "a.json").touch()
     (package / "datasets" / "b.json").touch()
-    monkeypatch.setattr(misc, "PACKAGE_DIR", package)
+    monkeypatch.setattr(files, "PACKAGE_DIR", package)
     home = tmp_path / "datasets"
     assert repo_path_to_abs_path("datasets/a.json") == home / "a.json"
     assert repo_path_to_abs_path(Path("datasets/b.json")) == (
@@ -196,7 +193,7 @@ def test_paths_of_an_installation(
     (package / "datasets" / "a.json").touch()
     # The Hugging Face package of that name.
     (tmp_path / "site-packages" / "datasets").mkdir()
-    monkeypatch.setattr(misc, "PACKAGE_DIR", package)
+    monkeypatch.setattr(files, "PACKAGE_DIR", package)
     monkeypatch.chdir(tmp_path)
     assert repo_path_to_abs_path("datasets") == package / "datasets"
     assert repo_path_to_abs_path("datasets/a.json") == package / "datasets" / "a.json"

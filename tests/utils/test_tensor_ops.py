@@ -12,6 +12,17 @@ from torch import Tensor
 
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.errors import DataError, GraphError
+from auto_circuit.gates import (
+    hard_concrete_expected_l0,
+    hard_concrete_value,
+    sample_hard_concrete,
+)
+from auto_circuit.ranking import (
+    circuit_mask,
+    desc_prune_scores,
+    flat_prune_scores,
+    prune_scores_threshold,
+)
 from auto_circuit.utils.tensor_ops import (
     UndefinedPercentWarning,
     answer_targets,
@@ -20,18 +31,11 @@ from auto_circuit.utils.tensor_ops import (
     batch_answer_vals,
     batch_avg_answer_diff,
     batch_avg_answer_val,
-    circuit_mask,
     correct_answer_greater_than_incorrect_proportion,
     correct_answer_proportion,
-    desc_prune_scores,
-    flat_prune_scores,
-    hard_concrete_expected_l0,
-    hard_concrete_value,
     indices_vals,
     kl_divs,
     multibatch_kl_div,
-    prune_scores_threshold,
-    sample_hard_concrete,
     vocab_avg_val,
 )
 

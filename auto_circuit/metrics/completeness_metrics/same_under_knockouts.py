@@ -28,6 +28,7 @@ from auto_circuit.metrics.protocols import SlicedModel, TaskLike
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts, Side
 from auto_circuit.metrics.prune_metrics.kl_div import measure_kl_div
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
+from auto_circuit.ranking import desc_prune_scores
 from auto_circuit.types import (
     AlgoKey,
     AlgoPruneScores,
@@ -36,7 +37,6 @@ from auto_circuit.types import (
     TaskKey,
     TaskPruneScores,
 )
-from auto_circuit.utils.tensor_ops import desc_prune_scores
 
 __all__ = [
     "AlgoCompletenessScores",

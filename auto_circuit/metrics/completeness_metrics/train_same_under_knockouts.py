@@ -25,11 +25,13 @@ from auto_circuit.checks import (
 from auto_circuit.circuits import Circuit, circuit_of_scores
 from auto_circuit.data import PromptPairBatch
 from auto_circuit.errors import ConfigError, TrainingError, near_matches
+from auto_circuit.gates import hard_concrete_expected_l0
 from auto_circuit.metrics.completeness_metrics.same_under_knockouts import (
     find_task_like,
     known_circuit_size,
 )
 from auto_circuit.metrics.protocols import PrunableTask
+from auto_circuit.precision import at_least_float32
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import (
     AblationType,
@@ -41,12 +43,7 @@ from auto_circuit.types import (
 from auto_circuit.utils.ablation_activations import batch_src_ablations
 from auto_circuit.utils.graph_utils import mask_fn_mode, patch_mode, train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import (
-    at_least_float32,
-    batch_avg_answer_diff,
-    hard_concrete_expected_l0,
-    multibatch_kl_div,
-)
+from auto_circuit.utils.tensor_ops import batch_avg_answer_diff, multibatch_kl_div
 from auto_circuit.utils.torch_state import own_state
 
 KnockoutTarget = Literal["kl_div", "logit_diff"]

@@ -24,6 +24,7 @@ from auto_circuit.metrics.circuit_pruning import Selection, selection_ranks
 from auto_circuit.metrics.official_circuits.known_circuits import tasks_with_circuits
 from auto_circuit.metrics.protocols import PrunableTask
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
+from auto_circuit.ranking import desc_prune_scores, flat_prune_scores
 from auto_circuit.types import (
     AlgoKey,
     Edge,
@@ -35,7 +36,6 @@ from auto_circuit.types import (
 )
 from auto_circuit.utils.edge_counts import edge_counts_util
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import desc_prune_scores, flat_prune_scores
 
 ROC_ENDS: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 0.0), (1.0, 1.0))
 

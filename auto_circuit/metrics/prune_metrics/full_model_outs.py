@@ -13,11 +13,11 @@ from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch, Side
 from auto_circuit.errors import DataError
 from auto_circuit.metrics.protocols import SlicedModel
+from auto_circuit.precision import at_least_float32
 from auto_circuit.types import BatchKey
 from auto_circuit.utils.patchable_model import PatchableModel, unpatched
 from auto_circuit.utils.tensor_ops import (
     answer_diff_rounding_errors,
-    at_least_float32,
     batch_answer_diffs,
     nan_where_zero,
 )

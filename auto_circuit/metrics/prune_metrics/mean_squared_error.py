@@ -14,8 +14,9 @@ from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_means
 from auto_circuit.metrics.prune_metrics.prune_metric import PruneMetric
+from auto_circuit.precision import at_least_float32
 from auto_circuit.types import CircuitOutputs, Measurements
-from auto_circuit.utils.tensor_ops import at_least_float32, check_same_shape
+from auto_circuit.utils.tensor_ops import check_same_shape
 
 
 @checked

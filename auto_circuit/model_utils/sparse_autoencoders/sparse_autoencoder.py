@@ -18,8 +18,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, ModelError
+from auto_circuit.files import repo_path_to_abs_path
 from auto_circuit.types import AutoencoderInput
-from auto_circuit.utils.misc import repo_path_to_abs_path
 
 CACHE_FOLDER = ".autoencoder_cache"
 """Where the weights of published autoencoders are looked for."""

@@ -22,10 +22,10 @@ from auto_circuit.metrics.completeness_metrics.train_same_under_knockouts import
 from auto_circuit.metrics.prune_metrics.prune_metrics import CLEAN_KL_DIV_METRIC
 from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.mask_gradient import LOGIT_DIFF_GRAD_PRUNE_ALGO
+from auto_circuit.ranking import circuit_mask
 from auto_circuit.types import PatchType, PruneScores
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
-from auto_circuit.utils.tensor_ops import circuit_mask
 from tests.micro import micro_loader, micro_model
 from tests.models import gpt2, state_snapshot, tokens
 

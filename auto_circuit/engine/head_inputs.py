@@ -20,15 +20,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import Module
 
-from auto_circuit.model_utils.model_adapter import HeadInputs
-from auto_circuit.utils.edge_blocks import DestPort, EdgeBlock
-from auto_circuit.utils.forward_pass import (
+from auto_circuit.engine.edge_matrices import DestPort, EdgeBlock
+from auto_circuit.engine.forward_pass import (
     ForwardPass,
     fill_rows,
     forget_delta,
     new_handles,
     read_block,
 )
+from auto_circuit.model_utils.model_adapter import HeadInputs
 
 HeadTokens = Float[Tensor, "token row d_model"]
 

@@ -29,17 +29,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from auto_circuit.errors import GraphError
-from auto_circuit.utils.edge_blocks import DestPort, EdgeBlock, PatchPlan, SrcPort
-from auto_circuit.utils.forward_pass import (
+from auto_circuit.engine.edge_matrices import DestPort, EdgeBlock, PatchPlan, SrcPort
+from auto_circuit.engine.forward_pass import (
     BlockWork,
     ForwardPass,
     read_port,
     write_source,
 )
-from auto_circuit.utils.head_inputs import head_outputs, linear_forward, outputs_of
-from auto_circuit.utils.misc import replaced_forward
-from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
+from auto_circuit.engine.head_inputs import head_outputs, linear_forward, outputs_of
+from auto_circuit.engine.patch_wrapper import PatchWrapperImpl
+from auto_circuit.errors import GraphError
+from auto_circuit.modules import replaced_forward
 from auto_circuit.utils.user_hooks import (
     Bypassed,
     UserHooks,

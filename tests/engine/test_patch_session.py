@@ -14,6 +14,7 @@ from torch import Tensor
 
 from auto_circuit.data import PromptDataLoader, PromptDataset
 from auto_circuit.errors import GraphError
+from auto_circuit.modules import replaced_forward
 from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
 from auto_circuit.types import AblationType
 from auto_circuit.utils.ablation_activations import src_ablations
@@ -24,7 +25,6 @@ from auto_circuit.utils.graph_utils import (
     starting_at,
     train_mask_mode,
 )
-from auto_circuit.utils.misc import replaced_forward
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.models import gpt2, llama, tokens
 

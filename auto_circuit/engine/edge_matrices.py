@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
+from auto_circuit.engine.patch_wrapper import PatchWrapperImpl
 from auto_circuit.model_utils.model_adapter import HeadInputs, SrcSite
-from auto_circuit.utils.patch_wrapper import PatchWrapperImpl
 from auto_circuit.utils.user_hooks import Bypassed
 
 

@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function, Variable
 
+from auto_circuit.engine.edge_matrices import DestPort, EdgeBlock, SrcPort
 from auto_circuit.errors import GraphError
-from auto_circuit.utils.edge_blocks import DestPort, EdgeBlock, SrcPort
 
 BlockDelta = Float[Tensor, "token row d_model"]
 
