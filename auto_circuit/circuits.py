@@ -56,11 +56,7 @@ class Circuit(Mapping[str, Tensor]):
     @property
     def edges(self) -> list[Edge]:
         """Its edges, in the order of the graph."""
-        return [
-            edge
-            for edge in self.model.edges
-            if self.masks[edge.dest.module_name][edge.patch_idx]
-        ]
+        return [edge for edge in self.model.edges if edge.prune_score(self.masks)]
 
     @property
     def names(self) -> list[str]:
@@ -100,7 +96,7 @@ class Circuit(Mapping[str, Tensor]):
             # Destinations that keep all edges share their masks with this circuit.
             if masks[name] is self.masks[name]:
                 masks[name] = masks[name].clone()
-            masks[name][edge.patch_idx] = False
+            edge.set_prune_score(masks, 0)
         return self._with(masks)
 
     def connected(self) -> Circuit:

@@ -18,6 +18,7 @@ from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.prompt_files import Prompt, is_whole, numbers_shape
 
 Side = Literal["clean", "corrupt"]
+OTHER_SIDE: dict[Side, Side] = {"clean": "corrupt", "corrupt": "clean"}
 AnswerName = Literal["answers", "wrong_answers"]
 
 

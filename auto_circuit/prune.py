@@ -10,12 +10,12 @@ from torch import Tensor
 from auto_circuit.checks import checked
 from auto_circuit.circuits import Circuit, circuit_of_scores
 from auto_circuit.data import PromptDataLoader
+from auto_circuit.prompt_encoding import OTHER_SIDE, Side
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.ranking import desc_prune_scores
 from auto_circuit.types import AblationType, CircuitOutputs, PatchType, PruneScores
 from auto_circuit.utils.ablation_activations import (
-    PER_BATCH_ABLATIONS,
-    Side,
+    ablation_side,
     iter_src_ablations,
 )
 from auto_circuit.utils.custom_tqdm import tqdm
@@ -66,9 +66,7 @@ def run_circuits(
     patched = _patched_edges(model, prune_scores, test_edge_counts, patch_type)
     clean_input = (patch_type == PatchType.TREE_PATCH) != reverse_clean_corrupt
     input_side: Side = "clean" if clean_input else "corrupt"
-    patch_side: Side | None = "corrupt" if clean_input else "clean"
-    if ablation_type not in PER_BATCH_ABLATIONS:
-        patch_side = None
+    patch_side = ablation_side(ablation_type, OTHER_SIDE[input_side])
     outputs: CircuitOutputs = {n_edges: {} for n_edges in patched}
     batches = iter_src_ablations(model, dataloader, ablation_type, patch_side)
     with preserved_masks(model):

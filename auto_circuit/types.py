@@ -7,11 +7,13 @@ import it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import total_ordering
 from typing import Any, Literal
 
+from jaxtyping import Shaped
 from torch import Tensor
 from torch.nn import Module, Parameter
 
@@ -263,9 +265,15 @@ class Edge:
         """
         return model.patch_masks[self.dest.module_name]
 
-    def prune_score(self, prune_scores: PruneScores) -> Tensor:
-        """This edge's score (a tensor without dimensions)."""
+    def prune_score(self, prune_scores: Mapping[str, PerEdge]) -> Shaped[Tensor, ""]:
+        """This edge's score, or its entry in masks like them."""
         return prune_scores[self.dest.module_name][self.patch_idx]
+
+    def set_prune_score(
+        self, prune_scores: Mapping[str, PerEdge], value: int | float
+    ) -> None:
+        """Write this edge's score into scores, or its entry into masks like them."""
+        prune_scores[self.dest.module_name][self.patch_idx] = value
 
     def __repr__(self) -> str:
         return self.name if self.seq_idx is None else f"{self.name} @ {self.seq_idx}"
@@ -295,7 +303,10 @@ class MeasurementRow:
 
 
 BatchKey = int
-PruneScores = dict[str, Tensor]
+PerEdge = Shaped[Tensor, "*_seq_head _src"]
+"""A value for each edge into the destinations of one module: [seq?, head?, src]."""
+
+PruneScores = dict[str, PerEdge]
 """Destination module name -> [seq?, head?, src]: one number per edge.
 
 Positive: patching the edge lowers the task's metric. Algorithms rank edges by |score|.

@@ -17,7 +17,7 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import PruneMetric
 from auto_circuit.prune import set_masks
 from auto_circuit.types import AblationType
 from auto_circuit.utils.ablation_activations import (
-    PER_BATCH_ABLATIONS,
+    ablation_side,
     iter_src_ablations,
 )
 from auto_circuit.utils.graph_utils import patch_mode, preserved_masks
@@ -42,7 +42,7 @@ def iter_circuit_outs(
     between two items. Cost: a forward pass per batch and circuit, and one per batch.
     """
     checked_circuits = [as_circuit(model, circuit) for circuit in circuits]
-    side = "corrupt" if ablation_type in PER_BATCH_ABLATIONS else None
+    side = ablation_side(ablation_type, "corrupt")
     for batch, patch_src_outs in iter_src_ablations(
         model, dataloader, ablation_type, side
     ):
