@@ -21,8 +21,8 @@ from auto_circuit.checks import checked, evaluated
 from auto_circuit.errors import ConfigError
 
 ENGINE = re.compile(
-    r"auto_circuit\.(engine|utils\.(edge_blocks|forward_pass|head_inputs|patch_session"
-    r"|patch_wrapper)|checks|model_utils\.(model_adapter|transformer_lens\w*))\b"
+    r"auto_circuit\.(engine|utils\.patch_wrapper|checks|model_utils\.(model_adapter"
+    r"|transformer_lens\w*))\b"
 )
 """What no user calls."""
 

@@ -233,8 +233,8 @@ def test_the_differences_of_a_pass_do_not_outlive_it() -> None:
             output = graph(clean)
             output.square().sum().backward()
             session = graph.patch_session
-            assert session is not None and session.run is not None
-            differences = weakref.ref(session.run.diff)
+            assert session is not None and session.forward_pass is not None
+            differences = weakref.ref(session.forward_pass.diff)
             assert differences() is not None
         assert differences() is None
     finally:

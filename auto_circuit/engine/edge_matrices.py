@@ -1,4 +1,4 @@
-"""How the edges are cut into blocks, each of which is one matrix product.
+"""How the edges are cut into matrices, each of which is one matrix product.
 
 The edges from a range of sources into all the rows that are read at the same place (the
 queries, keys and values of a block's heads, and the MLP after them) are one product,
@@ -63,7 +63,7 @@ class DestPort:
     additive: bool = False
     heads: HeadInputs | None = None
     component: Module | None = None
-    layer: int = 0
+    block: int = 0
     bypassed: tuple[Bypassed, ...] = ()
 
     @property
@@ -85,7 +85,7 @@ class DestPort:
 
 
 @dataclass(frozen=True, eq=False)
-class EdgeBlock:
+class EdgeMatrix:
     """The edges from the sources lo..hi-1 into all the rows of some ports."""
 
     ports: tuple[DestPort, ...]
@@ -104,7 +104,7 @@ class EdgeBlock:
         return 0 if first.heads is None else first.n_rows
 
     def rows(self, port: DestPort) -> slice:
-        """Where the port's rows are in the block."""
+        """Where the port's rows are in the matrix."""
         start = sum(p.n_rows for p in self.ports[: self.ports.index(port)])
         return slice(start, start + port.n_rows)
 
@@ -113,15 +113,15 @@ class EdgeBlock:
 class PatchPlan:
     """What does not change between forward passes.
 
-    block_groups: the blocks, in the order in which the model needs them; blocks that
+    matrix_groups: the matrices, in the order in which the model needs them; those that
         share a port are in one group.
-    layers: the modules that the residual stream passes one after the other, if any.
+    blocks: the modules that the residual stream passes one after the other, if any.
     """
 
-    block_groups: tuple[tuple[EdgeBlock, ...], ...]
+    matrix_groups: tuple[tuple[EdgeMatrix, ...], ...]
     dest_ports: tuple[DestPort, ...]
     src_ports: tuple[SrcPort, ...]
-    layers: tuple[Module, ...] = ()
+    blocks: tuple[Module, ...] = ()
 
     @property
     def n_srcs(self) -> int:
@@ -129,41 +129,41 @@ class PatchPlan:
         return max(port.srcs.stop for port in self.src_ports)
 
     @property
-    def blocks(self) -> Iterator[EdgeBlock]:
-        """All the blocks, in order."""
-        return (block for group in self.block_groups for block in group)
+    def matrices(self) -> Iterator[EdgeMatrix]:
+        """All the matrices, in order."""
+        return (matrix for group in self.matrix_groups for matrix in group)
 
 
-def edge_block_groups(
+def edge_matrix_groups(
     ports: Sequence[DestPort],
-) -> tuple[tuple[EdgeBlock, ...], ...]:
-    """Cut the edges into blocks.
+) -> tuple[tuple[EdgeMatrix, ...], ...]:
+    """Cut the edges into matrices.
 
-    Ports in a row that read the same sources make one block. A single port that follows
-    and reads these and a few more (the MLP after its block's heads) joins the block for
-    the sources that they share, and has a second, small block for the rest.
+    Ports in a row that read the same sources make one matrix. A single port that follows
+    and reads these and a few more (the MLP after its block's heads) joins their
+    matrix for the sources that they share, and has a second, small one for the rest.
     """
-    runs: list[list[DestPort]] = []
+    stretches: list[list[DestPort]] = []
     for port in ports:
-        if runs and runs[-1][0].srcs == port.srcs:
-            runs[-1].append(port)
+        if stretches and stretches[-1][0].srcs == port.srcs:
+            stretches[-1].append(port)
         else:
-            runs.append([port])
-    groups: list[tuple[EdgeBlock, ...]] = []
-    while runs:
-        run = runs.pop(0)
-        srcs = run[0].srcs
-        if runs and _can_join(runs[0], run):
-            (port,) = runs.pop(0)
-            shared = EdgeBlock((*run, port), srcs.start, srcs.stop)
-            groups.append((shared, EdgeBlock((port,), srcs.stop, port.srcs.stop)))
+            stretches.append([port])
+    groups: list[tuple[EdgeMatrix, ...]] = []
+    while stretches:
+        stretch = stretches.pop(0)
+        srcs = stretch[0].srcs
+        if stretches and _can_join(stretches[0], stretch):
+            (port,) = stretches.pop(0)
+            shared = EdgeMatrix((*stretch, port), srcs.start, srcs.stop)
+            groups.append((shared, EdgeMatrix((port,), srcs.stop, port.srcs.stop)))
         else:
-            groups.append((EdgeBlock(tuple(run), srcs.start, srcs.stop),))
+            groups.append((EdgeMatrix(tuple(stretch), srcs.start, srcs.stop),))
     return tuple(groups)
 
 
-def _can_join(following: list[DestPort], run: list[DestPort]) -> bool:
-    port, srcs = following[0], run[0].srcs
+def _can_join(following: list[DestPort], stretch: list[DestPort]) -> bool:
+    port, srcs = following[0], stretch[0].srcs
     return (
         len(following) == 1
         and port.n_rows == 1

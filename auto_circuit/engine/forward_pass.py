@@ -1,6 +1,6 @@
 """The differences of one forward pass, and the gradients that flow back to them.
 
-Backward needs no copy of the differences per destination: a block's gradient is one
+Backward needs no copy of the differences per destination: a matrix's gradient is one
 product with the shared buffer, and what it sends back to the sources is added to one
 shared gradient buffer, which each source subtracts from its own gradient. Each source is
 upstream of all the destinations that read it, so the order is right by itself.
@@ -20,24 +20,24 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function, Variable
 
-from auto_circuit.engine.edge_matrices import DestPort, EdgeBlock, SrcPort
+from auto_circuit.engine.edge_matrices import DestPort, EdgeMatrix, SrcPort
 from auto_circuit.errors import GraphError
 
-BlockDelta = Float[Tensor, "token row d_model"]
+MatrixDelta = Float[Tensor, "token row d_model"]
 
 
 @dataclass(eq=False)
-class BlockWork:
-    """What one forward pass does with a block.
+class MatrixWork:
+    """What one forward pass does with a matrix.
 
     weights: [batch or 1, position or 1, row, column], in float32 at least; on the patched
         base, mask - 1.
     columns: the slots of `ForwardPass.diff` that they are multiplied with.
-    row_idxs: the rows of the block that the weights are for; the others do not change.
+    row_idxs: the rows of the matrix that the weights are for; the others do not change.
     does_nothing: the weights are all zero.
     inputs_slot: the slot that heads' common input goes to while it is multiplied.
-    delta: the product, from when the block's first port has been reached.
-    handles: per further port, the tensor that carries its gradient back to the block.
+    delta: the product, from when the matrix's first port has been reached.
+    handles: per further port, the tensor that carries its gradient back to the matrix.
     """
 
     weights: Tensor
@@ -45,11 +45,11 @@ class BlockWork:
     row_idxs: list[int]
     does_nothing: bool
     inputs_slot: int = -1
-    delta: BlockDelta | None = None
+    delta: MatrixDelta | None = None
     handles: dict[DestPort, Tensor] = field(default_factory=dict)
 
     def changes(self, rows: slice) -> tuple[slice, list[int]]:
-        """(Which rows of delta change some of the block's rows; which of these change)"""
+        """(Which rows of delta change some of the matrix's rows; which of these change)"""
         if self.does_nothing:
             return slice(0, 0), []
         lo = bisect_left(self.row_idxs, rows.start)
@@ -68,7 +68,7 @@ class ForwardPass:
     is_dense: gradients may flow. All sources are recorded then, source `i` in slot `i`.
     recorded: the sources that this pass must record.
     patched_base: the ports at which the base is the patched-in run's residual stream.
-    scratch: memory for the rows of one block of heads at a time.
+    scratch: memory for the rows of one matrix of heads at a time.
     residuals, head_outs: per port of heads, the residual stream that they read, and what
         their linear maps give until the model asks for it.
     """
@@ -76,7 +76,7 @@ class ForwardPass:
     diff: Tensor | None
     slots: dict[int, int]
     recorded: frozenset[int]
-    works: dict[EdgeBlock, BlockWork]
+    works: dict[EdgeMatrix, MatrixWork]
     patched_base: frozenset[DestPort]
     is_dense: bool = False
     holds_patches: bool = False
@@ -98,8 +98,8 @@ class ForwardPass:
             )
         return self.diff.flatten(0, 1)
 
-    def rows(self, n_rows: int) -> BlockDelta:
-        """Memory for so many rows, until the next block of heads asks for it."""
+    def rows(self, n_rows: int) -> MatrixDelta:
+        """Memory for so many rows, until the next matrix of heads asks for it."""
         tokens = self.tokens()
         shape = (tokens.shape[0], n_rows, tokens.shape[2])
         n_values = math.prod(shape)
@@ -107,54 +107,54 @@ class ForwardPass:
             self.scratch = tokens.new_empty(n_values)
         return self.scratch[:n_values].view(shape)
 
-    def compute(self, block: EdgeBlock) -> BlockDelta | None:
-        """What the block's edges change at each row; None if nothing."""
-        work = self.works[block]
+    def compute(self, matrix: EdgeMatrix) -> MatrixDelta | None:
+        """What the matrix's edges change at each row; None if nothing."""
+        work = self.works[matrix]
         if work.does_nothing:
             return None
         return self._multiply(work.weights.detach(), work.columns)
 
     def compute_inputs(
         self,
-        block: EdgeBlock,
+        matrix: EdgeMatrix,
         x: Float[Tensor, "batch seq d_model"],
-        to: BlockDelta | None = None,
-    ) -> BlockDelta:
+        to: MatrixDelta | None = None,
+    ) -> MatrixDelta:
         """The same, plus x at each row of heads: their inputs, in one product.
 
         to: memory for them.
         x takes part as one more source, whose weight is 1 for heads.
         """
-        with self._x_in_its_slot(block, x, keeps=self.holds_patches):
-            return self._multiply(*self._with_x(block), to)
+        with self._x_in_its_slot(matrix, x, keeps=self.holds_patches):
+            return self._multiply(*self._with_x(matrix), to)
 
     def add_inputs(
         self,
-        block: EdgeBlock,
+        matrix: EdgeMatrix,
         x: Float[Tensor, "batch seq d_model"],
         factor: Float[Tensor, "token row 1"],
-        to: BlockDelta,
+        to: MatrixDelta,
     ) -> None:
         """Add to a tensor what `compute_inputs` gave, each row times a factor.
 
         For the backward pass, so that inputs of heads need not be kept until then.
         """
         # The slot holds a difference, which another backward pass may need.
-        with self._x_in_its_slot(block, x, keeps=True):
-            weights, columns = self._with_x(block)
+        with self._x_in_its_slot(matrix, x, keeps=True):
+            weights, columns = self._with_x(matrix)
             to.baddbmm_(self._per_token(weights) * factor, self._columns(columns))
 
     @contextmanager
     def _x_in_its_slot(
-        self, block: EdgeBlock, x: Float[Tensor, "batch seq d_model"], keeps: bool
+        self, matrix: EdgeMatrix, x: Float[Tensor, "batch seq d_model"], keeps: bool
     ) -> Iterator[None]:
-        """Inside, x is in the slot of the source after the block's.
+        """Inside, x is in the slot of the source after the matrix's.
 
         In a forward pass that source has not written yet, so nothing of it is lost,
         unless its patch is there. keeps: put back what was there.
         """
         assert self.diff is not None
-        slot = self.diff[:, :, self.works[block].inputs_slot]
+        slot = self.diff[:, :, self.works[matrix].inputs_slot]
         before = slot.clone() if keeps else None
         slot.copy_(x.detach())
         try:
@@ -163,10 +163,10 @@ class ForwardPass:
             if before is not None:
                 slot.copy_(before)
 
-    def _with_x(self, block: EdgeBlock) -> tuple[Tensor, slice | Tensor]:
-        """The block's weights and columns, with those of its heads' common input."""
-        work = self.works[block]
-        n_head_rows = bisect_left(work.row_idxs, block.n_head_rows)
+    def _with_x(self, matrix: EdgeMatrix) -> tuple[Tensor, slice | Tensor]:
+        """The matrix's weights and columns, with those of its heads' common input."""
+        work = self.works[matrix]
+        n_head_rows = bisect_left(work.row_idxs, matrix.n_head_rows)
         of_x = work.weights.new_zeros((*work.weights.shape[:3], 1))
         of_x[:, :, :n_head_rows] = 1.0
         columns = work.columns
@@ -178,8 +178,8 @@ class ForwardPass:
         return t.cat([work.weights.detach(), of_x], -1), columns
 
     def _multiply(
-        self, weights: Tensor, columns: slice | Tensor, to: BlockDelta | None = None
-    ) -> BlockDelta:
+        self, weights: Tensor, columns: slice | Tensor, to: MatrixDelta | None = None
+    ) -> MatrixDelta:
         return t.bmm(self._per_token(weights), self._columns(columns), out=to)
 
     def _columns(self, columns: slice | Tensor) -> Float[Tensor, "token col d_model"]:
@@ -197,16 +197,16 @@ class ForwardPass:
         return weights.expand(batch, seq, -1, -1).flatten(0, 1)
 
     def products(
-        self, block: EdgeBlock, grads: Float[Tensor, "token row d_model"]
+        self, matrix: EdgeMatrix, grads: Float[Tensor, "token row d_model"]
     ) -> Float[Tensor, "token row col"]:
         """The scalar products of gradients with the differences, at each token."""
-        return t.bmm(grads, self.tokens()[:, self.works[block].columns].mT)
+        return t.bmm(grads, self.tokens()[:, self.works[matrix].columns].mT)
 
     def weights_grad(
-        self, block: EdgeBlock, products: Float[Tensor, "token row col"]
+        self, matrix: EdgeMatrix, products: Float[Tensor, "token row col"]
     ) -> Tensor:
-        """The gradient of the block's weights, from its products at each token."""
-        weights = self.works[block].weights
+        """The gradient of the matrix's weights, from its products at each token."""
+        weights = self.works[matrix].weights
         assert self.diff is not None
         by_token = products.unflatten(0, self.diff.shape[:2])
         expanded = [dim for dim in (0, 1) if weights.shape[dim] == 1]
@@ -214,19 +214,19 @@ class ForwardPass:
             return by_token.to(weights.dtype)
         return by_token.sum(expanded, keepdim=True, dtype=weights.dtype)
 
-    def send_back(self, block: EdgeBlock, grads: BlockDelta) -> None:
-        """Add to the gradient of the differences what comes from the block's rows."""
-        weights = self._per_token(self.works[block].weights).mT
+    def send_back(self, matrix: EdgeMatrix, grads: MatrixDelta) -> None:
+        """Add to the gradient of the differences what comes from the matrix's rows."""
+        weights = self._per_token(self.works[matrix].weights).mT
         tokens = self.tokens()
         if self.grad_buffer is None:
             self.grad_buffer = t.empty_like(tokens)
         grad = self.grad_buffer
-        if not self.has_grad and (block.lo, block.hi) == (0, tokens.shape[1]):
+        if not self.has_grad and (matrix.lo, matrix.hi) == (0, tokens.shape[1]):
             t.bmm(weights, grads, out=grad)
         else:
             if not self.has_grad:
                 grad.zero_()
-            grad[:, block.lo : block.hi].baddbmm_(weights, grads)
+            grad[:, matrix.lo : matrix.hi].baddbmm_(weights, grads)
         self.has_grad = True
 
     def enter_backward(self) -> None:
@@ -248,136 +248,148 @@ class ForwardPass:
 # ------------------------------------------------------------------------ destinations
 
 
-def read_port(run: ForwardPass, block: EdgeBlock, port: DestPort, x: Tensor) -> Tensor:
-    """What a port reads instead of x because of a block's edges."""
-    out = _read_first(run, block, x) if port is block.ports[0] else None
-    work = run.works[block]
+def read_port(
+    forward_pass: ForwardPass, matrix: EdgeMatrix, port: DestPort, x: Tensor
+) -> Tensor:
+    """What a port reads instead of x because of a matrix's edges."""
+    out = _read_first(forward_pass, matrix, x) if port is matrix.ports[0] else None
+    work = forward_pass.works[matrix]
     if out is None:
         # Taken out: a handle that stayed would keep the whole pass alive in a circle.
         handle = work.handles.pop(port, None)
         if handle is not None:
-            out = _EnterPort.apply(x, handle, work, block, port)
+            out = _EnterPort.apply(x, handle, work, matrix, port)
         else:
-            out = x if work.delta is None else add_delta(x, work, block, port)
-    forget_delta(work, block, port)
+            out = x if work.delta is None else add_delta(x, work, matrix, port)
+    forget_delta(work, matrix, port)
     return out  # type: ignore[return-value]
 
 
-def forget_delta(work: BlockWork, block: EdgeBlock, port: DestPort) -> None:
-    """After the block's last port, its product is not needed any more."""
-    if port is block.ports[-1]:
+def forget_delta(work: MatrixWork, matrix: EdgeMatrix, port: DestPort) -> None:
+    """After the matrix's last port, its product is not needed any more."""
+    if port is matrix.ports[-1]:
         work.delta = None
 
 
-def _read_first(run: ForwardPass, block: EdgeBlock, x: Tensor) -> Tensor | None:
-    """The patched input of a block's first port, or None if no gradient flows there."""
-    work = run.works[block]
+def _read_first(
+    forward_pass: ForwardPass, matrix: EdgeMatrix, x: Tensor
+) -> Tensor | None:
+    """The patched input of a matrix's first port, or None if no gradient flows there."""
+    work = forward_pass.works[matrix]
     if t.is_grad_enabled() and (x.requires_grad or work.weights.requires_grad):
         if work.does_nothing and not work.weights.requires_grad:
             return x
-        return read_block(run, block, x)
-    work.delta = run.compute(block)
+        return read_matrix(forward_pass, matrix, x)
+    work.delta = forward_pass.compute(matrix)
     return None
 
 
-def read_block(run: ForwardPass, block: EdgeBlock, x: Tensor) -> Tensor:
-    """The patched input of a block's first port, when gradients flow."""
-    work = run.works[block]
-    out, *handles = _ReadBlock.apply(x, work.weights, block, run)  # type: ignore[misc]
-    work.handles = dict(zip(block.ports[1:], handles, strict=True))
+def read_matrix(forward_pass: ForwardPass, matrix: EdgeMatrix, x: Tensor) -> Tensor:
+    """The patched input of a matrix's first port, when gradients flow."""
+    work = forward_pass.works[matrix]
+    out, *handles = _ReadMatrix.apply(x, work.weights, matrix, forward_pass)  # type: ignore[misc]
+    work.handles = dict(zip(matrix.ports[1:], handles, strict=True))
     return out
 
 
-def new_handles(run: ForwardPass, block: EdgeBlock) -> list[Tensor]:
+def new_handles(forward_pass: ForwardPass, matrix: EdgeMatrix) -> list[Tensor]:
     """A constant zero for each further port, whose gradient is that of its input."""
-    tokens = run.tokens()
+    tokens = forward_pass.tokens()
     zero = tokens.new_zeros(())
     return [
         zero.expand(tokens.shape[0], port.n_rows, tokens.shape[2])
-        for port in block.ports[1:]
+        for port in matrix.ports[1:]
     ]
 
 
 def fill_rows(
-    rows: BlockDelta, block: EdgeBlock, grads: tuple[tuple[DestPort, Tensor | None], ...]
+    rows: MatrixDelta,
+    matrix: EdgeMatrix,
+    grads: tuple[tuple[DestPort, Tensor | None], ...],
 ) -> None:
-    """Collect the gradients of some ports' inputs in the rows of their block."""
+    """Collect the gradients of some ports' inputs in the rows of their matrix."""
     for port, grad in grads:
-        of_port = rows[:, block.rows(port)]
+        of_port = rows[:, matrix.rows(port)]
         of_port.zero_() if grad is None else of_port.copy_(grad.reshape(of_port.shape))
 
 
-class _ReadBlock(Function):
-    """Input plus patch at a block's first port; a handle for each further port.
+class _ReadMatrix(Function):
+    """Input plus patch at a matrix's first port; a handle for each further port.
 
-    The first port's input goes through here so that autograd knows that the block is
+    The first port's input goes through here so that autograd knows that the matrix is
     downstream of its sources. A port of heads gets all rows, [token, row, d_model]; those
     after its own mean nothing to it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, block: EdgeBlock, run: ForwardPass
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        matrix: EdgeMatrix,
+        forward_pass: ForwardPass,
     ) -> tuple[Tensor, ...]:
-        ctx.run, ctx.block, ctx.shape = run, block, x.shape
+        ctx.forward_pass, ctx.matrix, ctx.shape = forward_pass, matrix, x.shape
         ctx.set_materialize_grads(False)
-        run.awaits_backward = True
-        work = run.works[block]
-        if block.n_head_rows:
-            out = run.compute_inputs(block, x)
+        forward_pass.awaits_backward = True
+        work = forward_pass.works[matrix]
+        if matrix.n_head_rows:
+            out = forward_pass.compute_inputs(matrix, x)
             work.delta = out.detach()
         else:
-            work.delta = run.compute(block)
-            out = add_delta(x, work, block, block.ports[0])
-        return (out, *new_handles(run, block))
+            work.delta = forward_pass.compute(matrix)
+            out = add_delta(x, work, matrix, matrix.ports[0])
+        return (out, *new_handles(forward_pass, matrix))
 
     @staticmethod
     def backward(ctx: Any, *grad_outs: Tensor | None) -> tuple[Tensor | None, ...]:
-        run, block = ctx.run, ctx.block
-        run.enter_backward()
-        tokens = run.tokens()
-        shape = (tokens.shape[0], block.n_rows, tokens.shape[2])
-        by_port = tuple(zip(block.ports, grad_outs, strict=True))
+        forward_pass, matrix = ctx.forward_pass, ctx.matrix
+        forward_pass.enter_backward()
+        tokens = forward_pass.tokens()
+        shape = (tokens.shape[0], matrix.n_rows, tokens.shape[2])
+        by_port = tuple(zip(matrix.ports, grad_outs, strict=True))
         grad_x = grad_outs[0]
-        if block.n_head_rows and grad_x is not None:
+        if matrix.n_head_rows and grad_x is not None:
             # All rows, of which those of further ports are zero.
             grads = grad_x.clone(memory_format=t.contiguous_format)
-            fill_rows(grads, block, by_port[1:])
-            grad_x = grads[:, : block.n_head_rows].sum(1).reshape(ctx.shape)
+            fill_rows(grads, matrix, by_port[1:])
+            grad_x = grads[:, : matrix.n_head_rows].sum(1).reshape(ctx.shape)
         else:
             grads = tokens.new_empty(shape)
-            fill_rows(grads, block, by_port)
+            fill_rows(grads, matrix, by_port)
         grad_weights = None
         if ctx.needs_input_grad[1]:
-            grad_weights = run.weights_grad(block, run.products(block, grads))
-        if not run.works[block].does_nothing:
-            run.send_back(block, grads)
+            grad_weights = forward_pass.weights_grad(
+                matrix, forward_pass.products(matrix, grads)
+            )
+        if not forward_pass.works[matrix].does_nothing:
+            forward_pass.send_back(matrix, grads)
         return grad_x, grad_weights, None, None
 
 
 class _EnterPort(Function):
-    """Add to a further port's input what its block holds for it."""
+    """Add to a further port's input what its matrix holds for it."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         handle: Tensor,
-        work: BlockWork,
-        block: EdgeBlock,
+        work: MatrixWork,
+        matrix: EdgeMatrix,
         port: DestPort,
     ) -> Tensor:
         ctx.handle_shape = handle.shape
-        return add_delta(x, work, block, port)
+        return add_delta(x, work, matrix, port)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return grad_out, grad_out.reshape(ctx.handle_shape), None, None, None
 
 
-def add_delta(x: Tensor, work: BlockWork, block: EdgeBlock, port: DestPort) -> Tensor:
-    """x plus what the block's edges change at the port's rows."""
-    in_delta, changed = work.changes(block.rows(port))
+def add_delta(x: Tensor, work: MatrixWork, matrix: EdgeMatrix, port: DestPort) -> Tensor:
+    """x plus what the matrix's edges change at the port's rows."""
+    in_delta, changed = work.changes(matrix.rows(port))
     if work.delta is None or not changed:
         return x.view_as(x)
     delta = work.delta[:, in_delta]
@@ -391,26 +403,28 @@ def add_delta(x: Tensor, work: BlockWork, block: EdgeBlock, port: DestPort) -> T
 # ----------------------------------------------------------------------------- sources
 
 
-def write_source(run: ForwardPass, port: SrcPort, out: Tensor) -> Tensor:
+def write_source(forward_pass: ForwardPass, port: SrcPort, out: Tensor) -> Tensor:
     """A source's output, whose gradient is that minus what destinations send back."""
-    return _WriteSource.apply(out, run, port)  # type: ignore[no-any-return]
+    return _WriteSource.apply(out, forward_pass, port)  # type: ignore[no-any-return]
 
 
 class _WriteSource(Function):
     """Identity on a source's output, minus the gradient that destinations send back."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, run: ForwardPass, port: SrcPort) -> Tensor:
-        ctx.run, ctx.port = run, port
+    def forward(
+        ctx: Any, out: Tensor, forward_pass: ForwardPass, port: SrcPort
+    ) -> Tensor:
+        ctx.forward_pass, ctx.port = forward_pass, port
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        run, port = ctx.run, ctx.port
-        run.enter_backward()
-        if not run.has_grad:
+        forward_pass, port = ctx.forward_pass, ctx.port
+        forward_pass.enter_backward()
+        if not forward_pass.has_grad:
             return grad_out, None, None
-        sent_back = run.grad_buffer[:, port.srcs]
+        sent_back = forward_pass.grad_buffer[:, port.srcs]
         weights = port.weights()
         if weights is not None:
             sent_back = t.bmm(sent_back.transpose(0, 1), weights.mT).transpose(0, 1)

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import Module
 
-from auto_circuit.engine.edge_matrices import DestPort, EdgeBlock
+from auto_circuit.engine.edge_matrices import DestPort, EdgeMatrix
 from auto_circuit.engine.forward_pass import (
     ForwardPass,
     fill_rows,
     forget_delta,
     new_handles,
-    read_block,
+    read_matrix,
 )
 from auto_circuit.model_utils.model_adapter import HeadInputs
 
@@ -34,8 +34,8 @@ HeadTokens = Float[Tensor, "token row d_model"]
 
 
 def head_outputs(
-    run: ForwardPass,
-    block: EdgeBlock,
+    forward_pass: ForwardPass,
+    matrix: EdgeMatrix,
     port: DestPort,
     x: Float[Tensor, "batch seq d_model"],
     normed: Float[Tensor, "batch seq d_model"],
@@ -48,24 +48,24 @@ def head_outputs(
     base_outs: what they give for x, if that is not `normed`'s.
     None if that is what the model computes anyway.
     """
-    heads, work = port.heads, run.works[block]
+    heads, work = port.heads, forward_pass.works[matrix]
     assert heads is not None
     grad_of_weights = t.is_grad_enabled() and work.weights.requires_grad
     if grad_of_weights or (
         t.is_grad_enabled() and x.requires_grad and not work.does_nothing
     ):
         if _has_closed_form(heads):
-            return _in_closed_form(run, block, port, x, normed)
-        outs = _project(heads, _norm(heads, read_block(run, block, x)))
+            return _in_closed_form(forward_pass, matrix, port, x, normed)
+        outs = _project(heads, _norm(heads, read_matrix(forward_pass, matrix, x)))
         return [out.unflatten(0, x.shape[:2]) for out in outs]
-    _, changed = work.changes(block.rows(port))
+    _, changed = work.changes(matrix.rows(port))
     if changed:
-        memory = run.rows(len(work.row_idxs))
-        work.delta = run.compute_inputs(block, x, to=memory)
+        memory = forward_pass.rows(len(work.row_idxs))
+        work.delta = forward_pass.compute_inputs(matrix, x, to=memory)
     else:
-        work.delta = run.compute(block)
+        work.delta = forward_pass.compute(matrix)
     inputs = work.delta
-    forget_delta(work, block, port)
+    forget_delta(work, matrix, port)
     if not changed or inputs is None:
         return None if base_outs is None else list(base_outs)
     return _with_changed_rows(heads, x.shape, normed, base_outs, inputs, changed)
@@ -256,20 +256,24 @@ def _norm_is_folded(heads: HeadInputs) -> bool:
 
 
 def _in_closed_form(
-    run: ForwardPass, block: EdgeBlock, port: DestPort, x: Tensor, normed: Tensor
+    forward_pass: ForwardPass,
+    matrix: EdgeMatrix,
+    port: DestPort,
+    x: Tensor,
+    normed: Tensor,
 ) -> list[Tensor]:
     """The heads' outputs, with gradients; if all weights are zero, the model's own."""
-    heads, work = port.heads, run.works[block]
+    heads, work = port.heads, forward_pass.works[matrix]
     assert heads is not None
     if work.does_nothing:
         with t.no_grad():
             outs = _apply(heads, normed)
-        results = _ProbeHeads.apply(x, work.weights, block, port, run, *outs)
+        results = _ProbeHeads.apply(x, work.weights, matrix, port, forward_pass, *outs)
     else:
-        results = _ReadHeads.apply(x, work.weights, block, port, run)
+        results = _ReadHeads.apply(x, work.weights, matrix, port, forward_pass)
     n_outs = len(heads.linears)
-    work.handles = dict(zip(block.ports[1:], results[n_outs:], strict=True))
-    forget_delta(work, block, port)
+    work.handles = dict(zip(matrix.ports[1:], results[n_outs:], strict=True))
+    forget_delta(work, matrix, port)
     return list(results[:n_outs])
 
 
@@ -289,29 +293,31 @@ class _ReadHeads(Function):
         ctx: Any,
         x: Tensor,
         weights: Tensor,
-        block: EdgeBlock,
+        matrix: EdgeMatrix,
         port: DestPort,
-        run: ForwardPass,
+        forward_pass: ForwardPass,
     ) -> tuple[Tensor, ...]:
-        ctx.block, ctx.port, ctx.run = block, port, run
+        ctx.matrix, ctx.port, ctx.forward_pass = matrix, port, forward_pass
         ctx.set_materialize_grads(False)
-        run.awaits_backward = True
+        forward_pass.awaits_backward = True
         heads = port.heads
         assert heads is not None
-        inputs = run.compute_inputs(block, x, to=run.rows(block.n_rows))
-        run.works[block].delta = inputs
+        inputs = forward_pass.compute_inputs(
+            matrix, x, to=forward_pass.rows(matrix.n_rows)
+        )
+        forward_pass.works[matrix].delta = inputs
         parts, inverse_scale = _normed_parts(heads, inputs)
         ctx.save_for_backward(x, inverse_scale, *parts)
         outs = _with_constants(heads, x.shape, parts)
-        return (*outs, *new_handles(run, block))
+        return (*outs, *new_handles(forward_pass, matrix))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        block, port, run = ctx.block, ctx.port, ctx.run
+        matrix, port, forward_pass = ctx.matrix, ctx.port, ctx.forward_pass
         x, inverse_scale, *parts = ctx.saved_tensors
-        run.enter_backward()
-        n_outs, n_heads = len(parts), block.n_head_rows
-        rows = run.rows(block.n_rows)
+        forward_pass.enter_backward()
+        n_outs, n_heads = len(parts), matrix.n_head_rows
+        rows = forward_pass.rows(matrix.n_rows)
         rows[:, n_heads:] = 0.0
         parts_grads = _head_grads(port.heads, x, grads[:n_outs], inverse_scale)
         _send_to_inputs(
@@ -321,16 +327,18 @@ class _ReadHeads(Function):
             share = _head_products(port.heads, parts, parts_grads)
             factor = share.new_zeros((*rows.shape[:2], 1))
             factor[:, :n_heads] = -share * inverse_scale / x.shape[-1]
-            run.add_inputs(block, x, factor.to(x.dtype), rows)
+            forward_pass.add_inputs(matrix, x, factor.to(x.dtype), rows)
             if port.heads.closed_form.centred:
                 rows -= rows.mean(-1, keepdim=True)
-        fill_rows(rows, block, tuple(zip(block.ports[1:], grads[n_outs:], strict=True)))
+        fill_rows(rows, matrix, tuple(zip(matrix.ports[1:], grads[n_outs:], strict=True)))
         grad_weights = grad_x = None
         if ctx.needs_input_grad[1]:
-            grad_weights = run.weights_grad(block, run.products(block, rows))
+            grad_weights = forward_pass.weights_grad(
+                matrix, forward_pass.products(matrix, rows)
+            )
         if ctx.needs_input_grad[0]:
             grad_x = rows[:, :n_heads].sum(1).reshape(x.shape)
-        run.send_back(block, rows)
+        forward_pass.send_back(matrix, rows)
         return grad_x, grad_weights, None, None, None
 
 
@@ -410,39 +418,39 @@ class _ProbeHeads(Function):
         ctx: Any,
         x: Tensor,
         weights: Tensor,
-        block: EdgeBlock,
+        matrix: EdgeMatrix,
         port: DestPort,
-        run: ForwardPass,
+        forward_pass: ForwardPass,
         *outs: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.block, ctx.port, ctx.run = block, port, run
+        ctx.matrix, ctx.port, ctx.forward_pass = matrix, port, forward_pass
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
-        run.awaits_backward = True
-        return (*(out.view_as(out) for out in outs), *new_handles(run, block))
+        forward_pass.awaits_backward = True
+        return (*(out.view_as(out) for out in outs), *new_handles(forward_pass, matrix))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        block, port, run = ctx.block, ctx.port, ctx.run
+        matrix, port, forward_pass = ctx.matrix, ctx.port, ctx.forward_pass
         (x,) = ctx.saved_tensors
-        run.enter_backward()
+        forward_pass.enter_backward()
         n_outs = len(port.heads.linears)
         basis, inverse_scale = _projected_out(port.heads, x)
-        # The rows of the block, and after them the vectors of C.
-        rows = run.rows(block.n_rows + basis.shape[1])
-        heads = rows[:, : block.n_head_rows]
+        # The rows of the matrix, and after them the vectors of C.
+        rows = forward_pass.rows(matrix.n_rows + basis.shape[1])
+        heads = rows[:, : matrix.n_head_rows]
         parts = _head_grads(port.heads, x, grads[:n_outs], inverse_scale)
         _send_to_inputs(port.heads, heads, _gained_weights(port.heads), parts)
-        fill_rows(rows, block, tuple(zip(block.ports[1:], grads[n_outs:], strict=True)))
-        rows[:, block.n_rows :] = basis
+        fill_rows(rows, matrix, tuple(zip(matrix.ports[1:], grads[n_outs:], strict=True)))
+        rows[:, matrix.n_rows :] = basis
         in_basis = t.bmm(heads, basis.mT)
         grad_weights = grad_x = None
         if ctx.needs_input_grad[1]:
-            products = run.products(block, rows)
-            products[:, : block.n_head_rows] -= t.bmm(
-                in_basis, products[:, block.n_rows :]
+            products = forward_pass.products(matrix, rows)
+            products[:, : matrix.n_head_rows] -= t.bmm(
+                in_basis, products[:, matrix.n_rows :]
             )
-            grad_weights = run.weights_grad(block, products[:, : block.n_rows])
+            grad_weights = forward_pass.weights_grad(matrix, products[:, : matrix.n_rows])
         if ctx.needs_input_grad[0]:
             total = heads.sum(1, keepdim=True)
             grad_x = total - t.bmm(in_basis.sum(1, keepdim=True), basis)

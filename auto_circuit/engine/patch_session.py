@@ -5,14 +5,14 @@ pass runs, each source writes its difference `patch - current` into one buffer, 
 destination multiplies its masks with that buffer. The work is arranged so that it costs
 little more than the model itself:
 
-- *Edge blocks* (`edge_blocks`): one matrix product for all that is read at one place.
+- *Edge matrices* (`edge_matrices`): one matrix product for all that is read at one place.
 - *Backward* (`forward_pass`) needs no copy of the differences per destination.
 - *Heads* (`head_inputs`): inputs of single heads are computed only where they differ.
-- *Sparse circuits.* Without gradients only the rows and columns of a block that do
+- *Sparse circuits.* Without gradients only the rows and columns of a matrix that do
   something are computed, and only their sources are recorded. If most edges are patched,
   the base is the residual stream of the patched-in run and the columns are those that are
   *not* patched: a small circuit then costs about what the model costs.
-- *Starting late.* If no edge changes before some layer, the layers before it hand on what
+- *Starting late.* If no edge changes before some block, the blocks before it hand on what
   they gave in the last whole pass (`PatchSession.starting_at`).
 """
 
@@ -29,10 +29,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from auto_circuit.engine.edge_matrices import DestPort, EdgeBlock, PatchPlan, SrcPort
+from auto_circuit.engine.edge_matrices import DestPort, EdgeMatrix, PatchPlan, SrcPort
 from auto_circuit.engine.forward_pass import (
-    BlockWork,
     ForwardPass,
+    MatrixWork,
     read_port,
     write_source,
 )
@@ -96,11 +96,11 @@ class PatchSession:
         self.overwrite_patch = overwrite_patch
         self.differences = differences
         self.keeps_layers = keeps_layers
-        self.run: ForwardPass | None = None
+        self.forward_pass: ForwardPass | None = None
         self.is_called = False
-        self._first_layer = 0
-        self._overwritten_from = len(plan.layers)
-        self._layer_outs: dict[int, Any] = {}
+        self._first_block = 0
+        self._overwritten_from = len(plan.blocks)
+        self._block_outs: dict[int, Any] = {}
         self._hook_ids: list[int] = []
         self._last_hooks: list[tuple[Any, int]] = []  # a module's OrderedDict, a key
         self._patch_version: int | None = None
@@ -118,7 +118,9 @@ class PatchSession:
             if port.heads is not None:
                 self._stand_in(port)
             elif not port.additive:
-                self._hook(port.module, partial(self._read, port, self._blocks_of(port)))
+                self._hook(
+                    port.module, partial(self._read, port, self._matrices_of(port))
+                )
             if port.component is not None:
                 self._remember(port, port.component)
         for src_port in self.plan.src_ports:
@@ -127,21 +129,25 @@ class PatchSession:
             self._hook(site.module, partial(self._write, src_port), is_last)
         for port in self.plan.dest_ports:
             if port.additive:
-                self._hook(port.module, partial(self._read, port, self._blocks_of(port)))
+                self._hook(
+                    port.module, partial(self._read, port, self._matrices_of(port))
+                )
         if self.keeps_layers:
-            for idx, layer in enumerate(self.plan.layers):
-                self._hook(layer, partial(self._keep, idx))
+            for idx, block in enumerate(self.plan.blocks):
+                self._hook(block, partial(self._keep, idx))
 
     def close(self) -> None:
         """Remove the hooks and let go of all activations."""
         self._exit.close()
-        if self.run is not None and not self.run.awaits_backward:
+        if self.forward_pass is not None and not self.forward_pass.awaits_backward:
             # Even if someone keeps an output, and by it the pass, alive.
-            self.run.diff = self.run.grad_buffer = self.run.scratch = None
-        self.run = None
+            self.forward_pass.diff = self.forward_pass.grad_buffer = (
+                self.forward_pass.scratch
+            ) = None
+        self.forward_pass = None
         self._patch_sums.clear()
         self._base_outs.clear()
-        self._layer_outs.clear()
+        self._block_outs.clear()
 
     def _hook(
         self, module: Module, hook: Callable[[Any], Tensor | None], is_last: bool = False
@@ -183,8 +189,8 @@ class PatchSession:
     # ------------------------------------------------------------------ starting late
 
     def _keep(self, idx: int, output: Any) -> None:
-        if self._first_layer == 0:
-            self._layer_outs[idx] = _copied(output)
+        if self._first_block == 0:
+            self._block_outs[idx] = _copied(output)
 
     @contextmanager
     def called(self) -> Iterator[None]:
@@ -196,81 +202,88 @@ class PatchSession:
             self.is_called = before
 
     @contextmanager
-    def starting_at(self, layer: int) -> Iterator[None]:
-        """Inside, one forward pass, in which the layers before this one do not run.
+    def starting_at(self, block: int) -> Iterator[None]:
+        """Inside, one forward pass, in which the blocks before this one do not run.
 
         They hand on what they gave in the last whole pass, whose masks the caller must
-        not have changed before `layer`. Only with `keeps_layers`, without gradients, and
-        from late layers to early ones: what later layers wrote is overwritten.
+        not have changed before it. Only with `keeps_layers`, without gradients, and
+        from late blocks to early ones: what later blocks wrote is overwritten.
         """
-        if layer == 0:
+        if block == 0:
             yield
             return
-        is_ready = self.run is not None and len(self._layer_outs) == len(self.plan.layers)
+        is_ready = self.forward_pass is not None and len(self._block_outs) == len(
+            self.plan.blocks
+        )
         if t.is_grad_enabled() or not is_ready:
             raise GraphError(
                 "A pass from the middle needs `patch_mode(..., keeps_layers=True)` and, "
                 "in it, a whole pass before; both without gradients (`torch.no_grad()`)."
             )
-        if layer > self._overwritten_from:
+        if block > self._overwritten_from:
             raise GraphError(
-                f"A pass from layer {layer} after one from {self._overwritten_from}: they "
-                "must go from late layers to early ones, or with a whole pass in between."
+                f"A pass from block {block} after one from {self._overwritten_from}: they "
+                "must go from late blocks to early ones, or with a whole pass in between."
             )
         if self.user_hooks.ids() != self._hook_ids:
             raise GraphError(
-                "Hooks were added or removed since the whole pass, so layers cannot hand on "
+                "Hooks were added or removed since the whole pass, so blocks cannot hand on "
                 "what they gave in it. Begin with a whole pass again."
             )
         if not self.weights.holds():
             raise GraphError(
-                "The model's weights have changed inside of `patch_mode`: layers cannot "
+                "The model's weights have changed inside of `patch_mode`: blocks cannot "
                 "hand on what they gave before. Leave the context, and compute the "
                 "activations to patch in again."
             )
         with ExitStack() as stack:
-            for idx, module in enumerate(self.plan.layers[:layer]):
+            for idx, module in enumerate(self.plan.blocks[:block]):
                 stack.enter_context(replaced_forward(module, self._hand_on(idx)))
             stack.callback(setattr, self, "_first_layer", 0)
-            self._first_layer = self._overwritten_from = layer
-            self.run = self._continued(self._running())
+            self._first_block = self._overwritten_from = block
+            self.forward_pass = self._continued(self._current_pass())
             yield
 
     def _hand_on(self, idx: int) -> Callable[..., Any]:
-        # A copy: somebody's hook in the next layer may change it in place.
-        return lambda *args, **kwargs: _copied(self._layer_outs[idx])
+        # A copy: somebody's hook in the next block may change it in place.
+        return lambda *args, **kwargs: _copied(self._block_outs[idx])
 
-    def _continued(self, run: ForwardPass) -> ForwardPass:
+    def _continued(self, forward_pass: ForwardPass) -> ForwardPass:
         """A pass with the differences that the last one left."""
-        assert run.diff is not None
-        blocks = [
-            block
-            for block in self.plan.blocks
-            if block.ports[0].layer >= self._first_layer
+        assert forward_pass.diff is not None
+        matrices = [
+            matrix
+            for matrix in self.plan.matrices
+            if matrix.ports[0].block >= self._first_block
         ]
-        batch, seq = run.diff.shape[:2]
-        weights = self._block_weights(batch, seq, blocks)
+        batch, seq = forward_pass.diff.shape[:2]
+        weights = self._matrix_weights(batch, seq, matrices)
         works, _, recorded, patched_base = self._sparse_works(weights)
         return ForwardPass(
-            run.diff, run.slots, recorded, works, patched_base, scratch=run.scratch
+            forward_pass.diff,
+            forward_pass.slots,
+            recorded,
+            works,
+            patched_base,
+            scratch=forward_pass.scratch,
         )
 
     # ------------------------------------------------------------------ sources
 
     def _write(self, port: SrcPort, out: Tensor) -> Tensor | None:
         if port.srcs.start == 0:
-            self.run = self._new_run(out)
-        run = self._running()
-        self._record(run, port, out.detach())
-        if _needs_grad(run, out) and not self.differences:
-            return write_source(run, port, out)
+            self.forward_pass = self._new_pass(out)
+        forward_pass = self._current_pass()
+        self._record(forward_pass, port, out.detach())
+        if _needs_grad(forward_pass, out) and not self.differences:
+            return write_source(forward_pass, port, out)
         return None
 
-    def _record(self, run: ForwardPass, port: SrcPort, out: Tensor) -> None:
-        assert run.diff is not None
+    def _record(self, forward_pass: ForwardPass, port: SrcPort, out: Tensor) -> None:
+        assert forward_pass.diff is not None
         srcs = port.srcs
         all_srcs = range(srcs.start, srcs.stop)
-        recorded = [i for i, src in enumerate(all_srcs) if src in run.recorded]
+        recorded = [i for i, src in enumerate(all_srcs) if src in forward_pass.recorded]
         if not recorded and self.curr_src_outs is None:
             return
         with t.no_grad():
@@ -280,12 +293,12 @@ class PatchSession:
             with t.inference_mode(self.curr_src_outs.is_inference()), t.no_grad():
                 self.curr_src_outs[srcs] = heads.movedim(2, 0)
         if len(recorded) == len(all_srcs):
-            first = run.slots[srcs.start]
-            out = run.diff[:, :, first : first + len(recorded)]
+            first = forward_pass.slots[srcs.start]
+            out = forward_pass.diff[:, :, first : first + len(recorded)]
             self._subtract(self.patch[srcs].movedim(0, 2), heads, out)
             return
         for i in recorded:
-            out = run.diff[:, :, run.slots[srcs.start + i]]
+            out = forward_pass.diff[:, :, forward_pass.slots[srcs.start + i]]
             self._subtract(self.patch[srcs.start + i], heads[:, :, i], out)
 
     def _subtract(self, patch: Tensor, current: Tensor, out: Tensor) -> None:
@@ -294,17 +307,17 @@ class PatchSession:
         else:
             t.sub(patch, current, out=out)
 
-    def _running(self) -> ForwardPass:
-        if self.run is None:
+    def _current_pass(self) -> ForwardPass:
+        if self.forward_pass is None:
             raise GraphError(
                 "A destination ran before the first source. In `patch_mode` a model "
                 "must run from its start."
             )
-        return self.run
+        return self.forward_pass
 
     # ------------------------------------------------------------- forward passes
 
-    def _new_run(self, start: Tensor) -> ForwardPass:
+    def _new_pass(self, start: Tensor) -> ForwardPass:
         batch, seq, d_model = start.shape
         self._repeat_for(batch)
         if self.patch.shape != (self.plan.n_srcs, batch, seq, d_model):
@@ -321,29 +334,29 @@ class PatchSession:
                 "PatchableModel, or leave `patch_mode` for a pass without patches."
             )
         self._check_curr_src_outs()
-        if self.overwrite_patch and self.run is not None:
+        if self.overwrite_patch and self.forward_pass is not None:
             raise GraphError(
                 "A second forward pass in a `patch_mode` with `overwrite_patch=True`: "
                 "the first one has overwritten the activations to patch in."
             )
         self._forget_what_is_stale()
         self._meet_users_hooks()
-        weights = self._block_weights(batch, seq, list(self.plan.blocks))
+        weights = self._matrix_weights(batch, seq, list(self.plan.matrices))
         if t.is_grad_enabled() and (start.requires_grad or self.needs_grad()):
             self._check_no_backward_hooks()
             works = self._dense_works(weights)
             slots = {src: src for src in range(self.plan.n_srcs)}
-            run = ForwardPass(
+            forward_pass = ForwardPass(
                 None, slots, frozenset(slots), works, frozenset(), is_dense=True
             )
         else:
             works, slots, recorded, patched_base = self._sparse_works(weights)
-            run = ForwardPass(None, slots, recorded, works, patched_base)
-        self._overwritten_from = len(self.plan.layers)
+            forward_pass = ForwardPass(None, slots, recorded, works, patched_base)
+        self._overwritten_from = len(self.plan.blocks)
         # A slot more: see `ForwardPass.compute_inputs`.
         n_slots = min(len(slots) + 1, self.plan.n_srcs)
-        self._give_buffers(run, (batch, seq, n_slots, d_model))
-        return run
+        self._give_buffers(forward_pass, (batch, seq, n_slots, d_model))
+        return forward_pass
 
     def _repeat_for(self, batch: int) -> None:
         """Repeat one set of activations (a mean) for a batch of another size.
@@ -355,20 +368,20 @@ class PatchSession:
             self.patch = self.patch[:, :1].expand(-1, batch, -1, -1)
             self._patch_version = None  # what is remembered is of the other size
 
-    def _give_buffers(self, run: ForwardPass, shape: tuple[int, ...]) -> None:
+    def _give_buffers(self, forward_pass: ForwardPass, shape: tuple[int, ...]) -> None:
         """Memory for the differences: the last pass's, if nothing can need it."""
-        last = self.run
+        last = self.forward_pass
         if last is not None and last.diff is not None and last.diff.shape == shape:
             same_mode = last.diff.is_inference() == t.is_inference_mode_enabled()
             if same_mode and not last.awaits_backward:
-                run.diff, last.diff = last.diff, None
-                run.grad_buffer, last.grad_buffer = last.grad_buffer, None
-                run.scratch, last.scratch = last.scratch, None
-        if self.overwrite_patch and run.is_dense:
-            run.diff = self._patch_as_diff(shape)
-            run.holds_patches = run.diff is not None
-        if run.diff is None:
-            run.diff = self.patch.new_empty(shape)
+                forward_pass.diff, last.diff = last.diff, None
+                forward_pass.grad_buffer, last.grad_buffer = last.grad_buffer, None
+                forward_pass.scratch, last.scratch = last.scratch, None
+        if self.overwrite_patch and forward_pass.is_dense:
+            forward_pass.diff = self._patch_as_diff(shape)
+            forward_pass.holds_patches = forward_pass.diff is not None
+        if forward_pass.diff is None:
+            forward_pass.diff = self.patch.new_empty(shape)
 
     def _patch_as_diff(self, shape: tuple[int, ...]) -> Tensor | None:
         by_token = self.patch.movedim(0, 2)
@@ -398,11 +411,11 @@ class PatchSession:
             self._base_outs.clear()
         self._patch_version = version
 
-    def _block_weights(
-        self, batch: int, seq: int, blocks: list[EdgeBlock]
-    ) -> dict[EdgeBlock, Tensor]:
-        """Each block's share of the masks: [batch or 1, position or 1, row, src]."""
-        ports = {port: None for block in blocks for port in block.ports}
+    def _matrix_weights(
+        self, batch: int, seq: int, matrices: list[EdgeMatrix]
+    ) -> dict[EdgeMatrix, Tensor]:
+        """Each matrix's share of the masks: [batch or 1, position or 1, row, src]."""
+        ports = {port: None for matrix in matrices for port in matrix.ports}
         wrappers = {wrapper: None for port in ports for wrapper in port.wrappers}
         masks = {wrapper: wrapper.mask_weights(batch) for wrapper in wrappers}
         for wrapper, mask in masks.items():
@@ -412,127 +425,129 @@ class PatchSession:
                     f"of {mask.shape[1]} positions, but the input has {batch} of {seq}. "
                     "See `set_mask_batch_size` and `patchable_model(..., seq_len=)`."
                 )
-        return {block: _stack_rows(block, masks) for block in blocks}
+        return {matrix: _stack_rows(matrix, masks) for matrix in matrices}
 
     def _dense_works(
-        self, weights: dict[EdgeBlock, Tensor]
-    ) -> dict[EdgeBlock, BlockWork]:
-        # One transfer for all the blocks: a GPU would stop at each.
+        self, weights: dict[EdgeMatrix, Tensor]
+    ) -> dict[EdgeMatrix, MatrixWork]:
+        # One transfer for all the matrices: a GPU would stop at each.
         is_used = t.stack([w.detach().any() for w in weights.values()]).tolist()
         return {
-            block: BlockWork(
+            matrix: MatrixWork(
                 w,
-                slice(block.lo, block.hi),
-                list(range(block.n_rows)),
+                slice(matrix.lo, matrix.hi),
+                list(range(matrix.n_rows)),
                 does_nothing=not used,
-                inputs_slot=block.hi,
+                inputs_slot=matrix.hi,
             )
-            for (block, w), used in zip(weights.items(), is_used, strict=True)
+            for (matrix, w), used in zip(weights.items(), is_used, strict=True)
         }
 
     def _sparse_works(
-        self, weights: dict[EdgeBlock, Tensor]
+        self, weights: dict[EdgeMatrix, Tensor]
     ) -> tuple[
-        dict[EdgeBlock, BlockWork], dict[int, int], frozenset[int], frozenset[DestPort]
+        dict[EdgeMatrix, MatrixWork], dict[int, int], frozenset[int], frozenset[DestPort]
     ]:
-        """Choose base and edges of every block, and the sources with slots and to record."""
+        """Choose base and edges of every matrix, and the sources with slots and to record."""
         patched, unpatched = _used_edges(weights)
-        used: dict[EdgeBlock, UsedEdges] = {}
+        used: dict[EdgeMatrix, UsedEdges] = {}
         on_patched_base: list[DestPort] = []
         # Else what is known of the patched-in run belongs to other weights, or lacks what
         # hooks add to the residual stream.
         may_use_base = (
             not self.differences and not self._hook_ids and self.weights.holds()
         )
-        for whole_group in self.plan.block_groups:
-            group = [block for block in whole_group if block in weights]
+        for whole_group in self.plan.matrix_groups:
+            group = [matrix for matrix in whole_group if matrix in weights]
             base = patched
-            ports = {port for block in group for port in block.ports}
+            ports = {port for matrix in group for port in matrix.ports}
             # Fixed differences do not lead to the patched-in run.
             if may_use_base and not any(port.additive for port in ports):
                 if _n_columns(unpatched, group) < _n_columns(patched, group):
                     base = unpatched
                     on_patched_base += ports
-            used.update((block, base[block]) for block in group)
+            used.update((matrix, base[matrix]) for matrix in group)
         patched_base = frozenset(on_patched_base)
         all_srcs = range(self.plan.n_srcs)
         recorded = {src for edges in used.values() for src in edges.srcs}
-        if self.keeps_layers and self._first_layer == 0:
+        if self.keeps_layers and self._first_block == 0:
             recorded = set(all_srcs)
         with_slot = all_srcs if self.keeps_layers else sorted(recorded)
         slots = {src: slot for slot, src in enumerate(with_slot)}
         works = {
-            block: _sparse_work(block, w, used[block], slots, patched_base)
-            for block, w in weights.items()
+            matrix: _sparse_work(matrix, w, used[matrix], slots, patched_base)
+            for matrix, w in weights.items()
         }
         return works, slots, frozenset(recorded), patched_base
 
     # --------------------------------------------------------------- destinations
 
-    def _read(self, port: DestPort, blocks: list[EdgeBlock], x: Tensor) -> Tensor | None:
-        run = self._running()
-        _needs_grad(run, x)
+    def _read(
+        self, port: DestPort, matrices: list[EdgeMatrix], x: Tensor
+    ) -> Tensor | None:
+        forward_pass = self._current_pass()
+        _needs_grad(forward_pass, x)
         out = x
-        if port in run.patched_base:
+        if port in forward_pass.patched_base:
             out = self._patched_base(port).to(x.dtype)
             out = (out.unsqueeze(2) if x.ndim == 4 else out).expand_as(x)
-        for block in blocks:
-            out = read_port(run, block, port, out)
+        for matrix in matrices:
+            out = read_port(forward_pass, matrix, port, out)
         return None if out is x else out
 
-    def _blocks_of(self, port: DestPort) -> list[EdgeBlock]:
-        return [block for block in self.plan.blocks if port in block.ports]
+    def _matrices_of(self, port: DestPort) -> list[EdgeMatrix]:
+        return [matrix for matrix in self.plan.matrices if port in matrix.ports]
 
     def _stand_in(self, port: DestPort) -> None:
         """Compute the port's heads in place of the linear maps that read it."""
         assert port.heads is not None
-        (block,) = self._blocks_of(port)
+        (matrix,) = self._matrices_of(port)
         # Nothing of a pass may hold a tensor of its graph for longer than needed: the
         # graph holds the pass, and the circle would keep both.
         self._hook(
             port.module,
-            lambda x: self._running().residuals.update({port: x}),
+            lambda x: self._current_pass().residuals.update({port: x}),
             is_last=True,
         )
         self._exit.enter_context(port.heads.opened())
         for idx, called in enumerate(port.heads.called_modules):
             linear, _ = port.heads.linears[idx]
-            forward = partial(self._head_forward, port, block, idx, linear)
+            forward = partial(self._head_forward, port, matrix, idx, linear)
             self._exit.enter_context(replaced_forward(called, forward))
 
     def _head_forward(
-        self, port: DestPort, block: EdgeBlock, idx: int, linear: Module, normed: Tensor
+        self, port: DestPort, matrix: EdgeMatrix, idx: int, linear: Module, normed: Tensor
     ) -> Tensor:
-        heads, run = port.heads, self._running()
+        heads, forward_pass = port.heads, self._current_pass()
         assert heads is not None
         if idx == 0:
-            x, base_outs = run.residuals.pop(port), None
-            _needs_grad(run, x)
-            if port in run.patched_base:
+            x, base_outs = forward_pass.residuals.pop(port), None
+            _needs_grad(forward_pass, x)
+            if port in forward_pass.patched_base:
                 x = self._patched_base(port).to(x.dtype)
                 base_outs = self._remembered(port, lambda: outputs_of(heads, x))
-            outs = head_outputs(run, block, port, x, normed, base_outs)
-            run.head_outs[port] = outs or []
-        outs = run.head_outs[port]
+            outs = head_outputs(forward_pass, matrix, port, x, normed, base_outs)
+            forward_pass.head_outs[port] = outs or []
+        outs = forward_pass.head_outs[port]
         return outs.pop(0) if outs else linear_forward(linear, normed)
 
     def _remember(self, port: DestPort, component: Module) -> None:
         """Compute a component once for all passes in which all its edges are patched."""
-        blocks = self._blocks_of(port)
-        forward = partial(self._component_forward, port, blocks, component.forward)
+        matrices = self._matrices_of(port)
+        forward = partial(self._component_forward, port, matrices, component.forward)
         self._exit.enter_context(replaced_forward(component, forward))
 
     def _component_forward(
         self,
         port: DestPort,
-        blocks: list[EdgeBlock],
+        matrices: list[EdgeMatrix],
         forward: Callable[..., Any],
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        run = self._running()
-        if port not in run.patched_base or any(
-            run.works[b].changes(b.rows(port))[1] for b in blocks
+        forward_pass = self._current_pass()
+        if port not in forward_pass.patched_base or any(
+            forward_pass.works[b].changes(b.rows(port))[1] for b in matrices
         ):
             return forward(*args, **kwargs)
         (out,) = self._remembered(port, lambda: [forward(*args, **kwargs)])
@@ -578,17 +593,17 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _copied(output: Any) -> Any:
-    """A layer's output, which may be a tuple, as tensors that nobody else has."""
+    """A block's output, which may be a tuple, as tensors that nobody else has."""
     if isinstance(output, tuple):
         return tuple(_copied(part) for part in output)
     return output.clone() if isinstance(output, Tensor) else output
 
 
-def _needs_grad(run: ForwardPass, x: Tensor) -> bool:
+def _needs_grad(forward_pass: ForwardPass, x: Tensor) -> bool:
     """Do gradients flow through x? Raises GraphError if the pass is not made for them."""
     if not (t.is_grad_enabled() and x.requires_grad):
         return False
-    if not run.is_dense:
+    if not forward_pass.is_dense:
         raise GraphError(
             "Gradients are asked for from the middle of a forward pass that began "
             "without any, so that not all is recorded that they need. Let the masks need "
@@ -598,11 +613,11 @@ def _needs_grad(run: ForwardPass, x: Tensor) -> bool:
     return True
 
 
-def _stack_rows(block: EdgeBlock, masks: dict[PatchWrapperImpl, Tensor]) -> Tensor:
-    """The rows of all the block's ports, for the block's sources."""
+def _stack_rows(matrix: EdgeMatrix, masks: dict[PatchWrapperImpl, Tensor]) -> Tensor:
+    """The rows of all the matrix's ports, for the matrix's sources."""
     parts = []
-    for port in block.ports:
-        of_srcs = slice(block.lo - port.srcs.start, block.hi - port.srcs.start)
+    for port in matrix.ports:
+        of_srcs = slice(matrix.lo - port.srcs.start, matrix.hi - port.srcs.start)
         for wrapper in port.wrappers:
             mask = masks[wrapper]
             if port.mask_rows is not None:
@@ -617,62 +632,62 @@ def _stack_rows(block: EdgeBlock, masks: dict[PatchWrapperImpl, Tensor]) -> Tens
 
 @dataclass(frozen=True)
 class UsedEdges:
-    """The sources of a block, and its rows, that have an edge which does something."""
+    """The sources of a matrix, and its rows, that have an edge which does something."""
 
     srcs: list[int]
     rows: list[int]
 
 
 def _used_edges(
-    weights: dict[EdgeBlock, Tensor],
-) -> tuple[dict[EdgeBlock, UsedEdges], dict[EdgeBlock, UsedEdges]]:
-    """Per block: what has any patched edge, and what has any not fully patched one."""
+    weights: dict[EdgeMatrix, Tensor],
+) -> tuple[dict[EdgeMatrix, UsedEdges], dict[EdgeMatrix, UsedEdges]]:
+    """Per matrix: what has any patched edge, and what has any not fully patched one."""
     flags = []
     for w in weights.values():
         used = t.stack([w != 0, w != 1]).flatten(1, 2).any(1)  # [2 row src]
         flags += [used.any(1), used.any(2)]
-    # One transfer for all the blocks: a GPU would stop at each.
+    # One transfer for all the matrices: a GPU would stop at each.
     parts = t.cat(flags, 1).cpu().split([flag.shape[1] for flag in flags], 1)
     patched, unpatched = (
         {
-            block: UsedEdges(
-                (srcs[i].nonzero().flatten() + block.lo).tolist(),
+            matrix: UsedEdges(
+                (srcs[i].nonzero().flatten() + matrix.lo).tolist(),
                 rows[i].nonzero().flatten().tolist(),
             )
-            for block, srcs, rows in zip(weights, parts[::2], parts[1::2], strict=True)
+            for matrix, srcs, rows in zip(weights, parts[::2], parts[1::2], strict=True)
         }
         for i in (0, 1)
     )
     return patched, unpatched
 
 
-def _n_columns(used: dict[EdgeBlock, UsedEdges], blocks: Iterable[EdgeBlock]) -> int:
-    return sum(len(used[block].srcs) for block in blocks)
+def _n_columns(used: dict[EdgeMatrix, UsedEdges], matrices: Iterable[EdgeMatrix]) -> int:
+    return sum(len(used[matrix].srcs) for matrix in matrices)
 
 
 def _sparse_work(
-    block: EdgeBlock,
+    matrix: EdgeMatrix,
     weights: Tensor,
     used: UsedEdges,
     slots: dict[int, int],
     patched_base: frozenset[DestPort],
-) -> BlockWork:
-    if block.ports[0] in patched_base:
+) -> MatrixWork:
+    if matrix.ports[0] in patched_base:
         weights = weights - 1
     if not used.rows:
-        return BlockWork(weights, slice(0, 0), [], does_nothing=True)
-    if len(used.rows) < block.n_rows:
+        return MatrixWork(weights, slice(0, 0), [], does_nothing=True)
+    if len(used.rows) < matrix.n_rows:
         rows = t.tensor(used.rows, device=weights.device)
         weights = weights.index_select(2, rows)
-    recorded = [src for src in slots if block.lo <= src < block.hi]
+    recorded = [src for src in slots if matrix.lo <= src < matrix.hi]
     # To pick the used ones costs more than to multiply with zeros, unless they are few.
     is_worth_picking = PICKING_COST * len(used.srcs) < len(recorded)
     srcs = used.srcs if is_worth_picking else recorded
-    if len(srcs) < block.hi - block.lo:
-        columns = t.tensor([src - block.lo for src in srcs], device=weights.device)
+    if len(srcs) < matrix.hi - matrix.lo:
+        columns = t.tensor([src - matrix.lo for src in srcs], device=weights.device)
         weights = weights.index_select(-1, columns)
     inputs_slot = slots[recorded[-1]] + 1
     slots_of_srcs: slice | Tensor = slice(slots[recorded[0]], inputs_slot)
     if is_worth_picking:
         slots_of_srcs = t.tensor([slots[src] for src in srcs], device=weights.device)
-    return BlockWork(weights, slots_of_srcs, used.rows, False, inputs_slot)
+    return MatrixWork(weights, slots_of_srcs, used.rows, False, inputs_slot)

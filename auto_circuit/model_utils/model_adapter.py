@@ -123,7 +123,7 @@ class Port:
     heads: `module` shows the residual stream, and these are the heads that read it.
     component: the module that turns what is read here into what one source writes, if that
         depends on nothing else.
-    layer: which of the adapter's `blocks` it is in.
+    block: which of the adapter's `blocks` it is in.
     bypassed: the modules that the model runs between the residual stream and its heads.
     """
 
@@ -133,7 +133,7 @@ class Port:
     additive: bool = False
     heads: HeadInputs | None = None
     component: Module | None = None
-    layer: int = 0
+    block: int = 0
     bypassed: tuple[Bypassed, ...] = ()
 
 

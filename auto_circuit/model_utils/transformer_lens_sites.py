@@ -234,7 +234,7 @@ def ports(
             found.append(_weights_port(model, block, names, ungroup))
         else:
             found += [port for name in names for port in _split_ports(model, name)]
-    return tuple(replace(port, layer=_layer(port)) for port in found)
+    return tuple(replace(port, block=_block_idx(port)) for port in found)
 
 
 def _wire_capture_hooks_again(model: TransformerBridge) -> None:
@@ -248,7 +248,7 @@ def _wire_capture_hooks_again(model: TransformerBridge) -> None:
             tear_down()
 
 
-def _layer(port: Port) -> int:
+def _block_idx(port: Port) -> int:
     return int(port.dest_modules[0].split(".")[1])
 
 

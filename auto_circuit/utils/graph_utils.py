@@ -19,7 +19,7 @@ from auto_circuit.engine.edge_matrices import (
     DestPort,
     PatchPlan,
     SrcPort,
-    edge_block_groups,
+    edge_matrix_groups,
 )
 from auto_circuit.engine.masks_put_back import masks_put_back
 from auto_circuit.engine.patch_session import PatchSession
@@ -304,7 +304,7 @@ def _make_plan(
                 additive=port.additive,
                 heads=port.heads,
                 component=port.component,
-                layer=port.layer,
+                block=port.block,
                 bypassed=port.bypassed,
             )
         )
@@ -312,8 +312,8 @@ def _make_plan(
         SrcPort(wrapper, adapter.src_site(model, wrapper.module_name))
         for wrapper in src_wrappers
     )
-    layers = tuple(adapter.blocks(model))
-    return PatchPlan(edge_block_groups(ports), tuple(ports), src_ports, layers)
+    blocks = tuple(adapter.blocks(model))
+    return PatchPlan(edge_matrix_groups(ports), tuple(ports), src_ports, blocks)
 
 
 # ----------------------------------------------------------------- checking the graph
@@ -569,17 +569,17 @@ def _kind(tensor: Tensor) -> str:
 @checked
 @contextmanager
 def starting_at(model: PatchableModel, dest: DestNode) -> Iterator[None]:
-    """Inside, one call of `model` skips the layers before a destination's.
+    """Inside, one call of `model` skips the blocks before a destination's.
 
     Inside of `patch_mode(..., keeps_layers=True)`, without gradients, after one whole
-    call. The skipped layers hand on what they gave in that call, so the masks of their
+    call. The skipped blocks hand on what they gave in that call, so the masks of their
     destinations must be what they were; and calls must go from late destinations to early
     ones. Raises GraphError if something of this is missing (not for masks).
     """
     if model.patch_session is None:
         raise GraphError("`starting_at` outside of `patch_mode`.")
     port, *_ = [p for p in model.plan.dest_ports if dest.module_name in p.dest_modules]
-    with model.patch_session.starting_at(port.layer):
+    with model.patch_session.starting_at(port.block):
         yield
 
 

@@ -214,7 +214,7 @@ def test_layers_before_the_first_changed_edge_do_not_run() -> None:
     patch = src_ablations(model, CLEAN.flip(0))
     handles = [
         block.mlp.register_forward_hook(count(layer))
-        for layer, block in enumerate(model.plan.layers)
+        for layer, block in enumerate(model.plan.blocks)
     ]
     last, first = (model.find_edges(name)[0] for name in ("MLP 0->A1.2.K", EARLY_NAME))
     with t.no_grad(), patch_mode(model, patch, keeps_layers=True):
@@ -233,7 +233,7 @@ def test_layers_before_the_first_changed_edge_do_not_run() -> None:
             t.testing.assert_close(model(CLEAN), clean)
         session = model.patch_session
         assert session is not None
-        with pytest.raises(GraphError, match="from late layers to early ones"):
+        with pytest.raises(GraphError, match="from late blocks to early ones"):
             with session.starting_at(2):
                 model(CLEAN)
     with pytest.raises(GraphError, match="outside of `patch_mode`"):

@@ -324,7 +324,7 @@ def _ports(
     # An MLP whose neurons are encoded must run: what it gave before does not say what they
     # were.
     return tuple(
-        replace(port, component=None) if port.layer in model.saes else port
+        replace(port, component=None) if port.block in model.saes else port
         for port in ports
     )
 
