@@ -274,6 +274,27 @@ def test_prefix_cache_is_exact_for_every_prompt(
         )
 
 
+def test_padding_is_no_prefix_though_a_prompt_begins_with_that_token(
+    tmp_path: Path,
+) -> None:
+    """Without BOS, "<pad> the big" is what a short prompt looks like, padded."""
+    model = text_model(word_tokenizer())
+    prompts = [
+        prompt("<pad> the big Ann met", "<pad> the big Bob met"),
+        *[
+            prompt(f"the big {a} met", f"the big {b} met")
+            for a, b in ("Ann Cat".split(), "Dan Eve".split())
+        ],
+    ]
+    path = write_prompts(tmp_path, prompts)
+    whole, _ = load(path, model, (3, 0), prepend_bos=False)
+    cut, _ = load(path, model, (3, 0), prepend_bos=False, tail_divergence=True)
+    assert cut.diverge_idx == 0
+    t.testing.assert_close(
+        outputs(patchable(model, cut), cut), outputs(patchable(model), whole), **EXACT
+    )
+
+
 def test_the_prefix_is_common_to_all_prompts_not_only_to_a_pair(tmp_path: Path) -> None:
     # Upstream mistake 1: each pair shares "<bos> Ann met", but only <bos> is common.
     prompts = [

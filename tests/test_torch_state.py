@@ -309,7 +309,10 @@ def test_a_graph_and_a_loader_made_in_inference_mode(
     assert difference(found, expected[key]) <= TOLERANCE
 
 
-def test_activations_and_inputs_made_in_inference_mode(model: PatchableModel) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_activations_and_inputs_made_in_inference_mode(
+    model: PatchableModel, overwrite: bool
+) -> None:
     expected = own_loop(model)
     with t.inference_mode():
         clean, corrupt = CLEAN.clone(), CORRUPT.clone()
@@ -317,7 +320,10 @@ def test_activations_and_inputs_made_in_inference_mode(model: PatchableModel) ->
         assert not patch.is_inference()
         patch = patch.clone()
         received = t.empty_like(patch)
-    with train_mask_mode(model) as masks, patch_mode(model, patch, None, received):
+    with (
+        train_mask_mode(model) as masks,
+        patch_mode(model, patch, None, received, overwrite_patch=overwrite),
+    ):
         set_all_masks(model, 0.3)
         model(clean)[:, -1].square().mean().backward()
         found = {n: m.grad.clone() for n, m in masks.items() if m.grad is not None}

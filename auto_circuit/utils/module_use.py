@@ -63,7 +63,8 @@ def in_use(model: Any, by: object, patches: bool = False) -> Iterator[None]:
 
 def is_in_use(model: Any) -> bool:
     """Does anybody run the module, or have hooks on it?"""
-    return KEY in _module_that_runs(model).__dict__
+    use = _module_that_runs(model).__dict__.get(KEY)
+    return use is not None and bool(use.depth or use.readers)
 
 
 @contextmanager

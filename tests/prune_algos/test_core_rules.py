@@ -85,6 +85,49 @@ def test_subnetwork_probing_pays_for_edges_above_the_allowed_size(
     assert step.loss == pytest.approx(step.faithfulness + step.penalty, rel=1e-5)
 
 
+def test_the_allowed_size_falls_by_the_same_factor_each_step(
+    model: PatchableModel,
+) -> None:
+    """From 13 edges to 2 in 3 of 4 steps; 12.1 of them are open all the time."""
+    training = train_subnetwork(
+        model,
+        micro_loader(),
+        learning_rate=1e-9,
+        epochs=4,
+        init_val=-1.0,
+        regularize_lambda=3,
+        circuit_size=2,
+        size_warmup=0.75,
+        tree_optimisation=True,
+        faithfulness_target="logit_diff",
+    )
+    factor = (2 / 13) ** (1 / 3)
+    for step, allowed in zip(
+        training.steps, (13 * factor, 13 * factor**2, 2, 2), strict=True
+    ):
+        expected = 3 * (step.n_edges - allowed) / allowed
+        assert expected > 0
+        assert step.penalty == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("patience,n_epochs", [(1, 2), (2, 3), (None, 5)])
+def test_patience_counts_the_epochs_after_the_best(
+    model: PatchableModel, patience: int | None, n_epochs: int
+) -> None:
+    """Too small a step to change a gate: no loss is lower than that of the first epoch."""
+    training = train_subnetwork(
+        model,
+        micro_loader([1.0, 2.0]),
+        learning_rate=1e-9,
+        epochs=5,
+        mask_fn="sigmoid",
+        tree_optimisation=True,
+        faithfulness_target="logit_diff",
+        patience=patience,
+    )
+    assert len(training.steps) == 2 * n_epochs
+
+
 def test_the_multipliers_of_edge_pruning_climb(model: PatchableModel) -> None:
     """They begin at 0; Adam's first step is the learning rate, towards a higher loss.
 

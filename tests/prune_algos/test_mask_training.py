@@ -65,13 +65,14 @@ def test_open_gates_let_the_clean_signal_in(side: Any, open_mask: float) -> None
     set_all_masks(graph, 0.0)
 
 
-def test_a_training_in_edge_direction_begins_at_the_model_if_gates_are_open() -> None:
-    """And at the corrupt prompts' outputs, if they are shut."""
+@pytest.mark.parametrize("tree", [True, False])
+def test_a_training_begins_at_the_model_if_gates_are_open(tree: bool) -> None:
+    """And at the corrupt prompts' outputs, if they are shut; in both directions."""
     graph, loader = model(), token_loader()
     first = {}
     for init_val in (-30.0, 30.0):
         training = train_subnetwork(
-            graph, loader, epochs=1, init_val=init_val, tree_optimisation=False
+            graph, loader, epochs=1, init_val=init_val, tree_optimisation=tree
         )
         first[init_val] = training.steps[0].faithfulness
     batch, *_ = training_batches(graph, loader, AblationType.RESAMPLE, "corrupt")

@@ -16,6 +16,7 @@ from auto_circuit.prune_algos.edge_attribution_patching import (
 )
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model, train_mask_mode
+from auto_circuit.utils.module_use import being_read, in_use, is_in_use
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.models import gpt2, llama, state_snapshot, tokens
 from tests.test_prune import token_loader
@@ -120,7 +121,58 @@ def test_racing_threads_get_right_numbers_or_an_error(
     assert t.equal(patched(one), right)
 
 
+# --------------------------------------------------------------------- what has been left
+
+
+def test_a_patch_mode_that_was_left_patches_no_more(
+    one: PatchableModel, two: PatchableModel
+) -> None:
+    """Also if another context of that model is still open."""
+    patch, plain = src_ablations(one, CORRUPT), two(CLEAN)
+    with train_mask_mode(one):
+        with patch_mode(one, patch, EDGE), pytest.raises(GraphError, match="Another"):
+            two(CLEAN)
+        assert t.equal(two(CLEAN), plain)
+
+
+def reads(module: t.nn.Module) -> bool:
+    with being_read(module, module):
+        return is_in_use(module)
+
+
+def test_a_thread_that_has_left_a_module_does_not_keep_it() -> None:
+    """Its hooks are gone; it only runs the module, which others may do too."""
+    module = t.nn.Linear(1, 1)
+    with ThreadPoolExecutor(1) as other, being_read(module, module):
+        with in_use(module, module), pytest.raises(GraphError, match="Another thread"):
+            other.submit(reads, module).result()
+        assert other.submit(reads, module).result()
+    assert not is_in_use(module)
+
+
+def test_a_bridge_and_the_model_in_it_are_one() -> None:
+    bridge: Any = gpt2(n_layers=1)
+    graph = make(bridge)
+    with ThreadPoolExecutor(1) as other, in_use(bridge, bridge):
+        for module in (bridge, bridge.original_model, graph):
+            assert is_in_use(module)
+            with pytest.raises(GraphError, match="Another thread"):
+                other.submit(reads, module).result()
+    assert not is_in_use(bridge.original_model)
+
+
 # ------------------------------------------------------------------------------- copies
+
+
+def test_a_module_that_is_copied_amid_its_use_is_in_nobodys() -> None:
+    module = t.nn.Linear(1, 1)
+    with ThreadPoolExecutor(1) as other, in_use(module, module, patches=True):
+        copied = copy.deepcopy(module)
+        assert is_in_use(module) and not is_in_use(copied)
+        assert other.submit(reads, copied).result()
+        with in_use(copied, copied, patches=True):
+            pass
+    assert not is_in_use(module) and not is_in_use(copied)
 
 
 @pytest.mark.parametrize("architecture", [lambda: gpt2(n_layers=1), llama])
