@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
 REPO = Path(__file__).resolve().parents[1]
 COPIED = ("auto_circuit", "datasets", "tests", "pyproject.toml", "experiments.py")
 LOADED_BEFORE = (
@@ -495,18 +495,21 @@ ALGORITHMS: tuple[Fault, ...] = (
         "return len(epochs) > patience and",
         "return len(epochs) >= patience and",
         CORE_RULES),
-    fault("half precision sums of gates", PROBING,
-        "gates = [at_least_float32(sign * mask) for mask in masks.values()]",
-        "gates = [sign * mask for mask in masks.values()]"),
+    fault("scores of the tree are the masks'", PROBING,
+        "trained = {name: sign * mask.detach() for",
+        "trained = {name: mask.detach() for",
+        CORE_RULES),
     fault("edges to avoid are sought", PROBING,
         "penalty = penalty + avoid_lambda * _openness(",
-        "penalty = penalty - avoid_lambda * _openness("),
+        "penalty = penalty - avoid_lambda * _openness(",
+        CORE_RULES),
     fault("Edge Pruning's multipliers never climb", PRUNING,
         "lr=multiplier_learning_rate, maximize=True",
         "lr=multiplier_learning_rate"),
     fault("Edge Pruning's target is there at once", PRUNING,
         "return first + (last - first) * progress",
-        "return last"),
+        "return last",
+        CORE_RULES),
     fault("the mean gate at left ends", PRUNING,
         "(t.arange(N_POINTS, device=logits.device) + 0.5) / N_POINTS",
         "(t.arange(N_POINTS, device=logits.device) + 0.01) / N_POINTS"),
@@ -1388,7 +1391,6 @@ def report(items: Sequence[Fault]) -> bool:
     items = [item for item in items if not _rotten(item)]
     for module in LOADED_BEFORE:
         importlib.import_module(module)
-    sys.modules["torch"].set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         trials = Trials(copied_into(Path(folder)))
         missed = [item for item in items if not trials.is_caught(item)]
@@ -1429,11 +1431,14 @@ class Trials:
             outcome = put_in(self.copy, item, left_out)
             if not outcome.is_caught or self._passes_without(outcome.failed):
                 break
-        verdict = "caught" if outcome.is_caught else "MISSED"
+        is_caught = outcome.is_caught
+        if outcome.status is None:  # on a busy machine all tests take long
+            is_caught = run_tests(self.copy, item.tests, *left_out).status is not None
+        verdict = "caught" if is_caught else "MISSED"
         by = outcome.failed.removeprefix("tests/") or f"status {outcome.status}"
         line = f"{outcome.seconds:5.1f} s  {verdict}  {item.file}: {item.name}  <- {by}"
         print(f"{line}  {outcome.why}".rstrip(), flush=True)
-        return outcome.is_caught
+        return is_caught
 
     def _passes_without(self, test: str) -> bool:
         if not test.startswith("tests/"):

@@ -15,8 +15,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-# Two processes of `pytest -n 2` take a core each.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# Two processes of `pytest -n 2` take a core each. Who says how many threads gets as many.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 # Property tests run in processes of their own (see `tests/fuzz/conftest.py`).

@@ -85,6 +85,45 @@ def test_subnetwork_probing_pays_for_edges_above_the_allowed_size(
     assert step.loss == pytest.approx(step.faithfulness + step.penalty, rel=1e-5)
 
 
+@pytest.mark.parametrize("tree", [True, False])
+def test_edges_to_avoid_cost_their_mean_openness(
+    model: PatchableModel, tree: bool
+) -> None:
+    """The gates are half open at first: all of them, and those to avoid."""
+    (step,) = train_subnetwork(
+        model,
+        micro_loader(),
+        epochs=1,
+        mask_fn="sigmoid",
+        init_val=0.0,
+        regularize_lambda=3,
+        tree_optimisation=tree,
+        avoid_edges=list(model.edges)[:4],
+        avoid_lambda=7,
+    ).steps
+    assert step.penalty == pytest.approx(0.5 * 3 + 0.5 * 7, rel=1e-6)
+
+
+@pytest.mark.parametrize("tree", [True, False])
+def test_a_training_without_a_step_gives_the_ranking_that_it_began_with(
+    model: PatchableModel, tree: bool
+) -> None:
+    """In tree direction too, where a mask's logit is minus the gate's."""
+    scores, edges = model.new_prune_scores(), list(model.edges)
+    for i, edge in enumerate(edges):
+        scores[edge.dest.module_name][edge.patch_idx] = (i + 1.0) * (-1) ** i
+    found = train_subnetwork(
+        model,
+        micro_loader(),
+        learning_rate=1e-9,
+        epochs=1,
+        tree_optimisation=tree,
+        warm_start=scores,
+    ).prune_scores
+    ranked = sorted(edges, key=lambda edge: float(edge.prune_score(found)))
+    assert ranked == edges
+
+
 def test_the_allowed_size_falls_by_the_same_factor_each_step(
     model: PatchableModel,
 ) -> None:
@@ -128,24 +167,29 @@ def test_patience_counts_the_epochs_after_the_best(
     assert len(training.steps) == 2 * n_epochs
 
 
-def test_the_multipliers_of_edge_pruning_climb(model: PatchableModel) -> None:
+@pytest.mark.parametrize("n_steps,warmup_share,progress", [(2, 0.5, 1.0), (4, 1.0, 0.5)])
+def test_the_multipliers_of_edge_pruning_climb(
+    model: PatchableModel, n_steps: int, warmup_share: float, progress: float
+) -> None:
     """They begin at 0; Adam's first step is the learning rate, towards a higher loss.
 
     Too many edges are left, so that is lower for the first and higher for the second.
+    progress: so much of the way to 0.6 has the target gone when the second step is made.
     """
     training = train_edge_pruning(
         model,
         micro_loader(),
         target_sparsity=0.6,
-        n_steps=2,
+        n_steps=n_steps,
         multiplier_learning_rate=5.0,
-        warmup_share=0.5,  # over with the first step
+        warmup_share=warmup_share,
         faithfulness_target="logit_diff",
     )
-    first, second = training.steps
+    first, second, *_ = training.steps
     assert first.penalty == 0
-    excess = (1 - second.n_edges / 13) - 0.6
-    assert excess < -0.3
+    start = 1 - first.n_edges / 13
+    excess = (1 - second.n_edges / 13) - (start + (0.6 - start) * progress)
+    assert excess < -0.1
     assert second.penalty == pytest.approx(-5 * excess + 5 * excess**2, rel=1e-4)
 
 
