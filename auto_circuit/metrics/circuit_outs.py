@@ -13,7 +13,8 @@ from auto_circuit.circuits import Circuit, CircuitMasks, as_circuit
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
-from auto_circuit.metrics.prune_metrics.prune_metrics import PruneMetric
+from auto_circuit.metrics.prune_metrics.prompt_stats import batch_vals
+from auto_circuit.metrics.prune_metrics.prune_metric import PruneMetric
 from auto_circuit.prune import set_masks
 from auto_circuit.types import AblationType
 from auto_circuit.utils.ablation_activations import (
@@ -34,7 +35,7 @@ def iter_circuit_outs(
     dataloader: PromptDataLoader,
     circuits: Sequence[CircuitMasks],
     ablation_type: AblationType = AblationType.RESAMPLE,
-) -> Iterator[tuple[PromptPairBatch, int, Tensor]]:
+) -> Iterator[tuple[PromptPairBatch, int, Float[Tensor, "batch *pos vocab"]]]:
     """(batch, index of the circuit, its output) for every batch and circuit.
 
     The input is clean; along all edges that are not in the circuit, the ablation is
@@ -95,6 +96,6 @@ def circuit_prompt_vals(
     full = FullModelOuts(model, dataloader)
     vals: list[list[Tensor]] = [[] for _ in circuits]
     for batch, idx, out in iter_circuit_outs(model, dataloader, circuits, ablation_type):
-        prompt_vals = metric.prompt_func(out, batch, full)
-        vals[idx].append(prompt_vals.to("cpu", t.float64))
+        of_prompts = batch_vals(metric.prompt_func, out, batch, full)
+        vals[idx].append(of_prompts.to("cpu", t.float64))
     return t.stack([t.cat(of_circuit) for of_circuit in vals])

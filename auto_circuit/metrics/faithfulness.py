@@ -125,7 +125,7 @@ def faithfulness_curve(
     all_outs = iter_circuit_outs(model, dataloader, [*circuits.values()], ablation_type)
     for batch, idx, out in all_outs:
         by_idx[idx][batch.key] = out
-    values = dict(metric.metric_func(model, dataloader, outs))
+    values = dict(metric.measure(model, dataloader, outs))
     rounding = _rounding_error(outs[n_edges])
     return [
         FaithfulnessPoint(

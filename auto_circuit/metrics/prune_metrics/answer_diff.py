@@ -62,7 +62,6 @@ LOGIT_DIFF_METRIC = PruneMetric(
     key="Logit Diff",
     needs_wrong_answers=True,
     name="Logit Difference",
-    metric_func=partial(measure_answer_diff, prob_func="logits"),
     log_x=True,
     prompt_func=partial(prompt_answer_diffs, prob_func="logits"),
 )
@@ -71,7 +70,6 @@ PROB_DIFF_METRIC = PruneMetric(
     key="Prob Diff",
     needs_wrong_answers=True,
     name="Probability Difference",
-    metric_func=partial(measure_answer_diff, prob_func="softmax"),
     log_x=True,
     prompt_func=partial(prompt_answer_diffs, prob_func="softmax"),
     bounds=(-1.0, 1.0),
@@ -81,7 +79,6 @@ LOGPROB_DIFF_METRIC = PruneMetric(
     key="Logprob Diff",
     needs_wrong_answers=True,
     name="Log-Probability Difference",
-    metric_func=partial(measure_answer_diff, prob_func="log_softmax"),
     log_x=True,
     prompt_func=partial(prompt_answer_diffs, prob_func="log_softmax"),
 )

@@ -121,7 +121,6 @@ LOGIT_DIFF_PERCENT_METRIC = PruneMetric(
     key="Logit Diff Percent",
     needs_wrong_answers=True,
     name="Logit Difference (% of Model)",
-    metric_func=partial(measure_answer_diff_percent, prob_func="logits"),
     log_x=True,
     prompt_func=partial(prompt_answer_diff_percents, prob_func="logits"),
 )
@@ -130,7 +129,6 @@ PROB_DIFF_PERCENT_METRIC = PruneMetric(
     key="Prob Diff Percent",
     needs_wrong_answers=True,
     name="Probability Difference (% of Model)",
-    metric_func=partial(measure_answer_diff_percent, prob_func="softmax"),
     log_x=True,
     prompt_func=partial(prompt_answer_diff_percents, prob_func="softmax"),
 )
@@ -139,7 +137,6 @@ LOGPROB_DIFF_PERCENT_METRIC = PruneMetric(
     key="LogProb Diff Percent",
     needs_wrong_answers=True,
     name="Log-Probability Difference (% of Model)",
-    metric_func=partial(measure_answer_diff_percent, prob_func="log_softmax"),
     log_x=True,
     prompt_func=partial(prompt_answer_diff_percents, prob_func="log_softmax"),
 )
@@ -163,11 +160,9 @@ def with_mean_of_ratios(metric: PruneMetric) -> PruneMetric:
     """
     if metric not in PERCENT_METRICS:
         return metric
-    metric_func: Any = metric.metric_func
     prompt_func: Any = metric.prompt_func
     return replace(
         metric,
         name=f"{metric.name}, Mean over Prompts",
-        metric_func=partial(metric_func, diff_of_means=False),
         prompt_func=partial(prompt_func, diff_of_means=False),
     )

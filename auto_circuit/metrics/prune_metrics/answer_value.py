@@ -65,7 +65,6 @@ def prompt_answer_vals(
 ANSWER_LOGIT_METRIC = PruneMetric(
     key="Answer Logit",
     name="Answer Logit",
-    metric_func=partial(measure_answer_val, prob_func="logits"),
     log_x=True,
     prompt_func=partial(prompt_answer_vals, prob_func="logits"),
 )
@@ -74,7 +73,6 @@ WRONG_ANSWER_LOGIT_METRIC = PruneMetric(
     key="Wrong Answer Logit",
     needs_wrong_answers=True,
     name="Wrong Answer Logit",
-    metric_func=partial(measure_answer_val, prob_func="logits", wrong_answer=True),
     log_x=True,
     lower_better=True,
     prompt_func=partial(prompt_answer_vals, prob_func="logits", wrong_answer=True),
@@ -83,7 +81,6 @@ WRONG_ANSWER_LOGIT_METRIC = PruneMetric(
 ANSWER_PROB_METRIC = PruneMetric(
     key="Answer Prob",
     name="Answer Probability",
-    metric_func=partial(measure_answer_val, prob_func="softmax"),
     log_x=True,
     prompt_func=partial(prompt_answer_vals, prob_func="softmax"),
     bounds=(0.0, 1.0),
@@ -94,7 +91,6 @@ ANSWER_PROB_METRIC = PruneMetric(
 ANSWER_LOGPROB_METRIC = PruneMetric(
     key="Answer Logprob",
     name="Answer Log-Probability",
-    metric_func=partial(measure_answer_val, prob_func="log_softmax"),
     log_x=True,
     prompt_func=partial(prompt_answer_vals, prob_func="log_softmax"),
     bounds=(-math.inf, 0.0),

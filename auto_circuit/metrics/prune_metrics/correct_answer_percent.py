@@ -64,7 +64,6 @@ def prompt_correct_percents(
 CORRECT_ANSWER_PERCENT_METRIC = PruneMetric(
     key="Correct Answer Percent",
     name="Correct Answers (%)",
-    metric_func=measure_correct_ans_percent,
     log_x=True,
     prompt_func=prompt_correct_percents,
     bounds=(0.0, 100.0),
@@ -74,9 +73,6 @@ CORRECT_ANSWER_GREATER_THAN_INCORRECT_PERCENT_METRIC = PruneMetric(
     key="Correct Answer Greater Than Incorrect Percent",
     needs_wrong_answers=True,
     name="Correct Answer Above Incorrect (%)",
-    metric_func=partial(
-        measure_correct_ans_percent, out_of_correct_and_incorrect_answers=True
-    ),
     log_x=True,
     prompt_func=partial(
         prompt_correct_percents, out_of_correct_and_incorrect_answers=True

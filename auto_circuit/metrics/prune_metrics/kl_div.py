@@ -79,7 +79,6 @@ def _position_weights(batch: PromptPairBatch, side: Side, full: FullModelOuts) -
 CLEAN_KL_DIV_METRIC = PruneMetric(
     key="Clean KL Div",
     name="KL(Clean || Circuit)",
-    metric_func=partial(measure_kl_div, compare_to_clean=True),
     log_x=True,
     log_y=True,
     lower_better=True,
@@ -91,7 +90,6 @@ CLEAN_KL_DIV_METRIC = PruneMetric(
 CORRUPT_KL_DIV_METRIC = PruneMetric(
     key="Corrupt KL Div",
     name="KL(Corrupt || Circuit)",
-    metric_func=partial(measure_kl_div, compare_to_clean=False),
     log_x=True,
     log_y=True,
     y_min=1e-6,

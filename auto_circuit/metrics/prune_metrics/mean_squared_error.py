@@ -55,7 +55,6 @@ def prompt_squared_errors(
 CLEAN_MSE_METRIC = PruneMetric(
     key="Clean MSE",
     name="Squared Difference to Clean",
-    metric_func=measure_mean_squared_error,
     log_x=True,
     log_y=True,
     lower_better=True,

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from warnings import warn
 
 import torch as t
+from jaxtyping import Float
 from torch import Tensor
 
 from auto_circuit.checks import checked, shown
 from auto_circuit.data import PromptPairBatch
-from auto_circuit.errors import DataError
+from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.types import CircuitOutputs, Measurements
 from auto_circuit.utils.torch_state import in_own_state
 
-PromptFunc = Callable[[Tensor, PromptPairBatch, FullModelOuts], Tensor]
-"""(circuit's output [batch *pos vocab], batch, full model's outputs) -> [batch]"""
-
+PromptFunc = Callable[
+    [Float[Tensor, "batch *pos vocab"], PromptPairBatch, FullModelOuts],
+    Float[Tensor, "batch"],
+]
+"""(circuit's output, batch, full model's outputs) -> the value of each prompt"""
 
 OTHER_LOADER = (
     "they were computed on another loader. Give the loader that `run_circuits` was given."
@@ -88,13 +92,35 @@ def prompt_vals(
             [
                 val
                 for batch in batches
-                for val in prompt_func(outs[batch.key], batch, full).tolist()
+                for val in batch_vals(prompt_func, outs[batch.key], batch, full).tolist()
             ],
         )
         for n_edges, outs in circuit_outs.items()
     ]
     _warn_of_nan(found, circuit_outs)
     return found
+
+
+def batch_vals(
+    prompt_func: PromptFunc,
+    out: Float[Tensor, "batch *pos vocab"],
+    batch: PromptPairBatch,
+    full: FullModelOuts,
+) -> Float[Tensor, "batch"]:
+    """A metric's value for each prompt of a batch.
+
+    Raises ConfigError if the metric's function gives anything but a number for each.
+    """
+    vals = prompt_func(out, batch, full)
+    n_prompts = len(batch.clean)
+    if not isinstance(vals, Tensor) or vals.shape != (n_prompts,):
+        function = prompt_func.func if isinstance(prompt_func, partial) else prompt_func
+        raise ConfigError(
+            f"The metric's function `{getattr(function, '__name__', function)}` gave "
+            f"{shown(vals)} for a batch of {n_prompts} prompts; expected a Tensor "
+            f"[{n_prompts}]: a number for each prompt."
+        )
+    return vals if vals.is_floating_point() else vals.double()
 
 
 def _warn_of_nan(found: list[PromptVals], circuit_outs: CircuitOutputs) -> None:

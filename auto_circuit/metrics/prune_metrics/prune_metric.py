@@ -7,15 +7,38 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from auto_circuit.checks import checked
+from auto_circuit.checks import checked, shown
 from auto_circuit.data import PromptPairBatch, check_wrong_answers
 from auto_circuit.errors import ConfigError
-from auto_circuit.metrics.prune_metrics.prompt_stats import PromptFunc
+from auto_circuit.metrics.protocols import SlicedModel
+from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
+from auto_circuit.metrics.prune_metrics.prompt_stats import PromptFunc, prompt_means
 from auto_circuit.prompt_files import Prompt
 from auto_circuit.types import CircuitOutputs, Measurements, PruneMetricKey
 
 MetricFunc = Callable[[Any, Iterable[PromptPairBatch], CircuitOutputs], Measurements]
 """(model, dataloader, circuit outputs) -> [(number of edges, value)]"""
+
+
+@dataclass(frozen=True)
+class MeanOverPrompts:
+    """The `metric_func` that follows from a `prompt_func`: the mean over prompts."""
+
+    prompt_func: PromptFunc | None = None
+
+    def __call__(
+        self,
+        model: SlicedModel,
+        dataloader: Iterable[PromptPairBatch],
+        circuit_outs: CircuitOutputs,
+        *,
+        full_model_outs: FullModelOuts | None = None,
+    ) -> Measurements:
+        """[(number of edges, mean over prompts)]; raises DataError as `prompt_means` does."""
+        assert self.prompt_func is not None
+        return prompt_means(
+            model, dataloader, circuit_outs, self.prompt_func, full_model_outs
+        )
 
 
 @checked
@@ -24,23 +47,26 @@ class PruneMetric:
     """One number for each circuit size, and how to draw it.
 
     key: the name under which results are filed. name: the label of figures' y axes.
-    metric_func: (model, dataloader, circuit outputs) -> [(number of edges, value)].
+    prompt_func: (circuit's output, batch, full model's outputs) -> the value of each
+        prompt: what the metric is. With it, measurements have standard deviations, and
+        metrics share the full model's outputs.
+    metric_func: (model, dataloader, circuit outputs) -> [(number of edges, value)]. It
+        follows from `prompt_func`; give it for a metric that is no mean over prompts.
     log_x, log_y: are the figures' axes logarithmic? A logarithmic y axis needs `y_min`.
     lower_better: is a lower value closer to the full model?
     y_axes_match: do a figure's tasks share one y axis?
     y_min: the lowest value that is drawn, and that enters an area, if log_y.
-    prompt_func: the same metric for each prompt of a batch. With it, measurements have
-        standard deviations, and share the full model's outputs with other metrics.
     bounds: the lowest and the highest value that the metric can have.
     of_numbers: does it also measure models whose output is a number, and no word?
     needs_wrong_answers: does it compare answers with wrong ones?
 
-    Raises ConfigError for a logarithmic y axis without a positive `y_min`.
+    Raises ConfigError for a metric without a function, and for a logarithmic y axis without
+    a positive `y_min`.
     """
 
     key: PruneMetricKey
     name: str
-    metric_func: MetricFunc
+    metric_func: MetricFunc = MeanOverPrompts()
     log_x: bool = False
     log_y: bool = False
     lower_better: bool = False
@@ -52,11 +78,43 @@ class PruneMetric:
     needs_wrong_answers: bool = False
 
     def __post_init__(self) -> None:
+        # Made anew for `replace(metric, prompt_func=...)`, where it would be the old one's.
+        if isinstance(self.metric_func, MeanOverPrompts):
+            object.__setattr__(self, "metric_func", MeanOverPrompts(self.prompt_func))
+            if self.prompt_func is None:
+                raise ConfigError(
+                    f"The metric {self.key!r} has no function. Give a `prompt_func` (the "
+                    "value of each prompt), or a `metric_func` if it is no mean over "
+                    "prompts."
+                )
         if self.log_y and (self.y_min is None or self.y_min <= 0):
             raise ConfigError(
                 f"The metric {self.key!r} has `log_y` and y_min={self.y_min}; a "
                 "logarithmic axis needs a `y_min` above 0."
             )
+
+    def measure(
+        self,
+        model: SlicedModel,
+        dataloader: Iterable[PromptPairBatch],
+        circuit_outs: CircuitOutputs,
+    ) -> Measurements:
+        """[(number of edges, value)], one for each circuit.
+
+        Raises ConfigError if `metric_func` gives anything else.
+        """
+        points = self.metric_func(model, dataloader, circuit_outs)
+        try:
+            sizes = [int(n_edges) for n_edges, _ in points]
+            found: Measurements = [(int(n), float(value)) for n, value in points]
+        except (TypeError, ValueError, OverflowError):
+            sizes, found = [], []
+        if sorted(sizes) != sorted(circuit_outs):
+            raise ConfigError(
+                f"The metric {self.key!r} gave {shown(points)}; expected a list of (number "
+                f"of edges, value), one for each of the circuits {sorted(circuit_outs)}."
+            )
+        return found
 
     def check_prompts(
         self, dataloader: Iterable[PromptPairBatch] | Sequence[Prompt]

@@ -88,7 +88,7 @@ def measured_values(
 ) -> list[MeasuredValue]:
     """A metric's value for each circuit, with its spread if it is per prompt."""
     if metric.prompt_func is None:
-        points = metric.metric_func(model, dataloader, circuit_outs)
+        points = metric.measure(model, dataloader, circuit_outs)
         return [(int(n_edges), float(value), None, None) for n_edges, value in points]
     circuits = prompt_vals(model, dataloader, circuit_outs, metric.prompt_func, full)
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
     PruneMetric,
     find_metric,
 )
+from auto_circuit.metrics.prune_metrics.task_measurements import measured_values
 from auto_circuit.types import CircuitOutputs
 from auto_circuit.utils.tensor_ops import UndefinedPercentWarning
 
@@ -377,3 +379,62 @@ def test_logarithmic_metrics_need_a_minimum(y_min: float | None) -> None:
 def test_unknown_metric() -> None:
     with pytest.raises(ConfigError, match="'Clean KL'.*Did you mean 'Clean KL Div'"):
         find_metric("Clean KL")
+
+
+# -------------------------------------------------------------------- one's own metrics
+
+
+def top_logit(out: Tensor, batch: PromptPairBatch, full: FullModelOuts) -> Tensor:
+    return out.flatten(1).amax(1)
+
+
+def test_a_function_of_prompts_is_enough(
+    model: Any, batches: Batches, circuit_outs: CircuitOutputs
+) -> None:
+    metric = PruneMetric("Top", "Top", prompt_func=top_logit)
+    points = metric.metric_func(model, batches, circuit_outs)
+    by_hand = {
+        size: concat(outs).flatten(1).amax(1).double().mean().item()
+        for size, outs in circuit_outs.items()
+    }
+    assert dict(points) == pytest.approx(by_hand)
+    assert metric.measure(model, batches, circuit_outs) == points
+
+
+def test_another_function_of_prompts_is_another_mean(
+    model: Any, batches: Batches, circuit_outs: CircuitOutputs
+) -> None:
+    metric = PruneMetric("Top", "Top", prompt_func=top_logit)
+    doubled = replace(metric, prompt_func=lambda *args: 2 * top_logit(*args))
+    once, twice = (
+        [value for _, value in m.metric_func(model, batches, circuit_outs)]
+        for m in (metric, doubled)
+    )
+    assert twice == pytest.approx([2 * value for value in once])
+    assert PruneMetric("Top", "Top", prompt_func=top_logit) == metric != doubled
+
+
+def test_a_metric_without_a_function_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'Empty' has no function.*prompt_func"):
+        PruneMetric("Empty", "Empty")
+
+
+@pytest.mark.parametrize(
+    "func", [lambda out, *_: out, lambda out, *_: out.mean(), lambda *_: [1.0, 2.0]]
+)
+def test_a_function_that_gives_no_number_for_each_prompt(
+    func: Any, model: Any, batches: Batches, circuit_outs: CircuitOutputs
+) -> None:
+    metric = PruneMetric("Bad", "Bad", prompt_func=func)
+    with pytest.raises(ConfigError, match="a number for each prompt"):
+        metric.metric_func(model, batches, circuit_outs)
+
+
+@pytest.mark.parametrize("points", [None, 3.0, [], [(0, 1.0)], [1.0, 2.0, 3.0], ["a"]])
+def test_a_metric_that_gives_no_value_for_each_circuit(
+    points: Any, model: Any, batches: Batches, circuit_outs: CircuitOutputs
+) -> None:
+    metric = PruneMetric("Bad", "Bad", lambda *_: points)
+    full = FullModelOuts(model, batches)
+    with pytest.raises(ConfigError, match=r"'Bad' gave .* circuits \[0, 5, 9\]"):
+        measured_values(metric, model, batches, circuit_outs, full)
