@@ -436,6 +436,7 @@ def test_the_seed_reaches_what_is_drawn(tmp_path: Path) -> None:
         out=tmp_path,
     )
     algos = [find_prune_algo(name) for name in config.algos]
+    assert list(config.seeds) == [42, 43]
     for seed, names in ((42, ["Random", "EAP", "MAttr quick"]), (43, ["Random", "EAP"])):
         of_seed = experiments._algos_of(algos, seed, config)
         assert [algo.short_name for algo in of_seed] == names

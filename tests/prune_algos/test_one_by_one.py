@@ -269,6 +269,52 @@ def test_candidates_are_the_best_edges() -> None:
         acdc_after_eap_prune_scores(model, loader, None, thresholds=(0.0,))
 
 
+def test_edges_that_are_no_candidates_are_patched_from_the_beginning() -> None:
+    """The plain loop over the candidates, with all others patched already."""
+    model, loader = micro_model(), micro_loader([0.1])
+    (batch,) = loader
+    patch = src_ablations(model, batch.corrupt)
+    eap = edge_attribution_patching_prune_scores(model, loader, None)
+    in_circuit, _ = circuit_mask(eap, 5)
+    kept, others = (
+        [
+            e
+            for e in model.edges
+            if bool(in_circuit[e.dest.module_name][e.patch_idx]) == is_in
+        ]
+        for is_in in (True, False)
+    )
+    assert len(kept) == 5
+
+    def logprobs(edges: list[Edge]) -> t.Tensor:
+        with t.no_grad(), patch_mode(model, patch, edges):
+            return model(batch.clean)[model.out_slice].double().log_softmax(-1)
+
+    def plain_loop(already: list[Edge], threshold: float) -> list[Edge]:
+        clean, removed = logprobs([]), []
+
+        def kl(edges: list[Edge]) -> float:
+            circuit = logprobs([*already, *edges])
+            return float((clean.exp() * (clean - circuit)).sum(-1).mean())
+
+        last = kl([])
+        for edge in sorted(kept, key=lambda edge: (-edge.dest.layer, edge)):
+            if (now := kl([*removed, edge])) - last < threshold:
+                removed, last = [*removed, edge], now
+        return removed
+
+    n_apart = 0
+    for threshold in (1e-3, 1e-2, 0.1, 0.3, 1.0):
+        expected = plain_loop(others, threshold)
+        n_apart += expected != plain_loop([], threshold)
+        scores = acdc_after_eap_prune_scores(model, loader, None, 5, (threshold,))
+        removed = [
+            e for e in kept if float(e.prune_score(scores)) == pytest.approx(threshold)
+        ]
+        assert removed == sorted(expected)
+    assert n_apart > 0
+
+
 def test_the_quick_variant_is_acdc_on_small_graphs() -> None:
     model, loader = micro_model(), micro_loader([0.1, 0.2], 2)
     exps = {"tao_exps": (-3, -2), "tao_bases": (1,)}
