@@ -10,9 +10,10 @@ from __future__ import annotations
 import inspect
 import math
 import reprlib
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
-from functools import wraps
+from functools import partial, wraps
 from numbers import Integral, Number, Real
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -40,17 +41,33 @@ def checked(function: F) -> F:
     and classes of this package; other annotations allow anything.
     """
     if isinstance(function, type):
-        function.__init__ = checked(function.__init__)
+        function.__init__ = _checked(
+            function.__init__, partial(_scope_of_class, function)
+        )
         return function  # type: ignore[return-value]
+    scope = getattr(inspect.unwrap(function), "__globals__", {})
+    return _checked(function, lambda: scope)
+
+
+def _scope_of_class(kind: type) -> dict[str, Any]:
+    """What annotations of fields may name; inherited fields' may be of another module."""
+    scope: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        scope |= vars(sys.modules[base.__module__])
+    return scope
+
+
+def _checked(function: F, scope_of: Callable[[], dict[str, Any]]) -> F:
     signature = inspect.signature(function)
     places = {name: place for place, name in enumerate(signature.parameters)}
-    scope = getattr(inspect.unwrap(function), "__globals__", {})
+    scope: dict[str, Any] = {}
     tests: dict[str, _Test] | None = None
 
     @wraps(function)
     def with_checks(*args: Any, **kwargs: Any) -> Any:
-        nonlocal tests
+        nonlocal tests, scope
         if tests is None:  # when it is first called: every name is known then
+            scope = scope_of()
             tests = _tests(signature, scope)
         wrong = []
         for name, test in tests.items():
@@ -368,4 +385,9 @@ def check_device(name: str, value: Any) -> t.device:
 
 def seeded_generator(seed: Any, device: t.device | str = "cpu") -> t.Generator:
     """A generator of random numbers of its own. Raises ConfigError for what is no seed."""
-    return t.Generator(device).manual_seed(check_count("seed", seed, 0, 2**63 - 1))
+    return t.Generator(device).manual_seed(check_seed(seed))
+
+
+def check_seed(seed: Any) -> int:
+    """The seed as an int. Raises ConfigError for what no generator could be given."""
+    return check_count("seed", seed, 0, 2**63 - 1)

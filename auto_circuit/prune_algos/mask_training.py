@@ -2,6 +2,11 @@
 
 A training step costs one forward and one backward pass. Before the first step, each batch
 costs two forward passes: one for what is patched in, one for the full model's outputs.
+
+Signs. Logits of configs, warm starts, penalties and scores speak of the circuit: the higher,
+the surer is the edge in it. Masks speak of patching, as those of all wrappers: 1 is patched.
+Which logits a training's masks have depends on what its patched edges are (`PatchedEdges`), and
+`swapped_logits` is the one place that goes from one to the other.
 """
 
 from __future__ import annotations
@@ -11,14 +16,14 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch as t
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from auto_circuit.checks import check_count, check_number, checked
+from auto_circuit.checks import check_count, check_number, check_seed, checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.errors import TrainingError
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
@@ -32,6 +37,10 @@ from auto_circuit.utils.ablation_activations import (
 )
 from auto_circuit.utils.graph_utils import patch_mode
 from auto_circuit.utils.patchable_model import PatchableModel, unpatched
+
+PatchedEdges = Literal["circuit", "others"]
+"""What patched edges are: the circuit (corrupt prompts, its edges patched with clean
+activations), or all others (clean prompts, the circuit's edges left alone)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +146,42 @@ def _training_steps(
 
 
 @checked
+def swapped_logits(logits: Tensor, patched: PatchedEdges) -> Tensor:
+    """Logits of being in the circuit, from a mask's; or a mask's, from those."""
+    return logits * (1 if patched == "circuit" else -1)
+
+
+@checked
+def set_circuit_logits(
+    masks: Mapping[str, Parameter], first: PruneScores, patched: PatchedEdges
+) -> None:
+    """Let a training begin with these logits of being in the circuit."""
+    for name, logits in first.items():
+        masks[name].data.copy_(swapped_logits(logits, patched))
+
+
+@checked
+def circuit_logits(
+    masks: Mapping[str, Parameter], patched: PatchedEdges
+) -> dict[str, Tensor]:
+    """The logits of being in the circuit."""
+    return {name: swapped_logits(mask, patched) for name, mask in masks.items()}
+
+
+def first_logits(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    warm_start: PruneAlgo | PruneScores | None,
+    first: float,
+    highest: float,
+) -> PruneScores:
+    """What a training's gates begin with: one logit for all, or a warm start's for each."""
+    if warm_start is None:
+        return model.new_prune_scores(first)
+    return warm_start_logits(model, dataloader, warm_start, highest)
+
+
+@checked
 def warm_start_logits(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -189,21 +234,44 @@ def circuit_outputs(model: PatchableModel, batch: TrainingBatch) -> Tensor:
     return model.sliced(batch.inputs, **batch.kwargs)
 
 
-def training_step(
-    step: int, loss: Tensor, faithfulness: Tensor, penalty: Tensor, n_edges: Tensor
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """What a step lowers (the sum of the first two), and the expected size of its circuit."""
+
+    faithfulness: Float[Tensor, ""]
+    penalty: Float[Tensor, ""]
+    n_edges: Float[Tensor, ""]
+
+
+def take_step(
+    step: int,
+    losses: Losses,
+    learning_rate: int | float,
+    optimizers: Sequence[t.optim.Optimizer],
 ) -> TrainingStep:
-    """The record of a step, from its tensors."""
-    values = (float(value.detach()) for value in (loss, faithfulness, penalty, n_edges))
-    return TrainingStep(step, *values)
+    """One step down the gradient of all optimizers, and its record.
+
+    Raises TrainingError if the loss is not a finite number.
+    """
+    loss = losses.faithfulness + losses.penalty
+    check_finite(loss, step, learning_rate)
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    parts = (loss, losses.faithfulness, losses.penalty, losses.n_edges)
+    return TrainingStep(step, *(float(value.detach()) for value in parts))
 
 
-def check_training(n_steps: int, learning_rate: int | float) -> None:
+def check_training(n_steps: int, learning_rate: int | float, seed: int) -> None:
     """Raise ConfigError for a training of no steps, or of steps that lead nowhere."""
     check_count("n_steps", n_steps)
     check_number("learning_rate", learning_rate, above=0)
+    check_seed(seed)
 
 
-def check_finite(loss: Tensor, step: int, learning_rate: float) -> None:
+def check_finite(loss: Float[Tensor, ""], step: int, learning_rate: int | float) -> None:
     """Raise TrainingError if the loss is not a finite number."""
     if math.isfinite(loss.item()):
         return
@@ -217,6 +285,14 @@ def check_finite(loss: Tensor, step: int, learning_rate: float) -> None:
         f"The loss is {loss.item()} at step {step}: the training diverged. Lower the "
         f"learning rate (it is {learning_rate})."
     )
+
+
+@checked
+def scores_from_masks(
+    masks: Mapping[str, Parameter], patched: PatchedEdges, learning_rate: int | float
+) -> PruneScores:
+    """What `scores_from_logits` makes of the masks of a training that is over."""
+    return scores_from_logits(circuit_logits(masks, patched), learning_rate)
 
 
 def scores_from_logits(logits: Mapping[str, Tensor], learning_rate: float) -> PruneScores:

@@ -11,8 +11,8 @@ passes (2 F) once.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from functools import partial
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch as t
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from auto_circuit.checks import check_number, checked, seeded_generator
 from auto_circuit.data import PromptDataLoader
+from auto_circuit.prune_algos.algo_config import AlgoConfig, bound, takes_options
 from auto_circuit.prune_algos.mask_training import (
     MaskTraining,
     TrainingStep,
@@ -47,95 +48,98 @@ BISECTIONS = 50
 
 
 @checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MatryoshkaConfig(AlgoConfig):
+    """The options of Matryoshka attribution.
+
+    n_steps: batches that are trained on; the loader starts anew when it ends.
+    learning_rate: of the scores (Adam).
+    temperature: T; the lower, the nearer to a sharp top-k.
+    sizes: how k is drawn from 1..number of edges; "log_uniform" gives small circuits as
+        many steps as large ones. seed: of these draws.
+    ablation_type: what is patched in.
+    faithfulness_target: the loss, see `objectives.faithfulness_loss`; "logit_diff" is the
+        paper's, minus the mean difference between right and wrong answers' logits.
+    """
+
+    n_steps: int = 5000
+    learning_rate: int | float = 0.05
+    temperature: int | float = 0.5
+    sizes: SizeDistribution = "log_uniform"
+    ablation_type: AblationType = AblationType.RESAMPLE
+    seed: int = 0
+    faithfulness_target: FaithfulnessTarget = "logit_diff"
+
+    def __post_init__(self) -> None:
+        check_training(self.n_steps, self.learning_rate, self.seed)
+        check_number("temperature", self.temperature, above=0)
+
+
+@takes_options(MatryoshkaConfig)
+@checked
 def matryoshka_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
     official_edges: Collection[Edge] | None,
-    n_steps: int = 5000,
-    learning_rate: float = 0.05,
-    temperature: float = 0.5,
-    sizes: SizeDistribution = "log_uniform",
-    ablation_type: AblationType = AblationType.RESAMPLE,
-    seed: int = 0,
-    faithfulness_target: FaithfulnessTarget = "logit_diff",
+    config: MatryoshkaConfig,
 ) -> PruneScores:
     """Each edge's score, shifted so that the lowest is 0. See `train_matryoshka`."""
-    return train_matryoshka(
-        model,
-        dataloader,
-        n_steps,
-        learning_rate,
-        temperature,
-        sizes,
-        ablation_type,
-        seed,
-        faithfulness_target,
-    ).prune_scores
+    return train_matryoshka(model, dataloader, config).prune_scores
 
 
+@takes_options(MatryoshkaConfig)
 @checked
 @in_own_state(grad=True)
 def train_matryoshka(
-    model: PatchableModel,
-    dataloader: PromptDataLoader,
-    n_steps: int = 5000,
-    learning_rate: float = 0.05,
-    temperature: float = 0.5,
-    sizes: SizeDistribution = "log_uniform",
-    ablation_type: AblationType = AblationType.RESAMPLE,
-    seed: int = 0,
-    faithfulness_target: FaithfulnessTarget = "logit_diff",
+    model: PatchableModel, dataloader: PromptDataLoader, config: MatryoshkaConfig
 ) -> MaskTraining:
     """Learn scores whose soft top-k circuits do what the model does.
 
     The higher a score, the smaller the circuits that the edge is in.
 
-    temperature: T; the lower, the nearer to a sharp top-k.
-    sizes: how k is drawn from 1..number of edges; "log_uniform" gives small circuits as
-        many steps as large ones. seed: of these draws.
-    faithfulness_target: the loss, see `objectives.faithfulness_loss`; "logit_diff" is the
-        paper's, minus the mean difference between right and wrong answers' logits.
+    config: see `MatryoshkaConfig`; its options may be given one by one too.
 
-    Raises ConfigError for arguments that make no sense, TrainingError if the loss becomes
-    NaN.
+    Raises ConfigError for options out of range, TrainingError if the loss becomes NaN.
     """
-    check_training(n_steps, learning_rate)
-    check_number("temperature", temperature, above=0)
-    check_objective(dataloader, faithfulness_target)
-    batches = training_batches(model, dataloader, ablation_type, "clean")
-    generator = seeded_generator(seed)
+    check_objective(dataloader, config.faithfulness_target)
+    batches = training_batches(model, dataloader, config.ablation_type, "clean")
+    generator = seeded_generator(config.seed)
     steps = []
     with (
         train_mask_mode(model, notes=False) as masks,
-        training_steps(model, batches, n_steps) as all_steps,
+        training_steps(model, batches, config.n_steps) as all_steps,
     ):
         lengths = [mask.numel() for mask in masks.values()]
-        first = next(iter(masks.values()))
-        # In half precision a sum over so many shares would mean little.
-        dtype = t.promote_types(first.dtype, t.float32)
-        scores = t.zeros(sum(lengths), dtype=dtype, device=first.device)
-        scores.requires_grad_()
-        optimizer = t.optim.Adam([scores], lr=learning_rate)
+        scores = _first_scores(masks)
+        optimizer = t.optim.Adam([scores], lr=config.learning_rate)
         for step, batch in all_steps:
-            size = _draw_size(sum(lengths), sizes, generator)
-            kept = soft_top_k(scores.detach(), size, temperature)
+            size = _draw_size(len(scores), config.sizes, generator)
+            kept = soft_top_k(scores.detach(), size, config.temperature)
             for mask, shares in zip(masks.values(), kept.split(lengths), strict=True):
                 mask.data.copy_(1 - shares.view_as(mask))
                 mask.grad = None
             outputs = circuit_outputs(model, batch)
             loss = faithfulness_loss(
-                faithfulness_target, outputs, batch.batch, batch.clean_outputs
+                config.faithfulness_target, outputs, batch.batch, batch.clean_outputs
             )
-            check_finite(loss, step, learning_rate)
+            check_finite(loss, step, config.learning_rate)
             loss.backward()
             grad = t.cat([-_gradient(mask).flatten() for mask in masks.values()])
-            scores.grad = soft_top_k_gradient(kept, grad.to(dtype), temperature)
+            scores.grad = soft_top_k_gradient(kept, grad.to(scores), config.temperature)
             optimizer.step()
             steps.append(TrainingStep(step, loss.item(), loss.item(), 0.0, size))
         parts = zip(masks.items(), scores.detach().split(lengths), strict=True)
         found = {name: values.view_as(mask).clone() for (name, mask), values in parts}
-        found = scores_from_logits(found, learning_rate)
+        found = scores_from_logits(found, config.learning_rate)
     return MaskTraining(found, tuple(steps))
+
+
+def _first_scores(masks: Mapping[str, Tensor]) -> Float[Tensor, "edges"]:
+    """A score of 0 for every edge. In half precision a sum of shares would mean little."""
+    first = next(iter(masks.values()))
+    dtype = t.promote_types(first.dtype, t.float32)
+    n_edges = sum(mask.numel() for mask in masks.values())
+    return t.zeros(n_edges, dtype=dtype, device=first.device).requires_grad_()
 
 
 @checked
@@ -183,14 +187,14 @@ MATRYOSHKA_PRUNE_ALGO = PruneAlgo(
     key="Matryoshka Attribution",
     name="Matryoshka Attribution",
     _short_name="MAttr",
-    func=partial(matryoshka_prune_scores, n_steps=5000),
+    func=bound(matryoshka_prune_scores, MatryoshkaConfig()),
     needs_wrong_answers=True,
 )
 QUICK_MATRYOSHKA_PRUNE_ALGO = PruneAlgo(
     key="Matryoshka Attribution (quick)",
     name="Matryoshka Attribution (quick)",
     _short_name="MAttr quick",
-    func=partial(matryoshka_prune_scores, n_steps=192, learning_rate=0.1),
+    func=bound(matryoshka_prune_scores, MatryoshkaConfig(n_steps=192, learning_rate=0.1)),
     needs_wrong_answers=True,
 )
 """Enough for a small model: few steps, twice the published learning rate."""

@@ -12,6 +12,7 @@ from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, check_wrong_answers
 from auto_circuit.errors import ConfigError
 from auto_circuit.prompt_files import Prompt
+from auto_circuit.prune_algos.algo_config import AlgoConfig, config_of
 from auto_circuit.types import AlgoKey, PruneScores
 
 
@@ -39,6 +40,19 @@ class PruneAlgo:
     def short_name(self) -> str:
         """The short name, or the name if there is none."""
         return self._short_name or self.name
+
+    @property
+    def config(self) -> AlgoConfig | None:
+        """The options that `func` runs with; None for a function that takes no config."""
+        return config_of(self.func)
+
+    def description(self) -> dict[str, Any]:
+        """Plain data: the key, and the description of the config (or None)."""
+        config = self.config
+        return {
+            "key": self.key,
+            "config": None if config is None else config.description(),
+        }
 
     def check_prompts(self, dataloader: PromptDataLoader | Sequence[Prompt]) -> None:
         """Raise DataError if it compares with wrong answers that some prompt has not."""

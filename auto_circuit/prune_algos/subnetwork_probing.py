@@ -11,42 +11,51 @@ forward passes (2 F) once.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch as t
 from torch import Tensor
+from torch.nn import Parameter
 
 from auto_circuit.checks import (
     check_choice,
     check_count,
     check_number,
+    check_seed,
     checked,
     seeded_generator,
 )
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
 from auto_circuit.gates import hard_concrete_expected_l0
-from auto_circuit.precision import at_least_float32
+from auto_circuit.prune_algos.algo_config import (
+    AlgoConfig,
+    bound,
+    makes_config,
+    takes_options,
+)
 from auto_circuit.prune_algos.integrated_gradients import (
     INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
 )
 from auto_circuit.prune_algos.mask_training import (
+    Losses,
     MaskTraining,
+    PatchedEdges,
     TrainingBatch,
     TrainingStep,
-    check_finite,
+    circuit_logits,
     circuit_outputs,
+    first_logits,
     mask_optimizer,
     rate_decay,
-    scores_from_logits,
+    scores_from_masks,
+    set_circuit_logits,
+    take_step,
     training_batches,
-    training_step,
     training_steps,
-    warm_start_logits,
 )
 from auto_circuit.prune_algos.objectives import (
     FaithfulnessTarget,
@@ -57,14 +66,11 @@ from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, Edge, MaskFn, PruneScores
 from auto_circuit.utils.ablation_activations import Side
-from auto_circuit.utils.graph_utils import (
-    mask_fn_mode,
-    patch_mode,
-    set_all_masks,
-    train_mask_mode,
-)
+from auto_circuit.utils.graph_utils import mask_fn_mode, patch_mode, train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state, own_computation
+
+C = TypeVar("C", bound="ProbingConfig")
 
 INIT_LOGIT = 1.6094379124341003
 """log(5): gates start with minus this logit. Without noise they are then 0.1 open."""
@@ -77,6 +83,128 @@ N_VALIDATIONS = 20
 WITHOUT_CLEAN_SIGNAL = (AblationType.ZERO, AblationType.TOKENWISE_MEAN_CORRUPT)
 
 
+@checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ProbingConfig(AlgoConfig):
+    """How subnetwork and circuit probing train their gates.
+
+    learning_rate: of the gates (Adam). epochs: how often all prompts are seen.
+    regularize_lambda: weight of the penalty, (expected edges - size) / size, or expected
+        edges / all edges where no size is given.
+    mask_fn: what makes a mask of a logit. dropout_p: the share of the masks' entries that is
+        dropped in each pass.
+    first_logit: the logit that all gates begin with; negative: the circuit begins nearly
+        empty. (`init_val` of the functions with the published parameters is minus this.)
+    tree_optimisation: True: clean prompts, all edges but the circuit's are patched.
+        False: corrupt prompts, the circuit's edges are patched with clean activations.
+    avoid_edges, avoid_lambda: lowers the mean openness of these edges, with this weight.
+    faithfulness_target: see `objectives.faithfulness_loss`.
+    ablation_type: what is patched in.
+    patience: stop after so many epochs without a lower mean loss; None: never.
+    seed: of the gates' noise.
+    size_warmup: the share of the steps in which the allowed size falls from all edges to
+        the circuit's, by the same factor each step. 0: it is the circuit's at once,
+        and a strong penalty then shuts all gates before they know which matter.
+    warm_start: an algorithm (or its scores) whose ranking the gates begin with, between
+        plus and minus `first_logit`: see `warm_start_logits`.
+    last_rate_share: the learning rate falls linearly to this share of it, so that the
+        ranking of edges that are equally good settles. 1: it stays as it is.
+    """
+
+    learning_rate: int | float = 0.1
+    epochs: int = 20
+    regularize_lambda: int | float = 10
+    mask_fn: MaskFn = "hard_concrete"
+    dropout_p: int | float = 0.0
+    first_logit: int | float = -INIT_LOGIT
+    tree_optimisation: bool = False
+    avoid_edges: Collection[Edge] | None = ()
+    avoid_lambda: int | float = 1.0
+    faithfulness_target: FaithfulnessTarget = "kl_div"
+    ablation_type: AblationType = AblationType.RESAMPLE
+    patience: int | None = None
+    seed: int = 0
+    size_warmup: int | float = 0.0
+    warm_start: PruneAlgo | PruneScores | None = None
+    last_rate_share: int | float = 1.0
+
+    def __post_init__(self) -> None:
+        # A set has no order, which descriptions need.
+        avoided = tuple(sorted(self.avoid_edges or (), key=repr))
+        object.__setattr__(self, "avoid_edges", avoided)
+        check_choice("mask_fn", self.mask_fn, Literal["hard_concrete", "sigmoid"])
+        check_count("epochs", self.epochs)
+        check_number("learning_rate", self.learning_rate, above=0)
+        for name in ("regularize_lambda", "avoid_lambda", "first_logit"):
+            check_number(name, getattr(self, name))
+        for name in ("size_warmup", "last_rate_share", "dropout_p"):
+            check_number(name, getattr(self, name), 0, 1)
+        if self.patience is not None:
+            check_count("patience", self.patience)
+        check_seed(self.seed)
+        if not self.tree_optimisation and self.ablation_type in WITHOUT_CLEAN_SIGNAL:
+            raise ConfigError(
+                f"The ablation {self.ablation_type} patches no clean activations into the "
+                "corrupt prompts, so no circuit could do the task. Use "
+                "tree_optimisation=True, or AblationType.RESAMPLE."
+            )
+
+    @property
+    def patched(self) -> PatchedEdges:
+        """What the patched edges are."""
+        return "others" if self.tree_optimisation else "circuit"
+
+    @property
+    def input_side(self) -> Side:
+        """The prompts that the model runs on."""
+        return "clean" if self.tree_optimisation else "corrupt"
+
+    @classmethod
+    def option_defaults(cls) -> dict[str, Any]:
+        """By the published names: `init_val` for `first_logit`, with the other sign."""
+        return _by_published_names(super().option_defaults())
+
+    @classmethod
+    def from_options(cls: type[C], **options: Any) -> C:
+        """A config from options by their published names, or by its own."""
+        if "init_val" in options:
+            init_val = options.pop("init_val")
+            check_number("init_val", init_val)
+            options["first_logit"] = -init_val
+        return cls(**options)
+
+    def options(self) -> dict[str, Any]:
+        """By their published names."""
+        return _by_published_names(super().options())
+
+
+def _by_published_names(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "init_val" if name == "first_logit" else name: (
+            -value if name == "first_logit" else value
+        )
+        for name, value in options.items()
+    }
+
+
+@checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SubnetworkProbingConfig(ProbingConfig):
+    """The options of subnetwork probing.
+
+    circuit_size: penalise edges only above this number; None: penalise all.
+    The others: see `ProbingConfig`.
+    """
+
+    circuit_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.circuit_size is not None:
+            check_count("circuit_size", self.circuit_size)
+
+
+@makes_config(SubnetworkProbingConfig)
 @checked
 def subnetwork_probing_prune_scores(
     model: PatchableModel,
@@ -98,95 +226,71 @@ def subnetwork_probing_prune_scores(
     ablation_type: AblationType = AblationType.RESAMPLE,
     patience: int | None = None,
     seed: int = 0,
-    size_warmup: float = 0.0,
+    size_warmup: int | float = 0.0,
     warm_start: PruneAlgo | PruneScores | None = None,
-    last_rate_share: float = 1.0,
+    last_rate_share: int | float = 1.0,
 ) -> PruneScores:
     """Each edge's trained logit, shifted so that the lowest is 0. See `train_subnetwork`.
 
     The higher, the surer the edge is in the circuit; the unit is that of a logit.
+    init_val: minus the gates' first logit; positive: they start nearly closed. The other
+        options: see `SubnetworkProbingConfig`.
     show_train_graph: show the figure of the training (`mask_training_plot`), in a notebook
         or the browser; `train_subnetwork` returns what it draws.
     """
+    config = SubnetworkProbingConfig.from_options(
+        learning_rate=learning_rate,
+        epochs=epochs,
+        regularize_lambda=regularize_lambda,
+        mask_fn=mask_fn,
+        dropout_p=dropout_p,
+        init_val=init_val,
+        circuit_size=circuit_size,
+        tree_optimisation=tree_optimisation,
+        avoid_edges=avoid_edges,
+        avoid_lambda=avoid_lambda,
+        faithfulness_target=faithfulness_target,
+        ablation_type=ablation_type,
+        patience=patience,
+        seed=seed,
+        size_warmup=size_warmup,
+        warm_start=warm_start,
+        last_rate_share=last_rate_share,
+    )
     training = train_subnetwork(
-        model,
-        dataloader,
-        learning_rate,
-        epochs,
-        regularize_lambda,
-        mask_fn,
-        dropout_p,
-        init_val,
-        circuit_size,
-        tree_optimisation,
-        avoid_edges,
-        avoid_lambda,
-        faithfulness_target,
-        validation_dataloader,
-        ablation_type,
-        patience,
-        seed,
-        size_warmup,
-        warm_start,
-        last_rate_share,
+        model, dataloader, config, validation_dataloader=validation_dataloader
     )
     if show_train_graph:
-        # Imported when asked for: it takes plotly.
-        from auto_circuit.prune_algos.mask_training_plot import mask_training_fig
-
-        title = "Subnetwork Probing"
-        if circuit_size is not None:
-            title += f", {circuit_size} Edges"
-        mask_training_fig(training.steps, title).show()
+        show_training(training, config)
     return training.prune_scores
 
 
+def show_training(training: MaskTraining, config: SubnetworkProbingConfig) -> None:
+    """Show the figure of a training, in a notebook or the browser."""
+    # Imported when asked for: it takes plotly.
+    from auto_circuit.prune_algos.mask_training_plot import mask_training_fig
+
+    title = "Subnetwork Probing"
+    if config.circuit_size is not None:
+        title += f", {config.circuit_size} Edges"
+    mask_training_fig(training.steps, title).show()
+
+
+@takes_options(SubnetworkProbingConfig)
 @checked
 @in_own_state(grad=True)
 def train_subnetwork(
     model: PatchableModel,
     dataloader: PromptDataLoader,
-    learning_rate: int | float = 0.1,
-    epochs: int = 20,
-    regularize_lambda: int | float = 10,
-    mask_fn: MaskFn = "hard_concrete",
-    dropout_p: int | float = 0.0,
-    init_val: int | float = INIT_LOGIT,
-    circuit_size: int | None = None,
-    tree_optimisation: bool = False,
-    avoid_edges: Collection[Edge] | None = None,
-    avoid_lambda: int | float = 1.0,
-    faithfulness_target: FaithfulnessTarget = "kl_div",
+    config: SubnetworkProbingConfig,
     validation_dataloader: PromptDataLoader | None = None,
-    ablation_type: AblationType = AblationType.RESAMPLE,
-    patience: int | None = None,
-    seed: int = 0,
-    size_warmup: float = 0.0,
-    warm_start: PruneAlgo | PruneScores | None = None,
-    last_rate_share: float = 1.0,
 ) -> MaskTraining:
     """Train a gate for each edge; the scores and the record of the training.
 
-    tree_optimisation: True: clean prompts, all edges but the circuit's are patched.
-        False: corrupt prompts, the circuit's edges are patched with clean activations.
-    circuit_size: penalise edges only above this number; None: penalise all.
-    regularize_lambda: weight of the penalty, (expected edges - size) / size, or expected
-        edges / all edges.
-    init_val: minus the gates' first logit; positive: they start nearly closed.
-    avoid_edges, avoid_lambda: lowers the mean openness of these edges, with this weight.
-    faithfulness_target: see `objectives.faithfulness_loss`.
-    validation_dataloader: prompts on which that loss is measured now and then.
-    patience: stop after so many epochs without a lower mean loss; None: never.
-    seed: of the gates' noise.
-    size_warmup: the share of the steps in which the allowed size falls from all edges to
-        `circuit_size`, by the same factor each step. 0: it is `circuit_size` at once,
-        and a strong penalty then shuts all gates before they know which matter.
-    warm_start: an algorithm (or its scores) whose ranking the gates begin with, between
-        plus and minus `init_val`: see `warm_start_logits`.
-    last_rate_share: the learning rate falls linearly to this share of it, so that the
-        ranking of edges that are equally good settles. 1: it stays as it is.
+    config: see `SubnetworkProbingConfig`; its options may be given one by one too.
+    validation_dataloader: prompts on which the faithfulness loss is measured now and then.
 
-    Raises ConfigError for arguments that make no sense, GraphError for edges to avoid that
+    Raises ConfigError for options that make no sense, GraphError for edges to avoid that
     do not exist, TrainingError if the loss becomes NaN.
 
     Differs from auto-circuit: the ablation is a parameter, and in edge direction clean
@@ -194,108 +298,52 @@ def train_subnetwork(
     one more sample; Adam's memory is short (see `mask_optimizer`); size_warmup and
     warm_start are new.
     """
-    check_choice("mask_fn", mask_fn, Literal["hard_concrete", "sigmoid"])
-    _check(model, epochs, circuit_size, learning_rate, tree_optimisation, ablation_type)
-    for name, weight in (
-        ("regularize_lambda", regularize_lambda),
-        ("avoid_lambda", avoid_lambda),
-        ("init_val", init_val),
-    ):
-        check_number(name, weight)
-    for name, share in (
-        ("size_warmup", size_warmup),
-        ("last_rate_share", last_rate_share),
-        ("dropout_p", dropout_p),
-    ):
-        check_number(name, share, 0, 1)
-    if patience is not None:
-        check_count("patience", patience)
+    check_circuit_size(model, config.circuit_size)
     for loader in (dataloader, validation_dataloader):
-        check_objective(loader or (), faithfulness_target)
-    avoided = model.circuit_prune_scores(edges=avoid_edges or (), bool=True)
-    # In tree direction a mask of 1 takes the edge out: gates are masks of other sign.
-    sign = -1 if tree_optimisation else 1
-    side: Side = "clean" if tree_optimisation else "corrupt"
-    batches = training_batches(model, dataloader, ablation_type, side)
-    first_logits = (
-        {}
-        if warm_start is None
-        else warm_start_logits(model, dataloader, warm_start, abs(init_val))
+        check_objective(loader or (), config.faithfulness_target)
+    avoided = model.circuit_prune_scores(edges=config.avoid_edges or (), bool=True)
+    objective = _Objective(model, config, list(avoided.values()))
+    batches = objective.training_batches(dataloader)
+    first = first_logits(
+        model, dataloader, config.warm_start, config.first_logit, abs(config.first_logit)
     )
     validation = (
         []
         if validation_dataloader is None
-        else training_batches(model, validation_dataloader, ablation_type, side)
+        else objective.training_batches(validation_dataloader)
     )
-    generator = seeded_generator(seed, next(model.wrapped_model.parameters()).device)
+    device = next(model.wrapped_model.parameters()).device
+    generator = seeded_generator(config.seed, device)
+    n_steps = config.epochs * len(batches)
     steps: list[TrainingStep] = []
     validations: dict[int, float] = {}
 
-    def after_epoch(n_steps: int) -> None:
-        epoch = n_steps // len(batches)
-        if epoch % math.ceil(epochs / N_VALIDATIONS) == 0:
-            validations[n_steps - 1] = _validate(model, validation, faithfulness_target)
+    def validate(n_done: int) -> None:
+        epoch = n_done // len(batches)
+        if epoch % math.ceil(config.epochs / N_VALIDATIONS) == 0:
+            validations[n_done - 1] = objective.validation(validation)
 
     with (
         train_mask_mode(model, notes=False) as masks,
-        mask_fn_mode(model, mask_fn, float(dropout_p), generator),
+        mask_fn_mode(model, config.mask_fn, float(config.dropout_p), generator),
         training_steps(
-            model, batches, epochs * len(batches), after_epoch if validation else None
+            model, batches, n_steps, validate if validation else None
         ) as all_steps,
     ):
-        set_all_masks(model, float(-sign * init_val))
-        for name, logits in first_logits.items():
-            masks[name].data.copy_(sign * logits)
-        optimizer = mask_optimizer(masks, learning_rate)
-        decay = rate_decay(optimizer, last_rate_share, epochs * len(batches))
+        set_circuit_logits(masks, first, config.patched)
+        optimizer = mask_optimizer(masks, config.learning_rate)
+        decay = rate_decay(optimizer, config.last_rate_share, n_steps)
         for step, batch in all_steps:
-            outputs = circuit_outputs(model, batch)
-            faithfulness = faithfulness_loss(
-                faithfulness_target, outputs, batch.batch, batch.clean_outputs
-            )
-            # In half precision a sum over so many gates would mean little.
-            gates = [at_least_float32(sign * mask) for mask in masks.values()]
-            n_edges = _expected_edges(gates, mask_fn)
-            progress = (step + 1) / (epochs * len(batches))
-            allowed = _allowed_edges(model, circuit_size, progress, size_warmup)
-            penalty = regularize_lambda * _size_penalty(n_edges, allowed, model.n_edges)
-            if avoid_edges:
-                penalty = penalty + avoid_lambda * _openness(
-                    gates, list(avoided.values()), mask_fn
-                )
-            loss = faithfulness + penalty
-            check_finite(loss, step, learning_rate)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            losses = objective.losses(batch, masks, (step + 1) / n_steps)
+            steps.append(take_step(step, losses, config.learning_rate, [optimizer]))
             decay.step()
-            steps.append(training_step(step, loss, faithfulness, penalty, n_edges))
-            if (step + 1) % len(batches) == 0 and _is_over(steps, len(batches), patience):
+            is_last = (step + 1) % len(batches) == 0
+            if is_last and _is_over(steps, len(batches), config.patience):
                 break
-        trained = {name: sign * mask.detach() for name, mask in masks.items()}
-        scores = scores_from_logits(trained, learning_rate)
+        scores = scores_from_masks(masks, config.patched, config.learning_rate)
     return MaskTraining(
         scores, tuple(replace(s, validation=validations.get(s.step)) for s in steps)
     )
-
-
-def _check(
-    model: PatchableModel,
-    epochs: int,
-    circuit_size: int | None,
-    learning_rate: int | float,
-    tree_optimisation: bool,
-    ablation_type: AblationType,
-) -> None:
-    check_count("epochs", epochs)
-    check_number("learning_rate", learning_rate, above=0)
-    check_circuit_size(model, circuit_size)
-    if not tree_optimisation and ablation_type in WITHOUT_CLEAN_SIGNAL:
-        raise ConfigError(
-            f"The ablation {ablation_type} patches no clean activations into the corrupt "
-            "prompts, so no circuit could do the task. Use tree_optimisation=True, or "
-            "AblationType.RESAMPLE."
-        )
 
 
 @checked
@@ -303,6 +351,60 @@ def check_circuit_size(model: PatchableModel, circuit_size: int | None) -> None:
     """Raise ConfigError for a circuit of no edges or of more than the graph has."""
     if circuit_size is not None:
         check_count("circuit_size", circuit_size, at_most=model.n_edges)
+
+
+@dataclass(frozen=True, eq=False)
+class _Objective:
+    """What a training lowers. avoided: for each mask, which edges are to be avoided."""
+
+    model: PatchableModel
+    config: SubnetworkProbingConfig
+    avoided: Sequence[Tensor]
+
+    def training_batches(self, dataloader: PromptDataLoader) -> list[TrainingBatch]:
+        return training_batches(
+            self.model, dataloader, self.config.ablation_type, self.config.input_side
+        )
+
+    def faithfulness(self, batch: TrainingBatch) -> Tensor:
+        outputs = circuit_outputs(self.model, batch)
+        target = self.config.faithfulness_target
+        return faithfulness_loss(target, outputs, batch.batch, batch.clean_outputs)
+
+    def losses(
+        self, batch: TrainingBatch, masks: Mapping[str, Parameter], progress: float
+    ) -> Losses:
+        """progress: the share of the training that is over with this step."""
+        config = self.config
+        faithfulness = self.faithfulness(batch)
+        gates = list(circuit_logits(masks, config.patched).values())
+        n_edges = _expected_edges(gates, config.mask_fn)
+        penalty = config.regularize_lambda * _size_penalty(
+            n_edges, self._allowed_edges(progress), self.model.n_edges
+        )
+        if config.avoid_edges:
+            openness = _openness(gates, self.avoided, config.mask_fn)
+            penalty = penalty + config.avoid_lambda * openness
+        return Losses(faithfulness, penalty, n_edges)
+
+    def _allowed_edges(self, progress: float) -> int | float | None:
+        """The number of edges that costs nothing, at this share of the training."""
+        size, size_warmup = self.config.circuit_size, self.config.size_warmup
+        if size is None or progress >= size_warmup:
+            return size
+        n_all = self.model.n_edges
+        return n_all * (size / n_all) ** (progress / size_warmup)
+
+    def validation(self, batches: Sequence[TrainingBatch]) -> float:
+        """The mean faithfulness loss of the circuit as it is."""
+        losses = []
+        for batch in batches:
+            with (
+                own_computation(grad=False),
+                patch_mode(self.model, batch.patch_src_outs),
+            ):
+                losses.append(float(self.faithfulness(batch)))
+        return fmean(losses)
 
 
 def _expected_edges(gates: Sequence[Tensor], mask_fn: MaskFn) -> Tensor:
@@ -313,15 +415,6 @@ def _openness_of(gate: Tensor, mask_fn: MaskFn) -> Tensor:
     return (
         hard_concrete_expected_l0(gate) if mask_fn == "hard_concrete" else t.sigmoid(gate)
     )
-
-
-def _allowed_edges(
-    model: PatchableModel, circuit_size: int | None, progress: float, size_warmup: float
-) -> int | float | None:
-    """The number of edges that costs nothing, at this share of the training."""
-    if circuit_size is None or progress >= size_warmup:
-        return circuit_size
-    return model.n_edges * (circuit_size / model.n_edges) ** (progress / size_warmup)
 
 
 def _size_penalty(n_edges: Tensor, allowed: int | float | None, n_all: int) -> Tensor:
@@ -348,40 +441,24 @@ def _is_over(steps: Sequence[TrainingStep], epoch_len: int, patience: int | None
     return len(epochs) > patience and min(epochs[-patience:]) >= min(epochs[:-patience])
 
 
-def _validate(
-    model: PatchableModel, batches: Sequence[TrainingBatch], target: FaithfulnessTarget
-) -> float:
-    losses = []
-    for batch in batches:
-        with own_computation(grad=False), patch_mode(model, batch.patch_src_outs):
-            outputs = circuit_outputs(model, batch)
-        loss = faithfulness_loss(target, outputs, batch.batch, batch.clean_outputs)
-        losses.append(float(loss))
-    return fmean(losses)
-
-
 SUBNETWORK_EDGE_PROBING_PRUNE_ALGO = PruneAlgo(
     key="Subnetwork Edge Probing",
     name="Subnetwork Edge Probing",
     _short_name="SEP",
-    func=partial(
+    func=bound(
         subnetwork_probing_prune_scores,
-        learning_rate=0.1,
-        epochs=200,
-        regularize_lambda=0.5,
-        tree_optimisation=False,
+        SubnetworkProbingConfig(epochs=200, regularize_lambda=0.5),
     ),
 )
 SUBNETWORK_TREE_PROBING_PRUNE_ALGO = PruneAlgo(
     key="Subnetwork Tree Probing",
     name="Subnetwork Tree Probing",
     _short_name="STP",
-    func=partial(
+    func=bound(
         subnetwork_probing_prune_scores,
-        learning_rate=0.1,
-        epochs=2000,
-        regularize_lambda=0.5,
-        tree_optimisation=True,
+        SubnetworkProbingConfig(
+            epochs=2000, regularize_lambda=0.5, tree_optimisation=True
+        ),
     ),
 )
 
@@ -389,21 +466,20 @@ SUBNETWORK_TREE_PROBING_PRUNE_ALGO = PruneAlgo(
 def _squared_error_algo(
     key: str, short_name: str, regularize_lambda: float, tree_optimisation: bool
 ) -> PruneAlgo:
+    # auto-circuit's gates start nearly shut. A squared error (of proportions, say)
+    # is small beside the penalty, which then shuts all before any is needed.
+    config = SubnetworkProbingConfig(
+        epochs=200,
+        regularize_lambda=regularize_lambda,
+        first_logit=INIT_LOGIT,
+        tree_optimisation=tree_optimisation,
+        faithfulness_target="mse",
+    )
     return PruneAlgo(
         key=key,
         name=key,
         _short_name=short_name,
-        func=partial(
-            subnetwork_probing_prune_scores,
-            learning_rate=0.1,
-            epochs=200,
-            regularize_lambda=regularize_lambda,
-            # auto-circuit's gates start nearly shut. A squared error (of proportions, say)
-            # is small beside the penalty, which then shuts all before any is needed.
-            init_val=-INIT_LOGIT,
-            tree_optimisation=tree_optimisation,
-            faithfulness_target="mse",
-        ),
+        func=bound(subnetwork_probing_prune_scores, config),
     )
 
 
@@ -418,18 +494,20 @@ QUICK_SUBNETWORK_TREE_PROBING_PRUNE_ALGO = PruneAlgo(
     key="Subnetwork Tree Probing (quick)",
     name="Subnetwork Tree Probing (quick)",
     _short_name="STP quick",
-    func=partial(
+    func=bound(
         subnetwork_probing_prune_scores,
-        learning_rate=0.2,
-        epochs=32,
-        regularize_lambda=20,
-        init_val=2.5,
-        circuit_size=30,
-        size_warmup=0.4,
-        last_rate_share=0.3,
-        tree_optimisation=True,
-        faithfulness_target="logit_diff",
-        warm_start=INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
+        SubnetworkProbingConfig(
+            learning_rate=0.2,
+            epochs=32,
+            regularize_lambda=20,
+            first_logit=-2.5,
+            circuit_size=30,
+            size_warmup=0.4,
+            last_rate_share=0.3,
+            tree_optimisation=True,
+            faithfulness_target="logit_diff",
+            warm_start=INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO,
+        ),
     ),
     needs_wrong_answers=True,
 )

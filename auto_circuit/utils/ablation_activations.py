@@ -36,6 +36,7 @@ PER_BATCH_ABLATIONS = (
 """The ablations whose activations come from one side of each batch."""
 
 
+@checked
 def ablation_side(ablation_type: AblationType, clean_corrupt: Side | None) -> Side | None:
     """The prompts that what is patched in comes from; None if the type says it itself."""
     return clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
