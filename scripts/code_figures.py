@@ -25,11 +25,14 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "auto_circuit"
 ENGINE = (
-    *("patch_wrapper", "patch_session", "forward_pass", "head_inputs", "edge_matrices"),
+    *("edge_matrices", "forward_pass", "matrix_work", "pass_works", "head_inputs"),
+    *("patch_session", "patch_wrapper", "masks_put_back"),
 )
 """Modules whose every tensor has a shape, and whose comments are counted."""
 BARE_TENSOR = re.compile(r"(?<![\w.\]\"])(?:t\.)?Tensor(?!\s*,\s*[\"'])\b")
 SHAPED_TENSOR = re.compile(r"\w+\[\s*(?:t\.)?Tensor\s*,\s*[\"']")
+SHAPE_NAME = re.compile(r"^(\w+) = (?:\w+ \| )?\w+\[(?:t\.)?Tensor, [\"']", re.M)
+"""A name that a module gives to a tensor of some shape: `Rows = Float[Tensor, "row d"]`."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Function:
     node: ast.FunctionDef | ast.AsyncFunctionDef
     body_lines: int
     upstream_parameters: frozenset[str]
+    shape_names: frozenset[str]
 
     @property
     def place(self) -> str:
@@ -100,13 +104,19 @@ class Function:
         return [
             text
             for text in texts
-            if BARE_TENSOR.search(text) or SHAPED_TENSOR.search(text)
+            if BARE_TENSOR.search(text)
+            or SHAPED_TENSOR.search(text)
+            or self.shape_names & set(re.findall(r"\w+", text))
         ]
 
 
 def functions(upstream: dict[str, frozenset[str]]) -> Iterator[Function]:
     """Every function and method of the package, nested ones too."""
-    for file in sorted(PACKAGE.rglob("*.py")):
+    files = sorted(PACKAGE.rglob("*.py"))
+    shape_names = frozenset(
+        name for file in files for name in SHAPE_NAME.findall(file.read_text())
+    )
+    for file in files:
         source = file.read_text()
         code_lines = _code_lines(source)
         module = ".".join(file.relative_to(REPO).with_suffix("").parts)
@@ -116,7 +126,7 @@ def functions(upstream: dict[str, frozenset[str]]) -> Iterator[Function]:
                 start = (node.body[0].end_lineno or 0) + 1
             n_lines = sum(start <= line <= (node.end_lineno or 0) for line in code_lines)
             published = upstream.get(f"{module}:{name}", frozenset())
-            yield Function(name, file, node, n_lines, published)
+            yield Function(name, file, node, n_lines, published, shape_names)
 
 
 def _defs(

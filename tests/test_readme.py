@@ -28,6 +28,8 @@ PRINTED = {
     "Patch one edge": r"\w+\n",
     "Use your own prompts": r"1519 edges, 6 prompts",
     "Add an algorithm": r"",
+    "Backwards": r"",
+    "Heads that share an input": r"",
     "What you keep": r"torch.Size\(\[16, 385\]\) 2 of 1,519 edges",
 }
 

@@ -19,6 +19,9 @@ from auto_circuit.engine.patch_wrapper import PatchWrapperImpl
 from auto_circuit.model_utils.model_adapter import HeadInputs, SrcSite
 from auto_circuit.utils.user_hooks import Bypassed
 
+Written = Float[Tensor, "batch seq *part"]
+"""The output of a module that writes: what its sources write, or heads' values."""
+
 
 @dataclass(frozen=True, eq=False)
 class SrcPort:
@@ -39,11 +42,13 @@ class SrcPort:
             return None
         return self.site.projection(self.srcs.stop - self.srcs.start)
 
-    def outputs(self, out: Tensor) -> Float[Tensor, "batch seq src d_model"]:
+    def outputs(self, out: Written) -> Float[Tensor, "batch seq src d_model"]:
         """What the sources write, from the output of the site's module."""
         weights = self.weights()
         if weights is None:
             return out if self.wrapper.head_dim is not None else out.unsqueeze(2)
+        # 2 heads with 3 values each, at 4 tokens: [4 6] -> [4 2 3] -> [2 4 3], and by the
+        # heads' weights [2 3 d_model] -> [2 4 d_model] -> [batch seq 2 d_model].
         parts = out.flatten(0, 1).unflatten(1, (len(weights), -1)).transpose(0, 1)
         return t.bmm(parts, weights).transpose(0, 1).unflatten(0, out.shape[:2])
 
@@ -105,6 +110,8 @@ class EdgeMatrix:
 
     def rows(self, port: DestPort) -> slice:
         """Where the port's rows are in the matrix."""
+        # Queries, keys and values of 12 heads, and an MLP: the keys' rows are 12..23, and
+        # the MLP's is 36.
         start = sum(p.n_rows for p in self.ports[: self.ports.index(port)])
         return slice(start, start + port.n_rows)
 
@@ -154,6 +161,8 @@ def edge_matrix_groups(
         stretch = stretches.pop(0)
         srcs = stretch[0].srcs
         if stretches and _can_join(stretches[0], stretch):
+            # Heads read the sources 0..2, the MLP 0..5 (the heads themselves are 3..5): one
+            # matrix of 0..2 for both, and a second one of 3..5 for the MLP.
             (port,) = stretches.pop(0)
             shared = EdgeMatrix((*stretch, port), srcs.start, srcs.stop)
             groups.append((shared, EdgeMatrix((port,), srcs.stop, port.srcs.stop)))

@@ -20,82 +20,92 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import Module
 
-from auto_circuit.engine.edge_matrices import DestPort, EdgeMatrix
-from auto_circuit.engine.forward_pass import (
-    ForwardPass,
-    fill_rows,
-    forget_delta,
-    new_handles,
-    read_matrix,
-)
+from auto_circuit.engine.forward_pass import Residual, Rows
+from auto_circuit.engine.matrix_work import MatrixWork, Weights
 from auto_circuit.model_utils.model_adapter import HeadInputs
 
-HeadTokens = Float[Tensor, "token row d_model"]
+Outputs = Float[Tensor, "batch seq _"]
+"""What one linear map gives for all its heads."""
+OutputsOrCarrier = Float[Tensor, "_ _ _"]
+TokenOutputs = Float[Tensor, "token _"]
+Parts = Float[Tensor, "token _ _"]
+"""The same by head: [token, head, d_head]. The maps' numbers of heads may differ."""
+HeadWeights = Float[Tensor, "_ _ d_model"]
+"""A linear map's weights by head: [head, d_head, d_model]."""
+PerRow = Float[Tensor, "token row 1"]
 
 
 def head_outputs(
-    forward_pass: ForwardPass,
-    matrix: EdgeMatrix,
-    port: DestPort,
-    x: Float[Tensor, "batch seq d_model"],
-    normed: Float[Tensor, "batch seq d_model"],
-    base_outs: list[Tensor] | None,
-) -> list[Tensor] | None:
-    """What the heads' linear maps give with patched inputs: [batch seq width] for each.
+    work: MatrixWork,
+    x: Residual,
+    normed: Residual,
+    base_outs: Sequence[Outputs] | None,
+) -> list[Outputs] | None:
+    """What the heads' linear maps give with patched inputs.
 
+    work: that of the matrix whose first port has the heads.
     x, normed: the residual stream that the heads read, and the input that the model makes
         of it.
     base_outs: what they give for x, if that is not `normed`'s.
     None if that is what the model computes anyway.
     """
-    heads, work = port.heads, forward_pass.works[matrix]
-    assert heads is not None
+    heads, port = _heads(work), work.matrix.ports[0]
     grad_of_weights = t.is_grad_enabled() and work.weights.requires_grad
     if grad_of_weights or (
         t.is_grad_enabled() and x.requires_grad and not work.does_nothing
     ):
         if _has_closed_form(heads):
-            return _in_closed_form(forward_pass, matrix, port, x, normed)
-        outs = _project(heads, _norm(heads, read_matrix(forward_pass, matrix, x)))
+            return _in_closed_form(work, x, normed)
+        outs = _project(heads, _norm(heads, work.read_with_gradients(x)))
         return [out.unflatten(0, x.shape[:2]) for out in outs]
-    _, changed = work.changes(matrix.rows(port))
+    _, changed = work.changes(port)
     if changed:
-        memory = forward_pass.rows(len(work.row_idxs))
-        work.delta = forward_pass.compute_inputs(matrix, x, to=memory)
+        memory = work.forward_pass.row_memory(len(work.row_idxs))
+        work.delta = work.compute_inputs(x, to=memory)
     else:
-        work.delta = forward_pass.compute(matrix)
+        work.delta = work.compute()
     inputs = work.delta
-    forget_delta(work, matrix, port)
+    work.forget_delta(port)
     if not changed or inputs is None:
         return None if base_outs is None else list(base_outs)
-    return _with_changed_rows(heads, x.shape, normed, base_outs, inputs, changed)
+    return _with_changed_rows(heads, normed, base_outs, inputs, changed)
 
 
-def outputs_of(
-    heads: HeadInputs, x: Float[Tensor, "batch seq d_model"]
-) -> list[Float[Tensor, "batch seq width"]]:
+def _heads(work: MatrixWork) -> HeadInputs:
+    heads = work.matrix.ports[0].heads
+    assert heads is not None
+    return heads
+
+
+def outputs_of(heads: HeadInputs, x: Residual) -> list[Outputs]:
     """What the linear maps give if all heads read x."""
     return _apply(heads, _norm(heads, x))
 
 
-def linear_forward(linear: Module, x: Tensor) -> Tensor:
+def linear_forward(
+    linear: Module, x: Float[Tensor, "*token d_in"]
+) -> Float[Tensor, "*token d_out"]:
     """The linear map itself, whatever stands in for its `forward`."""
     return type(linear).forward(linear, x)  # type: ignore[no-any-return]
 
 
-def _apply(heads: HeadInputs, normed: Tensor) -> list[Tensor]:
+def _apply(heads: HeadInputs, normed: Residual) -> list[Outputs]:
     return [linear_forward(linear, normed) for linear, _ in heads.linears]
 
 
-def _norm(heads: HeadInputs, x: Tensor) -> Tensor:
+def _norm(
+    heads: HeadInputs, x: Float[Tensor, "*token d_model"]
+) -> Float[Tensor, "*token d_model"]:
     return x if heads.norm is None else heads.norm(x)
 
 
-def _by_head(linear: Any, n_heads: int) -> Float[Tensor, "head d_head d_model"]:
+def _by_head(linear: Any, n_heads: int) -> Float[Tensor, "{n_heads} d_head d_model"]:
     return linear.weight.unflatten(0, (n_heads, -1))
 
 
-def _add(bias: Tensor | None, out: Tensor) -> Tensor:
+def _add(
+    bias: Float[Tensor, "width"] | None, out: Float[Tensor, "token width"]
+) -> Float[Tensor, "token width"]:
     return out if bias is None else out + bias
 
 
@@ -104,15 +114,14 @@ def _add(bias: Tensor | None, out: Tensor) -> Tensor:
 
 def _with_changed_rows(
     heads: HeadInputs,
-    shape: t.Size,
-    normed: Tensor,
-    base_outs: list[Tensor] | None,
-    inputs: HeadTokens,
+    normed: Residual,
+    base_outs: Sequence[Outputs] | None,
+    inputs: Rows,
     changed: list[int],
-) -> list[Tensor]:
+) -> list[Outputs]:
     """The heads' outputs, where these have inputs of their own (the first of `inputs`)."""
 
-    def base_out(i: int) -> Tensor:
+    def base_out(i: int) -> Outputs:
         if base_outs is not None:
             return base_outs[i]
         return linear_forward(heads.linears[i][0], normed)
@@ -128,6 +137,8 @@ def _with_changed_rows(
     for i, ((linear, n_heads), rows) in enumerate(
         zip(heads.linears, heads.rows(), strict=True)
     ):
+        # Rows 1, 4 and 6 change. A linear map that reads the rows 4..7 finds two of them,
+        # at 1 and 2 of the inputs: slice(1, 3). They are its heads 0 and 2.
         here = [j for j, row in enumerate(changed) if rows.start <= row < rows.stop]
         if not here:
             outs.append(base_out(i))
@@ -141,7 +152,7 @@ def _with_changed_rows(
         else:
             out = base_out(i).flatten(0, 1).clone()
             out.unflatten(1, (n_heads, -1))[:, idxs] = parts
-        outs.append(out.unflatten(0, shape[:2]))
+        outs.append(out.unflatten(0, normed.shape[:2]))
     return outs
 
 
@@ -149,8 +160,8 @@ def _parts(
     linear: Any,
     n_heads: int,
     idxs: list[int],
-    inputs: HeadTokens,
-    factor: Float[Tensor, "token row 1"] | None,
+    inputs: Rows,
+    factor: PerRow | None,
 ) -> Float[Tensor, "token row d_head"]:
     """What some of the heads give, each for its own input (times a factor)."""
     weights = _by_head(linear, n_heads).mT
@@ -174,7 +185,7 @@ def _pick(
 # ------------------------------------------------------------------------ with gradients
 
 
-def _project(heads: HeadInputs, inputs: HeadTokens) -> list[Tensor]:
+def _project(heads: HeadInputs, inputs: Rows) -> list[TokenOutputs]:
     """Each head's part, from its own input: [token, width] for each linear map.
 
     Rows of `inputs` after the heads' are left out.
@@ -197,7 +208,7 @@ class _ProjectHeads(Function):
     """`weight[h] @ input[h]`; backward writes all inputs' gradients into one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: HeadTokens, heads: HeadInputs) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, inputs: Rows, heads: HeadInputs) -> tuple[Parts, ...]:
         ctx.heads, ctx.shape = heads, inputs.shape
         return tuple(
             t.bmm(
@@ -207,7 +218,7 @@ class _ProjectHeads(Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Parts) -> tuple[Rows | None, ...]:
         grad_inputs = grads[0].new_empty(ctx.shape)
         grad_inputs[:, ctx.heads.n_rows :] = 0.0
         weights = [_by_head(linear, n) for linear, n in ctx.heads.linears]
@@ -217,14 +228,16 @@ class _ProjectHeads(Function):
 
 def _send_to_inputs(
     heads: HeadInputs,
-    rows: HeadTokens,
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    rows: Rows,
+    weights: Sequence[HeadWeights],
+    grads: Sequence[Parts],
 ) -> None:
     """Write `weight[h]^T grad[h]` into row h, for grads [token head d_head]."""
     for i, (of_linear, weight, grad) in enumerate(
         zip(heads.rows(), weights, grads, strict=True)
     ):
+        # Queries of 2 heads in the rows 0..1, and keys in 2..3: each row is written once.
+        # If they share rows, all are 0..1, and keys and values are added to the queries'.
         out = rows[:, of_linear].transpose(0, 1)
         is_first = i == 0 or not heads.share_rows
         # `bmm(..., out=out)` would make a copy, as `out` is not contiguous.
@@ -255,26 +268,19 @@ def _norm_is_folded(heads: HeadInputs) -> bool:
     return norm.bias() is None and not isinstance(norm.gain(), Tensor)
 
 
-def _in_closed_form(
-    forward_pass: ForwardPass,
-    matrix: EdgeMatrix,
-    port: DestPort,
-    x: Tensor,
-    normed: Tensor,
-) -> list[Tensor]:
+def _in_closed_form(work: MatrixWork, x: Residual, normed: Residual) -> list[Outputs]:
     """The heads' outputs, with gradients; if all weights are zero, the model's own."""
-    heads, work = port.heads, forward_pass.works[matrix]
-    assert heads is not None
+    heads = _heads(work)
     if work.does_nothing:
         with t.no_grad():
             outs = _apply(heads, normed)
-        results = _ProbeHeads.apply(x, work.weights, matrix, port, forward_pass, *outs)
+        results = _ProbeHeads.apply(x, work.weights, work, *outs)
     else:
-        results = _ReadHeads.apply(x, work.weights, matrix, port, forward_pass)
+        results = _ReadHeads.apply(x, work.weights, work)
     n_outs = len(heads.linears)
-    work.handles = dict(zip(matrix.ports[1:], results[n_outs:], strict=True))
-    forget_delta(work, matrix, port)
-    return list(results[:n_outs])
+    work.keep(results[n_outs:])  # type: ignore[index]
+    work.forget_delta(work.matrix.ports[0])
+    return list(results[:n_outs])  # type: ignore[index]
 
 
 class _ReadHeads(Function):
@@ -290,61 +296,53 @@ class _ReadHeads(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weights: Tensor,
-        matrix: EdgeMatrix,
-        port: DestPort,
-        forward_pass: ForwardPass,
-    ) -> tuple[Tensor, ...]:
-        ctx.matrix, ctx.port, ctx.forward_pass = matrix, port, forward_pass
+        ctx: Any, x: Residual, weights: Weights, work: MatrixWork
+    ) -> tuple[OutputsOrCarrier, ...]:
+        ctx.work = work
         ctx.set_materialize_grads(False)
-        forward_pass.awaits_backward = True
-        heads = port.heads
-        assert heads is not None
-        inputs = forward_pass.compute_inputs(
-            matrix, x, to=forward_pass.rows(matrix.n_rows)
-        )
-        forward_pass.works[matrix].delta = inputs
+        work.forward_pass.awaits_backward = True
+        heads = _heads(work)
+        memory = work.forward_pass.row_memory(work.matrix.n_rows)
+        inputs = work.compute_inputs(x, to=memory)
+        work.delta = inputs
         parts, inverse_scale = _normed_parts(heads, inputs)
         ctx.save_for_backward(x, inverse_scale, *parts)
         outs = _with_constants(heads, x.shape, parts)
-        return (*outs, *new_handles(forward_pass, matrix))
+        return (*outs, *work.new_carriers())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        matrix, port, forward_pass = ctx.matrix, ctx.port, ctx.forward_pass
+    def backward(
+        ctx: Any, *grads: OutputsOrCarrier | None
+    ) -> tuple[Residual | Weights | None, ...]:
+        work, matrix, heads = ctx.work, ctx.work.matrix, _heads(ctx.work)
         x, inverse_scale, *parts = ctx.saved_tensors
-        forward_pass.enter_backward()
+        work.forward_pass.enter_backward()
         n_outs, n_heads = len(parts), matrix.n_head_rows
-        rows = forward_pass.rows(matrix.n_rows)
+        rows = work.forward_pass.row_memory(matrix.n_rows)
         rows[:, n_heads:] = 0.0
-        parts_grads = _head_grads(port.heads, x, grads[:n_outs], inverse_scale)
-        _send_to_inputs(
-            port.heads, rows[:, :n_heads], _gained_weights(port.heads), parts_grads
-        )
-        if port.heads.norm is not None:
-            share = _head_products(port.heads, parts, parts_grads)
+        parts_grads = _head_grads(heads, x, grads[:n_outs], inverse_scale)
+        _send_to_inputs(heads, rows[:, :n_heads], _gained_weights(heads), parts_grads)
+        if heads.norm is not None:
+            share = _head_products(heads, parts, parts_grads)
             factor = share.new_zeros((*rows.shape[:2], 1))
+            # Rows after the heads' get the factor 0: an MLP in the same matrix has no norm.
             factor[:, :n_heads] = -share * inverse_scale / x.shape[-1]
-            forward_pass.add_inputs(matrix, x, factor.to(x.dtype), rows)
-            if port.heads.closed_form.centred:
+            work.add_inputs(x, factor.to(x.dtype), rows)
+            if heads.closed_form is not None and heads.closed_form.centred:
                 rows -= rows.mean(-1, keepdim=True)
-        fill_rows(rows, matrix, tuple(zip(matrix.ports[1:], grads[n_outs:], strict=True)))
+        work.collect(rows, grads[n_outs:], first=1)
         grad_weights = grad_x = None
         if ctx.needs_input_grad[1]:
-            grad_weights = forward_pass.weights_grad(
-                matrix, forward_pass.products(matrix, rows)
-            )
+            grad_weights = work.weights_grad(work.products(rows))
         if ctx.needs_input_grad[0]:
             grad_x = rows[:, :n_heads].sum(1).reshape(x.shape)
-        forward_pass.send_back(matrix, rows)
-        return grad_x, grad_weights, None, None, None
+        work.send_back(rows)
+        return grad_x, grad_weights, None
 
 
 def _normed_parts(
-    heads: HeadInputs, inputs: HeadTokens
-) -> tuple[list[Float[Tensor, "token head d_head"]], Float[Tensor, "token of_heads 1"]]:
+    heads: HeadInputs, inputs: Rows
+) -> tuple[list[Parts], Float[Tensor, "token of_heads 1"]]:
     """(Each linear map's outputs by head, without the constants; 1 / the norm's scale)
 
     The inputs are centred in place, if the norm does that; rows after theirs are not.
@@ -358,8 +356,8 @@ def _normed_parts(
 
 
 def _with_constants(
-    heads: HeadInputs, shape: t.Size, parts: Sequence[Tensor]
-) -> list[Float[Tensor, "batch seq width"]]:
+    heads: HeadInputs, shape: t.Size, parts: Sequence[Parts]
+) -> list[Outputs]:
     """The linear maps' outputs from `_normed_parts`."""
     return [
         _add(_constant(heads, linear), part.flatten(1)).unflatten(0, shape[:2])
@@ -367,7 +365,7 @@ def _with_constants(
     ]
 
 
-def _centre(heads: HeadInputs, inputs: HeadTokens) -> Float[Tensor, "token row 1"]:
+def _centre(heads: HeadInputs, inputs: Rows) -> PerRow:
     """Take the mean from the inputs, in place, if their norm does; 1 / its scale."""
     norm = heads.closed_form
     if heads.norm is None or norm is None:
@@ -378,7 +376,7 @@ def _centre(heads: HeadInputs, inputs: HeadTokens) -> Float[Tensor, "token row 1
     return 1 / norm.scale(inputs)
 
 
-def _gained_weights(heads: HeadInputs) -> list[Float[Tensor, "head d_head d_model"]]:
+def _gained_weights(heads: HeadInputs) -> list[HeadWeights]:
     """The linear maps' weights, with the norm's gain in them."""
     weights = [_by_head(linear, n_heads) for linear, n_heads in heads.linears]
     gain = 1.0 if heads.closed_form is None else heads.closed_form.gain()
@@ -394,8 +392,8 @@ def _constant(heads: HeadInputs, linear: Any) -> Float[Tensor, "width"] | None:
 
 
 def _head_products(
-    heads: HeadInputs, parts: Sequence[Tensor], grads: Sequence[Tensor]
-) -> Float[Tensor, "token row 1"]:
+    heads: HeadInputs, parts: Sequence[Parts], grads: Sequence[Parts]
+) -> PerRow:
     """The scalar products of outputs and gradients, summed over all that read a row."""
     products = [
         (part * grad).sum(-1, keepdim=True)
@@ -415,55 +413,54 @@ class _ProbeHeads(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weights: Tensor,
-        matrix: EdgeMatrix,
-        port: DestPort,
-        forward_pass: ForwardPass,
-        *outs: Tensor,
-    ) -> tuple[Tensor, ...]:
-        ctx.matrix, ctx.port, ctx.forward_pass = matrix, port, forward_pass
+        ctx: Any, x: Residual, weights: Weights, work: MatrixWork, *outs: Outputs
+    ) -> tuple[OutputsOrCarrier, ...]:
+        ctx.work = work
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
-        forward_pass.awaits_backward = True
-        return (*(out.view_as(out) for out in outs), *new_handles(forward_pass, matrix))
+        work.forward_pass.awaits_backward = True
+        return (*(out.view_as(out) for out in outs), *work.new_carriers())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        matrix, port, forward_pass = ctx.matrix, ctx.port, ctx.forward_pass
+    def backward(
+        ctx: Any, *grads: OutputsOrCarrier | None
+    ) -> tuple[Residual | Weights | None, ...]:
+        work, matrix, heads = ctx.work, ctx.work.matrix, _heads(ctx.work)
         (x,) = ctx.saved_tensors
-        forward_pass.enter_backward()
-        n_outs = len(port.heads.linears)
-        basis, inverse_scale = _projected_out(port.heads, x)
+        work.forward_pass.enter_backward()
+        n_outs = len(heads.linears)
+        basis, inverse_scale = _projected_out(heads, x)
         # The rows of the matrix, and after them the vectors of C.
-        rows = forward_pass.rows(matrix.n_rows + basis.shape[1])
-        heads = rows[:, : matrix.n_head_rows]
-        parts = _head_grads(port.heads, x, grads[:n_outs], inverse_scale)
-        _send_to_inputs(port.heads, heads, _gained_weights(port.heads), parts)
-        fill_rows(rows, matrix, tuple(zip(matrix.ports[1:], grads[n_outs:], strict=True)))
+        rows = work.forward_pass.row_memory(matrix.n_rows + basis.shape[1])
+        of_heads = rows[:, : matrix.n_head_rows]
+        parts = _head_grads(heads, x, grads[:n_outs], inverse_scale)
+        _send_to_inputs(heads, of_heads, _gained_weights(heads), parts)
+        work.collect(rows, grads[n_outs:], first=1)
         rows[:, matrix.n_rows :] = basis
-        in_basis = t.bmm(heads, basis.mT)
+        # One product gives those of the rows and of the vectors with the differences. With
+        # vectors c, the row r has lost sum_c <r, c> c: its product with a difference d has
+        # lost sum_c <r, c> <c, d>, without the row being written again.
+        in_basis = t.bmm(of_heads, basis.mT)
         grad_weights = grad_x = None
         if ctx.needs_input_grad[1]:
-            products = forward_pass.products(matrix, rows)
+            products = work.products(rows)
             products[:, : matrix.n_head_rows] -= t.bmm(
                 in_basis, products[:, matrix.n_rows :]
             )
-            grad_weights = forward_pass.weights_grad(matrix, products[:, : matrix.n_rows])
+            grad_weights = work.weights_grad(products[:, : matrix.n_rows])
         if ctx.needs_input_grad[0]:
-            total = heads.sum(1, keepdim=True)
+            total = of_heads.sum(1, keepdim=True)
             grad_x = total - t.bmm(in_basis.sum(1, keepdim=True), basis)
             grad_x = grad_x.reshape(x.shape)
-        return (grad_x, grad_weights, None, None, None, *(None for _ in range(n_outs)))
+        return (grad_x, grad_weights, None, *(None for _ in range(n_outs)))
 
 
 def _head_grads(
     heads: HeadInputs,
-    x: Tensor,
-    grads: Sequence[Tensor | None],
-    factor: Float[Tensor, "token row 1"],
-) -> list[Float[Tensor, "token head d_head"]]:
+    x: Residual,
+    grads: Sequence[Outputs | None],
+    factor: PerRow,
+) -> list[Parts]:
     """The gradients of the linear maps' outputs, by head, times a factor of its input."""
     parts = []
     for grad, (linear, n_heads), rows in zip(
@@ -472,16 +469,16 @@ def _head_grads(
         if grad is None:
             width = linear.out_features
             grad = x.new_zeros((*x.shape[:2], int(width)))  # type: ignore[arg-type]
+        # [batch seq 6] of 2 heads that are 3 wide -> [token 6] -> [token 2 3].
         by_head = grad.flatten(0, 1).unflatten(1, (n_heads, -1))
         parts.append((by_head * factor[:, rows]).to(x.dtype))
     return parts
 
 
-def _projected_out(heads: HeadInputs, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(orthonormal vectors that a norm's Jacobian takes out, 1 / its scale)
-
-    The first [token, vector, d_model], the second [token, row, 1].
-    """
+def _projected_out(
+    heads: HeadInputs, x: Residual
+) -> tuple[Float[Tensor, "token vector d_model"], PerRow]:
+    """(orthonormal vectors that a norm's Jacobian takes out, 1 / its scale)"""
     tokens = x.flatten(0, 1)
     norm = heads.closed_form
     if heads.norm is None or norm is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -26,8 +27,8 @@ class MasksPutBack:
     """
 
     context: str
-    values: Mapping[str, Tensor]
-    changed: Mapping[str, Tensor]
+    values: Mapping[str, Float[Tensor, "..."]]
+    changed: Mapping[str, Bool[Tensor, "..."]]
 
     def is_visible(self, masks: Mapping[str, Parameter]) -> bool:
         """Does anybody who looks at the masks see something else than was inside?
@@ -49,7 +50,9 @@ class MasksPutBack:
 
 
 def masks_put_back(
-    context: str, before: Mapping[str, Tensor], inside: Mapping[str, Tensor]
+    context: str,
+    before: Mapping[str, Float[Tensor, "..."]],
+    inside: Mapping[str, Float[Tensor, "..."]],
 ) -> MasksPutBack | None:
     """None if the context had changed nothing."""
     changed = {

@@ -6,9 +6,9 @@ destination multiplies its masks with that buffer. The work is arranged so that 
 little more than the model itself:
 
 - *Edge matrices* (`edge_matrices`): one matrix product for all that is read at one place.
-- *Backward* (`forward_pass`) needs no copy of the differences per destination.
+- *Backward* (`forward_pass`, `matrix_work`) needs no copy of the differences per destination.
 - *Heads* (`head_inputs`): inputs of single heads are computed only where they differ.
-- *Sparse circuits.* Without gradients only the rows and columns of a matrix that do
+- *Sparse circuits* (`pass_works`). Without gradients only the rows and columns of a matrix that do
   something are computed, and only their sources are recorded. If most edges are patched,
   the base is the residual stream of the patched-in run and the columns are those that are
   *not* patched: a small circuit then costs about what the model costs.
@@ -18,26 +18,41 @@ little more than the model itself:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch as t
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import Module
 
-from auto_circuit.engine.edge_matrices import DestPort, EdgeMatrix, PatchPlan, SrcPort
-from auto_circuit.engine.forward_pass import (
-    ForwardPass,
-    MatrixWork,
-    read_port,
-    write_source,
+from auto_circuit.engine.edge_matrices import (
+    DestPort,
+    EdgeMatrix,
+    PatchPlan,
+    SrcPort,
+    Written,
 )
-from auto_circuit.engine.head_inputs import head_outputs, linear_forward, outputs_of
-from auto_circuit.engine.patch_wrapper import PatchWrapperImpl
+from auto_circuit.engine.forward_pass import ForwardPass, Residual, write_source
+from auto_circuit.engine.head_inputs import (
+    Outputs,
+    head_outputs,
+    linear_forward,
+    outputs_of,
+)
+from auto_circuit.engine.matrix_work import Input, Weights
+from auto_circuit.engine.pass_works import (
+    PassWorks,
+    dense_works,
+    edges_to_use,
+    slots_of,
+    sparse_works,
+    stack_rows,
+    used_srcs,
+)
 from auto_circuit.errors import GraphError
 from auto_circuit.modules import replaced_forward
 from auto_circuit.utils.user_hooks import (
@@ -48,8 +63,11 @@ from auto_circuit.utils.user_hooks import (
 )
 from auto_circuit.weights import WeightFingerprint
 
-PICKING_COST = 3
-"""To copy a difference to another place, in terms of multiplying with it where it is."""
+SrcOuts = Float[Tensor, "src batch seq d_model"]
+Hook = Callable[[Any], Any]
+"""A module's output -> what it shall give instead, or None."""
+Constant = Float[Tensor, "*position d_model"]
+"""What reaches a destination besides its sources, alike for every prompt."""
 
 
 class PatchSession:
@@ -71,9 +89,9 @@ class PatchSession:
     def __init__(
         self,
         plan: PatchPlan,
-        patch_src_outs: Tensor,
-        curr_src_outs: Tensor | None,
-        constants: dict[str, Tensor],
+        patch_src_outs: SrcOuts,
+        curr_src_outs: SrcOuts | None,
+        constants: dict[str, Constant],
         needs_grad: Callable[[], bool],
         weights: WeightFingerprint,
         user_hooks: UserHooks,
@@ -97,6 +115,7 @@ class PatchSession:
         self.differences = differences
         self.keeps_layers = keeps_layers
         self.forward_pass: ForwardPass | None = None
+        self._works: PassWorks | None = None
         self.is_called = False
         self._first_block = 0
         self._overwritten_from = len(plan.blocks)
@@ -104,8 +123,8 @@ class PatchSession:
         self._hook_ids: list[int] = []
         self._last_hooks: list[tuple[Any, int]] = []  # a module's OrderedDict, a key
         self._patch_version: int | None = None
-        self._patch_sums: dict[tuple[int, int], Tensor] = {}
-        self._base_outs: dict[DestPort, tuple[list[Tensor], list[int | None]]] = {}
+        self._patch_sums: dict[tuple[int, int], Residual] = {}
+        self._base_outs: dict[DestPort, tuple[list[Outputs], list[int | None]]] = {}
         self._exit = ExitStack()
 
     def open(self) -> None:
@@ -118,9 +137,7 @@ class PatchSession:
             if port.heads is not None:
                 self._stand_in(port)
             elif not port.additive:
-                self._hook(
-                    port.module, partial(self._read, port, self._matrices_of(port))
-                )
+                self._hook(port.module, partial(self._read, port))
             if port.component is not None:
                 self._remember(port, port.component)
         for src_port in self.plan.src_ports:
@@ -129,9 +146,7 @@ class PatchSession:
             self._hook(site.module, partial(self._write, src_port), is_last)
         for port in self.plan.dest_ports:
             if port.additive:
-                self._hook(
-                    port.module, partial(self._read, port, self._matrices_of(port))
-                )
+                self._hook(port.module, partial(self._read, port))
         if self.keeps_layers:
             for idx, block in enumerate(self.plan.blocks):
                 self._hook(block, partial(self._keep, idx))
@@ -144,14 +159,12 @@ class PatchSession:
             self.forward_pass.diff = self.forward_pass.grad_buffer = (
                 self.forward_pass.scratch
             ) = None
-        self.forward_pass = None
+        self.forward_pass = self._works = None
         self._patch_sums.clear()
         self._base_outs.clear()
         self._block_outs.clear()
 
-    def _hook(
-        self, module: Module, hook: Callable[[Any], Tensor | None], is_last: bool = False
-    ) -> None:
+    def _hook(self, module: Module, hook: Hook, is_last: bool = False) -> None:
         """is_last: must it see what all other hooks have made of the output?"""
         handle = module.register_forward_hook(partial(_call_with_output, hook))
         self._exit.callback(handle.remove)
@@ -241,49 +254,43 @@ class PatchSession:
                 stack.enter_context(replaced_forward(module, self._hand_on(idx)))
             stack.callback(setattr, self, "_first_layer", 0)
             self._first_block = self._overwritten_from = block
-            self.forward_pass = self._continued(self._current_pass())
+            self._continue(self._current_pass())
             yield
 
     def _hand_on(self, idx: int) -> Callable[..., Any]:
         # A copy: somebody's hook in the next block may change it in place.
         return lambda *args, **kwargs: _copied(self._block_outs[idx])
 
-    def _continued(self, forward_pass: ForwardPass) -> ForwardPass:
+    def _continue(self, last: ForwardPass) -> None:
         """A pass with the differences that the last one left."""
-        assert forward_pass.diff is not None
+        assert last.diff is not None
         matrices = [
             matrix
             for matrix in self.plan.matrices
             if matrix.ports[0].block >= self._first_block
         ]
-        batch, seq = forward_pass.diff.shape[:2]
+        batch, seq = last.diff.shape[:2]
+        self.forward_pass = ForwardPass(last.diff, scratch=last.scratch)
         weights = self._matrix_weights(batch, seq, matrices)
-        works, _, recorded, patched_base = self._sparse_works(weights)
-        return ForwardPass(
-            forward_pass.diff,
-            forward_pass.slots,
-            recorded,
-            works,
-            patched_base,
-            scratch=forward_pass.scratch,
-        )
+        self._works = self._sparse_works(weights, self.forward_pass)
 
     # ------------------------------------------------------------------ sources
 
-    def _write(self, port: SrcPort, out: Tensor) -> Tensor | None:
+    def _write(self, port: SrcPort, out: Written) -> Written | None:
         if port.srcs.start == 0:
-            self.forward_pass = self._new_pass(out)
+            self._begin(out)
         forward_pass = self._current_pass()
-        self._record(forward_pass, port, out.detach())
+        self._record(port, out.detach())
         if _needs_grad(forward_pass, out) and not self.differences:
             return write_source(forward_pass, port, out)
         return None
 
-    def _record(self, forward_pass: ForwardPass, port: SrcPort, out: Tensor) -> None:
-        assert forward_pass.diff is not None
+    def _record(self, port: SrcPort, out: Written) -> None:
+        diff, works = self._current_pass().diff, self._current_works()
+        assert diff is not None
         srcs = port.srcs
         all_srcs = range(srcs.start, srcs.stop)
-        recorded = [i for i, src in enumerate(all_srcs) if src in forward_pass.recorded]
+        recorded = [i for i, src in enumerate(all_srcs) if src in works.recorded]
         if not recorded and self.curr_src_outs is None:
             return
         with t.no_grad():
@@ -291,17 +298,26 @@ class PatchSession:
         if self.curr_src_outs is not None:
             # What was made in inference mode can be changed in it alone.
             with t.inference_mode(self.curr_src_outs.is_inference()), t.no_grad():
+                # [batch seq head d_model] of a module's heads -> [head batch seq d_model].
                 self.curr_src_outs[srcs] = heads.movedim(2, 0)
+        # Of the sources 9..12 that a module writes, 10 and 12 are recorded: numbers 1 and 3
+        # of its output, which go to the slots of 10 and 12. Slots are in the order of the
+        # sources, so if all four are recorded, their slots follow each other.
         if len(recorded) == len(all_srcs):
-            first = forward_pass.slots[srcs.start]
-            out = forward_pass.diff[:, :, first : first + len(recorded)]
-            self._subtract(self.patch[srcs].movedim(0, 2), heads, out)
+            first = works.slots[srcs.start]
+            of_port = diff[:, :, first : first + len(recorded)]
+            self._subtract(self.patch[srcs].movedim(0, 2), heads, of_port)
             return
         for i in recorded:
-            out = forward_pass.diff[:, :, forward_pass.slots[srcs.start + i]]
-            self._subtract(self.patch[srcs.start + i], heads[:, :, i], out)
+            of_src = diff[:, :, works.slots[srcs.start + i]]
+            self._subtract(self.patch[srcs.start + i], heads[:, :, i], of_src)
 
-    def _subtract(self, patch: Tensor, current: Tensor, out: Tensor) -> None:
+    def _subtract(
+        self,
+        patch: Float[Tensor, "batch seq *head d_model"],
+        current: Float[Tensor, "batch seq *head d_model"],
+        out: Float[Tensor, "batch seq *head d_model"],
+    ) -> None:
         if self.differences:
             out.copy_(patch)
         else:
@@ -315,16 +331,40 @@ class PatchSession:
             )
         return self.forward_pass
 
+    def _current_works(self) -> PassWorks:
+        self._current_pass()
+        assert self._works is not None
+        return self._works
+
     # ------------------------------------------------------------- forward passes
 
-    def _new_pass(self, start: Tensor) -> ForwardPass:
+    def _begin(self, start: Written) -> None:
+        """A new pass, whose first source writes `start`."""
         batch, seq, d_model = start.shape
         self._repeat_for(batch)
-        if self.patch.shape != (self.plan.n_srcs, batch, seq, d_model):
+        self._check_may_begin((self.plan.n_srcs, batch, seq, d_model))
+        self._forget_what_is_stale()
+        self._meet_users_hooks()
+        weights = self._matrix_weights(batch, seq, list(self.plan.matrices))
+        is_dense = t.is_grad_enabled() and (start.requires_grad or self.needs_grad())
+        forward_pass = ForwardPass(is_dense=is_dense)
+        if is_dense:
+            self._check_no_backward_hooks()
+            works = dense_works(weights, self.plan.n_srcs, forward_pass)
+        else:
+            works = self._sparse_works(weights, forward_pass)
+        self._overwritten_from = len(self.plan.blocks)
+        # A slot more: see `MatrixWork.compute_inputs`.
+        n_slots = min(len(works.slots) + 1, self.plan.n_srcs)
+        self._give_buffers(forward_pass, (batch, seq, n_slots, d_model))
+        self.forward_pass, self._works = forward_pass, works
+
+    def _check_may_begin(self, shape: tuple[int, ...]) -> None:
+        if self.patch.shape != shape:
             raise GraphError(
                 f"The activations to patch in have shape {tuple(self.patch.shape)}, but "
                 "this forward pass needs [sources, batch, positions, d_model] = "
-                f"{(self.plan.n_srcs, batch, seq, d_model)}. Compute them with "
+                f"{shape}. Compute them with "
                 "`src_ablations` on inputs of the same size (and the same KV cache)."
             )
         if not self.is_called:
@@ -339,24 +379,6 @@ class PatchSession:
                 "A second forward pass in a `patch_mode` with `overwrite_patch=True`: "
                 "the first one has overwritten the activations to patch in."
             )
-        self._forget_what_is_stale()
-        self._meet_users_hooks()
-        weights = self._matrix_weights(batch, seq, list(self.plan.matrices))
-        if t.is_grad_enabled() and (start.requires_grad or self.needs_grad()):
-            self._check_no_backward_hooks()
-            works = self._dense_works(weights)
-            slots = {src: src for src in range(self.plan.n_srcs)}
-            forward_pass = ForwardPass(
-                None, slots, frozenset(slots), works, frozenset(), is_dense=True
-            )
-        else:
-            works, slots, recorded, patched_base = self._sparse_works(weights)
-            forward_pass = ForwardPass(None, slots, recorded, works, patched_base)
-        self._overwritten_from = len(self.plan.blocks)
-        # A slot more: see `ForwardPass.compute_inputs`.
-        n_slots = min(len(slots) + 1, self.plan.n_srcs)
-        self._give_buffers(forward_pass, (batch, seq, n_slots, d_model))
-        return forward_pass
 
     def _repeat_for(self, batch: int) -> None:
         """Repeat one set of activations (a mean) for a batch of another size.
@@ -383,7 +405,9 @@ class PatchSession:
         if forward_pass.diff is None:
             forward_pass.diff = self.patch.new_empty(shape)
 
-    def _patch_as_diff(self, shape: tuple[int, ...]) -> Tensor | None:
+    def _patch_as_diff(
+        self, shape: tuple[int, ...]
+    ) -> Float[Tensor, "batch seq src d_model"] | None:
         by_token = self.patch.movedim(0, 2)
         return by_token if by_token.shape == shape and by_token.is_contiguous() else None
 
@@ -413,8 +437,8 @@ class PatchSession:
 
     def _matrix_weights(
         self, batch: int, seq: int, matrices: list[EdgeMatrix]
-    ) -> dict[EdgeMatrix, Tensor]:
-        """Each matrix's share of the masks: [batch or 1, position or 1, row, src]."""
+    ) -> dict[EdgeMatrix, Weights]:
+        """Each matrix's share of the masks."""
         ports = {port: None for matrix in matrices for port in matrix.ports}
         wrappers = {wrapper: None for port in ports for wrapper in port.wrappers}
         masks = {wrapper: wrapper.mask_weights(batch) for wrapper in wrappers}
@@ -425,83 +449,42 @@ class PatchSession:
                     f"of {mask.shape[1]} positions, but the input has {batch} of {seq}. "
                     "See `set_mask_batch_size` and `patchable_model(..., seq_len=)`."
                 )
-        return {matrix: _stack_rows(matrix, masks) for matrix in matrices}
-
-    def _dense_works(
-        self, weights: dict[EdgeMatrix, Tensor]
-    ) -> dict[EdgeMatrix, MatrixWork]:
-        # One transfer for all the matrices: a GPU would stop at each.
-        is_used = t.stack([w.detach().any() for w in weights.values()]).tolist()
-        return {
-            matrix: MatrixWork(
-                w,
-                slice(matrix.lo, matrix.hi),
-                list(range(matrix.n_rows)),
-                does_nothing=not used,
-                inputs_slot=matrix.hi,
-            )
-            for (matrix, w), used in zip(weights.items(), is_used, strict=True)
-        }
+        return {matrix: stack_rows(matrix, masks) for matrix in matrices}
 
     def _sparse_works(
-        self, weights: dict[EdgeMatrix, Tensor]
-    ) -> tuple[
-        dict[EdgeMatrix, MatrixWork], dict[int, int], frozenset[int], frozenset[DestPort]
-    ]:
-        """Choose base and edges of every matrix, and the sources with slots and to record."""
-        patched, unpatched = _used_edges(weights)
-        used: dict[EdgeMatrix, UsedEdges] = {}
-        on_patched_base: list[DestPort] = []
-        # Else what is known of the patched-in run belongs to other weights, or lacks what
-        # hooks add to the residual stream.
+        self, weights: dict[EdgeMatrix, Weights], forward_pass: ForwardPass
+    ) -> PassWorks:
+        """Those on the cheaper base; with `keeps_layers`, all sources have slots."""
+        # Fixed differences do not lead to the patched-in run. And what is known of that
+        # run may belong to other weights, or lack what hooks add to the residual stream.
         may_use_base = (
             not self.differences and not self._hook_ids and self.weights.holds()
         )
-        for whole_group in self.plan.matrix_groups:
-            group = [matrix for matrix in whole_group if matrix in weights]
-            base = patched
-            ports = {port for matrix in group for port in matrix.ports}
-            # Fixed differences do not lead to the patched-in run.
-            if may_use_base and not any(port.additive for port in ports):
-                if _n_columns(unpatched, group) < _n_columns(patched, group):
-                    base = unpatched
-                    on_patched_base += ports
-            used.update((matrix, base[matrix]) for matrix in group)
-        patched_base = frozenset(on_patched_base)
+        edges = edges_to_use(weights, self.plan.matrix_groups, may_use_base)
         all_srcs = range(self.plan.n_srcs)
-        recorded = {src for edges in used.values() for src in edges.srcs}
+        with_slot = all_srcs if self.keeps_layers else used_srcs(edges)
+        works = sparse_works(weights, edges, slots_of(with_slot), forward_pass)
         if self.keeps_layers and self._first_block == 0:
-            recorded = set(all_srcs)
-        with_slot = all_srcs if self.keeps_layers else sorted(recorded)
-        slots = {src: slot for slot, src in enumerate(with_slot)}
-        works = {
-            matrix: _sparse_work(matrix, w, used[matrix], slots, patched_base)
-            for matrix, w in weights.items()
-        }
-        return works, slots, frozenset(recorded), patched_base
+            return replace(works, recorded=frozenset(all_srcs))
+        return works
 
     # --------------------------------------------------------------- destinations
 
-    def _read(
-        self, port: DestPort, matrices: list[EdgeMatrix], x: Tensor
-    ) -> Tensor | None:
-        forward_pass = self._current_pass()
-        _needs_grad(forward_pass, x)
+    def _read(self, port: DestPort, x: Input) -> Input | None:
+        works = self._current_works()
+        _needs_grad(self._current_pass(), x)
         out = x
-        if port in forward_pass.patched_base:
+        if port in works.patched_base:
             out = self._patched_base(port).to(x.dtype)
+            # All rows of a port have the same base: [batch seq 1 d_model] for its heads.
             out = (out.unsqueeze(2) if x.ndim == 4 else out).expand_as(x)
-        for matrix in matrices:
-            out = read_port(forward_pass, matrix, port, out)
+        for work in works.of_port[port]:
+            out = work.read(port, out)
         return None if out is x else out
-
-    def _matrices_of(self, port: DestPort) -> list[EdgeMatrix]:
-        return [matrix for matrix in self.plan.matrices if port in matrix.ports]
 
     def _stand_in(self, port: DestPort) -> None:
         """Compute the port's heads in place of the linear maps that read it."""
         assert port.heads is not None
-        (matrix,) = self._matrices_of(port)
         # Nothing of a pass may hold a tensor of its graph for longer than needed: the
         # graph holds the pass, and the circle would keep both.
         self._hook(
@@ -512,50 +495,53 @@ class PatchSession:
         self._exit.enter_context(port.heads.opened())
         for idx, called in enumerate(port.heads.called_modules):
             linear, _ = port.heads.linears[idx]
-            forward = partial(self._head_forward, port, matrix, idx, linear)
+            forward = partial(self._head_forward, port, idx, linear)
             self._exit.enter_context(replaced_forward(called, forward))
 
     def _head_forward(
-        self, port: DestPort, matrix: EdgeMatrix, idx: int, linear: Module, normed: Tensor
-    ) -> Tensor:
-        heads, forward_pass = port.heads, self._current_pass()
-        assert heads is not None
+        self,
+        port: DestPort,
+        idx: int,
+        linear: Module,
+        normed: Float[Tensor, "batch seq d_in"],
+    ) -> Outputs:
+        head_outs = self._current_pass().head_outs
         if idx == 0:
-            x, base_outs = forward_pass.residuals.pop(port), None
-            _needs_grad(forward_pass, x)
-            if port in forward_pass.patched_base:
-                x = self._patched_base(port).to(x.dtype)
-                base_outs = self._remembered(port, lambda: outputs_of(heads, x))
-            outs = head_outputs(forward_pass, matrix, port, x, normed, base_outs)
-            forward_pass.head_outs[port] = outs or []
-        outs = forward_pass.head_outs[port]
+            head_outs[port] = self._patched_heads(port, normed)
+        outs = head_outs[port]
         return outs.pop(0) if outs else linear_forward(linear, normed)
+
+    def _patched_heads(self, port: DestPort, normed: Residual) -> list[Outputs]:
+        """What all linear maps of a port's heads give; [] for what the model computes."""
+        heads, forward_pass = port.heads, self._current_pass()
+        works = self._current_works()
+        assert heads is not None
+        x, base_outs = forward_pass.residuals.pop(port), None
+        _needs_grad(forward_pass, x)
+        if port in works.patched_base:
+            x = self._patched_base(port).to(x.dtype)
+            base_outs = self._remembered(port, lambda: outputs_of(heads, x))
+        (work,) = works.of_port[port]
+        return head_outputs(work, x, normed, base_outs) or []
 
     def _remember(self, port: DestPort, component: Module) -> None:
         """Compute a component once for all passes in which all its edges are patched."""
-        matrices = self._matrices_of(port)
-        forward = partial(self._component_forward, port, matrices, component.forward)
+        forward = partial(self._component_forward, port, component.forward)
         self._exit.enter_context(replaced_forward(component, forward))
 
     def _component_forward(
-        self,
-        port: DestPort,
-        matrices: list[EdgeMatrix],
-        forward: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
+        self, port: DestPort, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        forward_pass = self._current_pass()
-        if port not in forward_pass.patched_base or any(
-            forward_pass.works[b].changes(b.rows(port))[1] for b in matrices
-        ):
+        works = self._current_works()
+        is_changed = any(work.changes(port)[1] for work in works.of_port[port])
+        if port not in works.patched_base or is_changed:
             return forward(*args, **kwargs)
         (out,) = self._remembered(port, lambda: [forward(*args, **kwargs)])
         return out
 
     def _remembered(
-        self, port: DestPort, compute: Callable[[], list[Tensor]]
-    ) -> list[Tensor]:
+        self, port: DestPort, compute: Callable[[], list[Outputs]]
+    ) -> list[Outputs]:
         """What it gave in an earlier pass, unless a hook has changed that in place."""
         outs, versions = self._base_outs.get(port, ([], []))
         if not outs or [_version(out) for out in outs] != versions:
@@ -563,13 +549,14 @@ class PatchSession:
             self._base_outs[port] = outs, [_version(out) for out in outs]
         return [out.clone() if out.is_inference() else out for out in outs]
 
-    def _patched_base(self, port: DestPort) -> Float[Tensor, "batch seq d_model"]:
+    def _patched_base(self, port: DestPort) -> Residual:
         """What the port reads when all of its edges are patched."""
         total = self._patch_sum(port.srcs.start, port.srcs.stop)
         return total + self.constants[port.name]
 
-    def _patch_sum(self, lo: int, hi: int) -> Float[Tensor, "batch seq d_model"]:
+    def _patch_sum(self, lo: int, hi: int) -> Residual:
         if (lo, hi) not in self._patch_sums:
+            # The sum of the sources 0..9 is that of 0..5, if it is known, plus 6..9.
             shorter = [end for start, end in self._patch_sums if start == lo]
             known = max((end for end in shorter if end < hi), default=lo)
             # Half precision loses too much over a hundred sources.
@@ -581,13 +568,11 @@ class PatchSession:
         return self._patch_sums[lo, hi]
 
 
-def _call_with_output(
-    hook: Callable[[Any], Tensor | None], module: Module, args: Any, output: Any
-) -> Tensor | None:
+def _call_with_output(hook: Hook, module: Module, args: Any, output: Any) -> Any:
     return hook(output)
 
 
-def _version(tensor: Tensor) -> int | None:
+def _version(tensor: Shaped[Tensor, "..."]) -> int | None:
     """How often it was changed in place; inference tensors do not count that (None)."""
     return None if tensor.is_inference() else tensor._version
 
@@ -599,7 +584,7 @@ def _copied(output: Any) -> Any:
     return output.clone() if isinstance(output, Tensor) else output
 
 
-def _needs_grad(forward_pass: ForwardPass, x: Tensor) -> bool:
+def _needs_grad(forward_pass: ForwardPass, x: Float[Tensor, "batch seq ..."]) -> bool:
     """Do gradients flow through x? Raises GraphError if the pass is not made for them."""
     if not (t.is_grad_enabled() and x.requires_grad):
         return False
@@ -611,83 +596,3 @@ def _needs_grad(forward_pass: ForwardPass, x: Tensor) -> bool:
             "source writes; or run it under `torch.no_grad()`."
         )
     return True
-
-
-def _stack_rows(matrix: EdgeMatrix, masks: dict[PatchWrapperImpl, Tensor]) -> Tensor:
-    """The rows of all the matrix's ports, for the matrix's sources."""
-    parts = []
-    for port in matrix.ports:
-        of_srcs = slice(matrix.lo - port.srcs.start, matrix.hi - port.srcs.start)
-        for wrapper in port.wrappers:
-            mask = masks[wrapper]
-            if port.mask_rows is not None:
-                mask = mask[:, :, list(port.mask_rows)]
-            parts.append(mask[..., of_srcs])
-    if len(parts) == 1:
-        # The backward pass reads the weights again; the mask may have changed by then.
-        return parts[0].clone()
-    leading = t.broadcast_shapes(*(part.shape[:2] for part in parts))
-    return t.cat([part.expand(*leading, -1, -1) for part in parts], dim=2)
-
-
-@dataclass(frozen=True)
-class UsedEdges:
-    """The sources of a matrix, and its rows, that have an edge which does something."""
-
-    srcs: list[int]
-    rows: list[int]
-
-
-def _used_edges(
-    weights: dict[EdgeMatrix, Tensor],
-) -> tuple[dict[EdgeMatrix, UsedEdges], dict[EdgeMatrix, UsedEdges]]:
-    """Per matrix: what has any patched edge, and what has any not fully patched one."""
-    flags = []
-    for w in weights.values():
-        used = t.stack([w != 0, w != 1]).flatten(1, 2).any(1)  # [2 row src]
-        flags += [used.any(1), used.any(2)]
-    # One transfer for all the matrices: a GPU would stop at each.
-    parts = t.cat(flags, 1).cpu().split([flag.shape[1] for flag in flags], 1)
-    patched, unpatched = (
-        {
-            matrix: UsedEdges(
-                (srcs[i].nonzero().flatten() + matrix.lo).tolist(),
-                rows[i].nonzero().flatten().tolist(),
-            )
-            for matrix, srcs, rows in zip(weights, parts[::2], parts[1::2], strict=True)
-        }
-        for i in (0, 1)
-    )
-    return patched, unpatched
-
-
-def _n_columns(used: dict[EdgeMatrix, UsedEdges], matrices: Iterable[EdgeMatrix]) -> int:
-    return sum(len(used[matrix].srcs) for matrix in matrices)
-
-
-def _sparse_work(
-    matrix: EdgeMatrix,
-    weights: Tensor,
-    used: UsedEdges,
-    slots: dict[int, int],
-    patched_base: frozenset[DestPort],
-) -> MatrixWork:
-    if matrix.ports[0] in patched_base:
-        weights = weights - 1
-    if not used.rows:
-        return MatrixWork(weights, slice(0, 0), [], does_nothing=True)
-    if len(used.rows) < matrix.n_rows:
-        rows = t.tensor(used.rows, device=weights.device)
-        weights = weights.index_select(2, rows)
-    recorded = [src for src in slots if matrix.lo <= src < matrix.hi]
-    # To pick the used ones costs more than to multiply with zeros, unless they are few.
-    is_worth_picking = PICKING_COST * len(used.srcs) < len(recorded)
-    srcs = used.srcs if is_worth_picking else recorded
-    if len(srcs) < matrix.hi - matrix.lo:
-        columns = t.tensor([src - matrix.lo for src in srcs], device=weights.device)
-        weights = weights.index_select(-1, columns)
-    inputs_slot = slots[recorded[-1]] + 1
-    slots_of_srcs: slice | Tensor = slice(slots[recorded[0]], inputs_slot)
-    if is_worth_picking:
-        slots_of_srcs = t.tensor([slots[src] for src in srcs], device=weights.device)
-    return MatrixWork(weights, slots_of_srcs, used.rows, False, inputs_slot)

@@ -34,8 +34,10 @@ GONE_ATTRIBUTES = {
 }
 """What auto-circuit's wrappers had -> what is there in its place."""
 
-MaskWeights = Float[Tensor, "batch seq head src"]
-"""A mask as it is used: [batch or 1, position or 1, head or 1, incoming source]."""
+MaskWeights = Float[Tensor, "mask_batch mask_seq mask_head src"]
+"""A mask as it is used; batch, positions and heads are 1 where it tells none apart."""
+Mask = Float[Tensor, "*batch_seq_head src"]
+"""A mask as it is kept: [src], or with those of batch, seq and head that it tells apart."""
 
 
 class PatchWrapperImpl(PatchWrapper):
@@ -62,7 +64,7 @@ class PatchWrapperImpl(PatchWrapper):
         is_src: bool = False,
         src_idxs: slice | None = None,
         is_dest: bool = False,
-        patch_mask: Tensor | None = None,
+        patch_mask: Mask | None = None,
         in_srcs: slice | None = None,
     ) -> None:
         if isinstance(head_dim, Module):
@@ -136,7 +138,7 @@ class PatchWrapperImpl(PatchWrapper):
             self._replace_mask(self.mask.data.expand(batch_size, *self.mask.shape))
         self.mask_batch_size = batch_size
 
-    def _replace_mask(self, values: Tensor) -> None:
+    def _replace_mask(self, values: Mask) -> None:
         # Same Parameter, other shape: `patch_masks` dictionaries stay true. A model may
         # keep parts of its last pass (attention patterns), and with them the graph's idea
         # of the mask's shape; PyTorch drops it when the data change their type.
@@ -147,7 +149,7 @@ class PatchWrapperImpl(PatchWrapper):
             self.mask.data = values.clone()
         self.mask.grad = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Module:
         """As `Module._apply` (`.to()`, `.half()` ...), but masks stay float32 at least."""
         super()._apply(fn, recurse)
         if self.patch_mask is not None:
@@ -170,6 +172,8 @@ class PatchWrapperImpl(PatchWrapper):
             weights = t.sigmoid(weights)
         if self.dropout_p > 0.0 and self.training:
             weights = weights * self._dropout_factors(weights)
+        # A mask [5 src] of 5 heads becomes [1 1 5 src]; one [7 src] of 7 positions of an MLP
+        # becomes [1 7 1 src]; with a mask for each of 3 examples it is [3 7 1 src].
         if not has_batch:
             weights = weights.unsqueeze(0)
         if self.seq_dim is None:
@@ -178,7 +182,7 @@ class PatchWrapperImpl(PatchWrapper):
             weights = weights.unsqueeze(-2)
         return weights
 
-    def _dropout_factors(self, weights: Tensor) -> Tensor:
+    def _dropout_factors(self, weights: Mask) -> Mask:
         # Not torch's dropout: that one draws from the caller's global generator.
         noise = t.rand(
             weights.shape,

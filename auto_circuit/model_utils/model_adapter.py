@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch as t
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
@@ -34,7 +35,7 @@ class SrcSite:
     """
 
     module: Module
-    projection: Callable[[int], Tensor] | None = None
+    projection: Callable[[int], Float[Tensor, "head d_head d_model"]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +52,12 @@ class Norm:
     gain: Callable[[], Tensor | float]
     bias: Callable[[], Tensor | None]
 
-    def centre(self, x: Tensor) -> Tensor:
+    def centre(self, x: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
         """x without its mean, if the norm subtracts it."""
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
-    def scale(self, centred: Tensor) -> Tensor:
-        """What the norm divides `centre(x)` by: [... 1], in float32 at least."""
+    def scale(self, centred: Float[Tensor, "*token d"]) -> Float[Tensor, "*token 1"]:
+        """What the norm divides `centre(x)` by, in float32 at least."""
         exact = t.promote_types(centred.dtype, t.float32)
         length = t.linalg.vector_norm(centred, dim=-1, keepdim=True, dtype=exact)
         return (length.square() / centred.shape[-1] + self.epsilon).sqrt()

@@ -14,8 +14,12 @@ from copy import copy
 from typing import Any
 
 import torch as t
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
+
+Heads = Float[Tensor, "batch _ _ d_head"]
+"""Keys or values, [batch head seq d_head], of some heads at some positions."""
 
 
 class UngroupedLinear(Module):
@@ -33,22 +37,22 @@ class UngroupedLinear(Module):
         self.out_features = linear.out_features * group
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Float[Tensor, "width d_model"]:
         """The weights, [query head * d_head, d_model]."""
         return self._for_each(self.linear.weight, 0)
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Float[Tensor, "width"] | None:
         """The bias, [query head * d_head]."""
         bias = self.linear.bias
         return None if bias is None else self._for_each(bias, 0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token width"]:
         """The linear map's output, each part `group` times."""
         # Not by calling it: what stands in for its `forward` calls this.
         return self._for_each(type(self.linear).forward(self.linear, x), -1)
 
-    def _for_each(self, parts: Tensor, dim: int) -> Tensor:
+    def _for_each(self, parts: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         dim = dim % parts.ndim
         by_head = parts.unflatten(dim, (self.n_kv, -1))
         return by_head.repeat_interleave(self.group, dim).flatten(dim, dim + 1)
@@ -63,7 +67,7 @@ def keeps_heads_apart(attention: Any) -> bool:
     return weight is None or weight.numel() in (1, attention.config.d_head)
 
 
-def norm_weight(attention: Any, name: str) -> Tensor | None:
+def norm_weight(attention: Any, name: str) -> Float[Tensor, "*head d_head"] | None:
     """The weight of attention's norm over queries or keys, if there is one."""
     norm = getattr(attention, name, None)
     return getattr(getattr(norm, "original_component", None), "weight", None)
@@ -80,7 +84,7 @@ def ungrouped_attention(attention: Any, group: int) -> Iterator[None]:
     inner = attention.original_component
     update = attention._update_kv_cache
 
-    def update_kv_cache(keys: Tensor, values: Tensor, **kwargs: Any) -> Any:
+    def update_kv_cache(keys: Heads, values: Heads, **kwargs: Any) -> Any:
         one_of_each = (keys[:, ::group], values[:, ::group])
         with_prefix = update(*one_of_each, **kwargs)
         return [
@@ -102,7 +106,7 @@ def ungrouped_attention(attention: Any, group: int) -> Iterator[None]:
         yield
 
 
-def _after(with_prefix: Tensor, own: Tensor, group: int) -> Tensor:
+def _after(with_prefix: Heads, own: Heads, group: int) -> Heads:
     """[batch head seq d_head]: the cached positions, repeated, and then those of heads."""
     n_cached = with_prefix.shape[2] - own.shape[2]
     if n_cached == 0:

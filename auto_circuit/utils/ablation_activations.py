@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, get_args
 
 import torch as t
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import Module
 
@@ -87,9 +87,9 @@ def _check_padding_is_not_read(
 @checked
 def src_ablations(
     model: PatchableModel,
-    sample: Tensor | PromptDataLoader,
+    sample: Shaped[Tensor, "batch *seq"] | PromptDataLoader,
     ablation_type: AblationType = AblationType.RESAMPLE,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch *_"] | None = None,
 ) -> SrcOuts:
     """What every source writes, under an ablation: [src batch seq d_model].
 
@@ -245,8 +245,8 @@ def _record_port(
 @checked
 def record_src_outs(
     model: PatchableModel,
-    inputs: Tensor,
-    kwargs: dict[str, Tensor],
+    inputs: Shaped[Tensor, "batch *seq"],
+    kwargs: dict[str, Shaped[Tensor, "..."]],
     reuse: Float[Tensor, "src _ _ d_model"] | None = None,
 ) -> SrcOuts:
     """Run the model and keep what every source writes.

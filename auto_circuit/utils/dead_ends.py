@@ -102,7 +102,9 @@ def _needed_dests(
 
 
 def edge_rows(
-    model: PatchableModel, circuit: Mapping[str, Tensor], dest: DestNode
+    model: PatchableModel,
+    circuit: Mapping[str, Shaped[Tensor, "*seq_head src"]],
+    dest: DestNode,
 ) -> Shaped[Tensor, "seq src"]:
     """A view of the edges into a destination."""
     edges = circuit[dest.module_name]

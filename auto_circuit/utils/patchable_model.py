@@ -12,7 +12,7 @@ from typing import Any
 from warnings import warn
 
 import torch as t
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from ordered_set import OrderedSet
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
@@ -416,7 +416,7 @@ class PatchableModel(Module):
             except IndexError as error:
                 raise self._explained(error, args) from error
 
-    def sliced(self, *args: Any, **kwargs: Any) -> Tensor:
+    def sliced(self, *args: Any, **kwargs: Any) -> Shaped[Tensor, "batch *seq_vocab"]:
         """`model(...)[model.out_slice]`.
 
         If that is the last position, no other position is unembedded: with a large
@@ -486,7 +486,9 @@ class PatchableModel(Module):
             )
         return self.wrapped_model.generate(*args, **kwargs)  # type: ignore[operator]
 
-    def attention_mask(self, tokens: Tensor) -> Int[Tensor, "batch seq"] | None:
+    def attention_mask(
+        self, tokens: Shaped[Tensor, "..."]
+    ) -> Int[Tensor, "batch seq"] | None:
         """0 where a row of tokens starts or ends with the tokenizer's padding token.
 
         The tokens of a loader's batch bring their mask along. None if nothing is padded,

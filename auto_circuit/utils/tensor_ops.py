@@ -349,7 +349,9 @@ def _per_prompt(vals: Float[Tensor, "batch *pos"]) -> Float[Tensor, "batch"]:
 # ------------------------------------------------------------------------ divergences
 
 
-def check_same_shape(output: Tensor, target: Tensor) -> None:
+def check_same_shape(
+    output: Shaped[Tensor, "*output"], target: Shaped[Tensor, "*target"]
+) -> None:
     """Raise DataError unless a circuit's output has the shape of what it is compared with."""
     if output.shape != target.shape:
         raise DataError(

@@ -13,6 +13,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch as t
+from jaxtyping import Shaped
 from torch import Tensor
 from torch.nn import Module
 
@@ -119,6 +120,6 @@ def all_modules(model: Module) -> Iterator[Module]:
         yield module
 
 
-def ordinary(tensor: Tensor) -> Tensor:
+def ordinary(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """The tensor, or a copy if it was made in inference mode: autograd refuses those."""
     return tensor.clone() if tensor.is_inference() else tensor
