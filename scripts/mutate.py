@@ -282,7 +282,7 @@ ENGINE: tuple[Fault, ...] = (
         "of_x[:, :, :n_head_rows] = 1.0",
         "of_x[:] = 1.0",
         EDGES, ENDS),
-    fault("a folded norm is not centred", HEADS,
+    fault("heads are not centred before a norm in closed form", HEADS,
         "        inputs -= inputs.mean(-1, keepdim=True, dtype=exact)",
         "        pass",
         CALLERS),

