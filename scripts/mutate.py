@@ -1175,7 +1175,7 @@ EXPERIMENT: tuple[Fault, ...] = (
     fault("80 % of the largest circuit, not of the model", SWEEP,
         "edges_for_share(curve, SHARE, target=100, stay=True)",
         "edges_for_share(curve, SHARE, stay=True)",
-        f"{SWEEPS}::test_the_summary_of_several_seeds"),
+        f"{SWEEPS}::test_80_percent_are_of_the_model_not_of_the_largest_circuit"),
     fault("the areas of the summary are exchanged", SWEEP,
         "\"area\": areas[algo].kept,",
         "\"area\": areas[algo].off,",

@@ -404,6 +404,13 @@ def test_the_summary_of_correct_answers() -> None:
         assert math.isnan(row["accuracy_area"])
 
 
+def test_80_percent_are_of_the_model_not_of_the_largest_circuit() -> None:
+    """Else a curve that ends early would seem to find the circuit."""
+    curve: Measurements = [(0, 0.0), (10, 60.0), (20, 70.0)]
+    (row,) = summarize([run_of(curve)], ALGOS).to_dict("records")
+    assert math.isnan(row["edges_for_80_percent"])
+
+
 def test_one_seed_has_no_interval() -> None:
     (row,) = summarize([run_of([(0, 0.0), (5, 100.0)])], ALGOS).to_dict("records")
     assert row["edges_for_80_percent"] == 5
