@@ -125,7 +125,10 @@ def functions(upstream: dict[str, frozenset[str]]) -> Iterator[Function]:
             if ast.get_docstring(node) is not None:
                 start = (node.body[0].end_lineno or 0) + 1
             n_lines = sum(start <= line <= (node.end_lineno or 0) for line in code_lines)
-            published = upstream.get(f"{module}:{name}", frozenset())
+            # A class is listed with the parameters of its constructor.
+            published = upstream.get(
+                f"{module}:{name.removesuffix('.__init__')}", frozenset()
+            )
             yield Function(name, file, node, n_lines, published, shape_names)
 
 

@@ -65,6 +65,8 @@ SPARSE = f"{LAWS}::test_sparse_and_dense_computations_agree"
 STATE = f"{LAWS}::test_state_is_restored_also_after_an_error"
 EXAMPLES = f"{LAWS}::test_masks_of_each_example_are_as_if_it_was_alone"
 SESSION = "engine/test_patch_session.py"
+PLANNED, PRODUCTS = "engine/test_pass_works.py", "engine/test_matrix_work.py"
+CUT = "engine/test_edge_matrices.py"
 HALF = "test_half_precision.py"
 CALLERS = "test_engine_callers.py"
 ACDC = "prune_algos/test_one_by_one.py"
@@ -159,6 +161,7 @@ def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
 
 FORWARD, HEADS = "engine/forward_pass.py", "engine/head_inputs.py"
 WORK, WORKS = "engine/matrix_work.py", "engine/pass_works.py"
+MATRICES = "engine/edge_matrices.py"
 PATCHES, WRAPPER = "engine/patch_session.py", "engine/patch_wrapper.py"
 GRAPH, MODEL = "utils/graph_utils.py", "utils/patchable_model.py"
 SITES = "model_utils/transformer_lens_sites.py"
@@ -211,7 +214,7 @@ ENGINE: tuple[Fault, ...] = (
     fault("masks are not copied for the backward pass", WORKS,
         "return parts[0].clone()",
         "return parts[0]",
-        SESSION),
+        PLANNED, SESSION),
     fault("only the first whole pass is kept for short ones", PATCHES,
         "        if self._first_block == 0:\n"
         "            self._block_outs",
@@ -225,16 +228,33 @@ ENGINE: tuple[Fault, ...] = (
     fault("weights on the patched base without minus 1", WORKS,
         "weights = weights - 1",
         "weights = weights - 0",
-        ENDS, SPARSE),
+        PLANNED, ENDS, SPARSE),
+    fault("a second matrix has the columns of the first", WORKS,
+        "of_srcs = slice(matrix.lo - port.srcs.start, matrix.hi - port.srcs.start)",
+        "of_srcs = slice(0, matrix.hi - matrix.lo)",
+        PLANNED),
+    fault("sources are numbered from the matrix's first", WORKS,
+        "(srcs[i].nonzero().flatten() + matrix.lo).tolist(),",
+        "srcs[i].nonzero().flatten().tolist(),",
+        PLANNED),
+    fault("heads' input goes over the last column", WORKS,
+        "inputs_slot = slots[recorded[-1]] + 1",
+        "inputs_slot = slots[recorded[-1]]",
+        PLANNED),
+    fault("an MLP's second matrix begins a source late", MATRICES,
+        "groups.append((shared, EdgeMatrix((port,), srcs.stop, port.srcs.stop)))",
+        "groups.append((shared, EdgeMatrix((port,), srcs.stop + 1, port.srcs.stop)))",
+        CUT),
     fault("no edges chosen: patched instead of unpatched", WORKS,
         "if _n_srcs(unpatched, group) < _n_srcs(patched, group):\n"
         "                base = unpatched\n",
         "if _n_srcs(unpatched, group) < _n_srcs(patched, group):\n"
         "                base = patched\n",
-        ENDS, SPARSE),
+        PLANNED, ENDS, SPARSE),
     fault("masks' gradients are means over positions", WORK,
         "return by_token.sum(expanded, keepdim=True, dtype=self.weights.dtype)",
         "return by_token.mean(expanded, keepdim=True, dtype=self.weights.dtype)",
+        PRODUCTS,
         f"{EAP}::test_eap_is_gradient_times_difference", GRADIENTS),
     fault("half precision sums of masks' gradients", WORK,
         "return by_token.sum(expanded, keepdim=True, dtype=self.weights.dtype)",
@@ -243,7 +263,7 @@ ENGINE: tuple[Fault, ...] = (
     fault("gradient sent back is added at the source", FORWARD,
         "return grad_out - sent_back.reshape(grad_out.shape), None, None",
         "return grad_out + sent_back.reshape(grad_out.shape), None, None",
-        GRADIENTS),
+        PRODUCTS, GRADIENTS),
     fault("gradient sent back is forgotten", FORWARD,
         "        if not forward_pass.has_grad:\n"
         "            return grad_out, None, None",
@@ -257,15 +277,16 @@ ENGINE: tuple[Fault, ...] = (
     fault("old gradients are not zeroed", FORWARD,
         "                grad.zero_()",
         "                pass",
-        GRADIENTS, "test_laws.py::test_gradients_of_two_forward_passes_do_not_mix", SESSION),
+        PRODUCTS, GRADIENTS,
+        "test_laws.py::test_gradients_of_two_forward_passes_do_not_mix", SESSION),
     fault("x stays in the next source's slot", WORK,
         "with self._x_in_its_slot(x, keeps=self.forward_pass.holds_patches):",
         "with self._x_in_its_slot(x, keeps=False):",
-        SESSION),
+        PRODUCTS, SESSION),
     fault("a second backward pass meets x in the slot", WORK,
         "with self._x_in_its_slot(x, keeps=True):",
         "with self._x_in_its_slot(x, keeps=False):",
-        "model_utils/test_transformer_lens_sites.py", GRADIENTS),
+        PRODUCTS, "model_utils/test_transformer_lens_sites.py", GRADIENTS),
     fault("a failed backward pass leaves its gradients", FORWARD,
         "self.backward_id, self.has_grad = backward_id, False",
         "self.backward_id = backward_id",
@@ -273,15 +294,15 @@ ENGINE: tuple[Fault, ...] = (
     fault("only the first changed row is read", WORK,
         "lo = bisect_left(self.row_idxs, rows.start)",
         "lo = bisect_left(self.row_idxs, rows.start + 1)",
-        EDGES),
+        PRODUCTS, EDGES),
     fault("masks of examples are read across positions", WORK,
         "return weights.expand(batch, seq, -1, -1).flatten(0, 1)",
         "return weights.expand(batch, seq, -1, -1).transpose(0, 1).flatten(0, 1)",
-        EXAMPLES),
+        PRODUCTS, EXAMPLES),
     fault("x has the weight 1 for the MLP's row too", WORK,
         "of_x[:, :, :n_head_rows] = 1.0",
         "of_x[:] = 1.0",
-        EDGES, ENDS),
+        PRODUCTS, EDGES, ENDS),
     fault("heads are not centred before a norm in closed form", HEADS,
         "        inputs -= inputs.mean(-1, keepdim=True, dtype=exact)",
         "        pass",

@@ -331,6 +331,9 @@ def _normed_parts(
     inverse_scale = _centre(heads, inputs[:, : heads.n_rows])
     parts = []
     for rows, weight in zip(heads.rows(), _gained_weights(heads), strict=True):
+        # Heads are the batch of the product: [token 2 d_model] -> [2 token d_model], times
+        # [2 d_model d_head] -> [2 token d_head] -> [token 2 d_head]. The scale divides what
+        # comes out, which is d_model / d_head times smaller than what goes in.
         part = t.bmm(inputs[:, rows].transpose(0, 1), weight.mT).transpose(0, 1)
         parts.append((part * inverse_scale[:, rows]).to(part.dtype))
     return parts, inverse_scale
@@ -380,6 +383,8 @@ def _head_products(
         (part * grad).sum(-1, keepdim=True)
         for part, grad in zip(parts, grads, strict=True)
     ]
+    # A query, key and value that read one row have one product, their sum: [token 2 1] for
+    # 2 heads. With rows of their own they have three: [token 6 1].
     return t.stack(products).sum(0) if heads.share_rows else t.cat(products, 1)
 
 
@@ -461,7 +466,7 @@ def _head_grads(
 def _projected_out(
     heads: HeadInputs, x: Residual
 ) -> tuple[Float[Tensor, "token vector d_model"], PerRow]:
-    """(orthonormal vectors that a norm's Jacobian takes out, 1 / its scale)"""
+    """(the vectors v with J = (1 - sum v v^T) / scale, 1 / the scale)"""
     tokens = x.flatten(0, 1)
     norm = heads.closed_form
     if heads.norm is None or norm is None:
@@ -474,5 +479,6 @@ def _projected_out(
     vectors = [centred / (scale * root)]
     if norm.centred:
         vectors.append(t.ones_like(exact) / root)
+    # All rows read the same x: [token 1] -> [token row 1], with stride 0.
     inverse_scale = (1 / scale).unsqueeze(1).expand(-1, heads.n_rows, -1)
     return t.stack(vectors, 1).to(x.dtype), inverse_scale

@@ -126,6 +126,9 @@ class MatrixWork:
         in_delta, changed = self.changes(port)
         if self.delta is None or not changed:
             return x.view_as(x)
+        # A port with 3 heads, of which 0 and 2 change: 2 rows of delta are added to x at the
+        # heads 0 and 2. If all change, or the port has one row, delta has the shape of x but
+        # for its tokens, [6 3 d_model] for [2 3 3 d_model].
         delta = self.delta[:, in_delta]
         if len(changed) == port.n_rows:
             return x + delta.reshape(x.shape)
@@ -216,12 +219,12 @@ class MatrixWork:
     ) -> None:
         """Put the gradients of the inputs of all ports from the first on in their rows."""
         for port, grad in zip(self.matrix.ports[first:], grads, strict=True):
+            # Keys of 12 heads, [batch seq 12 d_model], go to the rows 12..23 of each token.
             of_port = rows[:, self.matrix.rows(port)]
-            (
+            if grad is None:
                 of_port.zero_()
-                if grad is None
-                else of_port.copy_(grad.reshape(of_port.shape))
-            )
+            else:
+                of_port.copy_(grad.reshape(of_port.shape))
 
     def products(self, grads: Rows) -> Float[Tensor, "token row column"]:
         """The scalar products of gradients with the differences, at each token."""

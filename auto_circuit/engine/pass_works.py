@@ -128,6 +128,7 @@ def slots_of(srcs: Iterable[int]) -> dict[int, int]:
 
 def by_port(works: Sequence[MatrixWork]) -> dict[DestPort, list[MatrixWork]]:
     """The works of the matrices that each port is in, in order."""
+    # An MLP that shares a matrix with its heads has two: it adds one delta, then the other.
     found: dict[DestPort, list[MatrixWork]] = {}
     for work in works:
         for port in work.matrix.ports:

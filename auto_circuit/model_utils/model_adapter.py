@@ -103,6 +103,7 @@ class HeadInputs:
         """For each linear, the inputs that it reads."""
         if self.share_rows:
             return [slice(0, self.n_rows) for _ in self.linears]
+        # Queries of 4 heads, keys and values of 2: rows 0..3, 4..5 and 6..7.
         starts = [sum(n for _, n in self.linears[:i]) for i in range(len(self.linears))]
         return [
             slice(start, start + n)
