@@ -3,7 +3,6 @@
 import sys
 
 from auto_circuit import experiments
-from auto_circuit.experiments import *  # noqa: F403
 
 if __name__ == "__main__":
     experiments.main()

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from auto_circuit.circuit_files import save_circuit as save_circuit
     from auto_circuit.data import load_datasets_from_json as load_datasets_from_json
     from auto_circuit.experiment_utils import load_tl_model as load_tl_model
-    from auto_circuit.experiments import ExperimentConfig as ExperimentConfig
-    from auto_circuit.experiments import run_experiment as run_experiment
     from auto_circuit.metrics.prune_metrics.measure_prune_metrics import (
         measure_prune_metrics as measure_prune_metrics,
     )
@@ -37,6 +35,8 @@ if TYPE_CHECKING:
     from auto_circuit.prune_algos.prune_algos import PruneAlgo as PruneAlgo
     from auto_circuit.prune_algos.prune_algos import find_prune_algo as find_prune_algo
     from auto_circuit.prune_algos.prune_algos import run_prune_algos as run_prune_algos
+    from auto_circuit.reports import run_experiment as run_experiment
+    from auto_circuit.sweep_config import ExperimentConfig as ExperimentConfig
     from auto_circuit.tasks import Task as Task
     from auto_circuit.tasks import find_task as find_task
     from auto_circuit.types import AblationType as AblationType
@@ -52,7 +52,6 @@ _HOMES = {
     "circuit_files": ("load_circuit", "save_circuit"),
     "data": ("load_datasets_from_json",),
     "experiment_utils": ("load_tl_model",),
-    "experiments": ("ExperimentConfig", "run_experiment"),
     "metrics.prune_metrics.measure_prune_metrics": (
         "measure_prune_metrics",
         "measurement_figs",
@@ -60,6 +59,8 @@ _HOMES = {
     "metrics.prune_metrics.prune_metrics": ("PruneMetric", "find_metric"),
     "prune": ("run_circuits",),
     "prune_algos.prune_algos": ("PruneAlgo", "find_prune_algo", "run_prune_algos"),
+    "reports": ("run_experiment",),
+    "sweep_config": ("ExperimentConfig",),
     "tasks": ("Task", "find_task"),
     "types": ("AblationType", "PatchType"),
     "utils.ablation_activations": ("src_ablations",),

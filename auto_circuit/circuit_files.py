@@ -142,6 +142,16 @@ def save_circuit(
     model's graph, before anything is written; FileError if the file cannot be written,
     and then one that was there is still there.
     """
+    write_document(path, circuit_document(model, circuit, task))
+
+
+@checked
+def circuit_document(
+    model: PatchableModel,
+    circuit: PruneScores | Collection[Edge | str],
+    task: str | None = None,
+) -> dict[str, Any]:
+    """What `save_circuit` writes, as JSON holds it: data that needs no model any more."""
     if isinstance(circuit, Mapping):
         scores = cast(PruneScores, circuit)
     else:
@@ -158,8 +168,13 @@ def save_circuit(
             if score_in_dtype(f"The score of {edge!r}", score, dtype)
         },
     }
-    content["checksum"] = checksum(content)
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return content | {"checksum": checksum(content)}
+
+
+@checked
+def write_document(path: Path | str, document: dict[str, Any]) -> None:
+    """Write what `circuit_document` gave. Raises FileError if it cannot be written."""
+    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 @checked

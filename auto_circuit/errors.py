@@ -7,7 +7,8 @@ the library's own invariants.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class AutoCircuitError(Exception):
@@ -44,7 +45,24 @@ class TrainingError(AutoCircuitError, ArithmeticError):
 
 def near_matches(name: str, known: Iterable[str], n: int = 3) -> str:
     """A clause that names the closest known names, for the end of an error's text."""
-    matches = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+    by_lower = {word.lower(): word for word in known}
+    matches = difflib.get_close_matches(name.lower(), list(by_lower), n=n, cutoff=0.5)
     if not matches:
         return ""
-    return f" Did you mean {' or '.join(repr(match) for match in matches)}?"
+    return f" Did you mean {' or '.join(repr(by_lower[match]) for match in matches)}?"
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Inside, an error's text begins with what it is about; it stays the same error."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror is not None:
+            error.strerror = f"{what}: {error.strerror}"  # its text is not of its args
+        else:
+            error.args = (f"{what}: {text}" if text else what,)
+        if what not in str(error):  # of a class that writes its text itself
+            getattr(error, "add_note", lambda note: None)(what)  # Python 3.11
+        raise

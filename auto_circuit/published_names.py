@@ -3,7 +3,7 @@
 A module of auto-circuit could also give every name that it imported itself, and notebooks
 use that: `from auto_circuit.prune import src_ablations`. Ours give these names too, and
 import what defines them when they are asked for, so that no module depends on another for
-this alone.
+this alone. `auto_circuit.experiments`, the command line, gives what its parts define.
 """
 
 from __future__ import annotations
@@ -30,6 +30,13 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
         "TRACR_TASK_KEY",
         "get_tracr_model",
     ),
+    "named_experiments": (
+        "EXPERIMENTS",
+        "NUMBERS",
+        "ROBUSTNESS",
+        "TRACR_REVERSE",
+        "TRACR_XPROPORTION",
+    ),
     "prune": ("run_circuits",),
     "prune_algos.ACDC": ("acdc_prune_scores",),
     "prune_algos.activation_magnitude": ("activation_magnitude_prune_scores",),
@@ -52,6 +59,26 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
         "SP_FAITHFULNESS_TARGET",
         "init_mask_val",
         "subnetwork_probing_prune_scores",
+    ),
+    "reports": (
+        "print_robustness",
+        "print_summary",
+        "run_experiment",
+        "run_robustness",
+        "write_results",
+    ),
+    "summary": (
+        "ExperimentResults",
+        "mean_measurements",
+        "summarize",
+    ),
+    "sweep": (
+        "SHARE",
+        "TaskRun",
+    ),
+    "sweep_config": (
+        "ExperimentConfig",
+        "check_config",
     ),
     "tasks": (
         "TASK_DICT",

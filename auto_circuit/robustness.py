@@ -13,7 +13,7 @@ from typing import Any
 
 from auto_circuit.checks import checked
 from auto_circuit.circuits import Circuit, circuit_of_scores
-from auto_circuit.errors import ConfigError
+from auto_circuit.errors import ConfigError, about
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOGIT_DIFF_PERCENT_METRIC,
@@ -175,26 +175,9 @@ def robustness_rows(
     variation is left out. Raises ConfigError without shares, and if `choices` ask for
     positions all the same, before any score is computed.
     """
-    if not shares:
-        raise ConfigError(
-            "Robustness is measured for circuits of some shares of the graph: give "
-            "`circuit_shares`, for example 0.05."
-        )
-    told_apart = choices.token_positions
-    base = replace(
-        choices, token_positions=task.token_circuit if told_apart is None else told_apart
-    )
+    base, alike = checked_choices(task, choices, shares)
     varied = variations(base)
-    all_alike = replace(base, token_positions=False)
-    alike = chosen_task(task, all_alike)
-    LOGIT_DIFF_PERCENT_METRIC.check_prompts(alike.test_loader)
     if _is_padded(alike):
-        if base.token_positions:
-            raise ConfigError(
-                f"The prompts of task {task.key!r} have different lengths, so positions "
-                "cannot be told apart. Set `token_positions` to False (--token-positions "
-                "False), or choose another task, such as 'Pocket IOI Tokens'."
-            )
         varied = [v for v in varied if not v.choices.token_positions]
     # One model under all graphs: what it does unpatched is the same.
     graphs = {
@@ -202,7 +185,7 @@ def robustness_rows(
             chosen_task(task, variation.choices), _model_def=alike.model.wrapped_model
         )
         for variation in varied
-    } | {_graph_kind(all_alike): alike}
+    } | {(base.nodes, False): alike}
     for graph in graphs.values():
         graph.model  # Loads now, so that errors come before the work.  # noqa: B018
     base_task = graphs[_graph_kind(base)]
@@ -216,9 +199,9 @@ def robustness_rows(
         for variation in varied:
             tested = variation.choices
             if tested not in measured:
-                measured[tested] = _percents(
-                    circuits, graphs[_graph_kind(tested)], tested, full
-                )
+                graph = graphs[_graph_kind(tested)]
+                with about(f"Task {task.key!r}, algorithm {algo!r}"):
+                    measured[tested] = _percents(circuits, graph, tested, full)
             rows += [
                 RobustnessRow(
                     task=task.key,
@@ -236,6 +219,34 @@ def robustness_rows(
                 )
             ]
     return rows
+
+
+@checked
+def checked_choices(
+    task: Task, choices: Choices, shares: Sequence[float]
+) -> tuple[Choices, Task]:
+    """The choices of the experiment for this task, and the task with positions all alike.
+
+    Raises what `robustness_rows` raises before it computes anything.
+    """
+    if not shares:
+        raise ConfigError(
+            "Robustness is measured for circuits of some shares of the graph: give "
+            "`circuit_shares`, for example 0.05."
+        )
+    told_apart = choices.token_positions
+    base = replace(
+        choices, token_positions=task.token_circuit if told_apart is None else told_apart
+    )
+    alike = chosen_task(task, replace(base, token_positions=False))
+    LOGIT_DIFF_PERCENT_METRIC.check_prompts(alike.test_loader)
+    if base.token_positions and _is_padded(alike):
+        raise ConfigError(
+            f"The prompts of task {task.key!r} have different lengths, so positions "
+            "cannot be told apart. Set `token_positions` to False (--token-positions "
+            "False), or choose another task, such as 'Pocket IOI Tokens'."
+        )
+    return base, alike
 
 
 def _is_padded(task: Task) -> bool:

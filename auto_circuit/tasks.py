@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import FrozenInstanceError, dataclass, fields
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -208,6 +208,16 @@ class Task:
         sizes = per_split("batch_size", self.batch_size)
         counts = per_split("batch_count", self.batch_count, at_least=0)
         return sizes[0] * counts[0], sizes[1] * counts[1]
+
+    def with_seed(self, seed: int) -> Task:
+        """The same task with the prompts of another seed, on the same model.
+
+        The model loads now, unless it is there already, and stays until both are freed. A
+        subclass with an `init_task` of its own loads what that says.
+        """
+        if type(self).init_task is not Task.init_task:
+            return replace(self, seed=seed)
+        return replace(self, seed=seed, _model_def=self._bare_model)
 
     def free(self) -> None:
         """Drop the model and the data; they load again when they are asked for."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from importlib.util import find_spec
 from itertools import groupby
@@ -91,27 +91,88 @@ def draw_seq_graph(
     Differs from auto-circuit: nothing is shown or written unless asked for, a circuit
     without edges is a figure that says so, and the default threshold is 0.
     """
-    labels = _position_labels(model, seq_labels)
     path = None if file_path is None else _checked_path(file_path)
-    if prune_scores is None:
-        prune_scores = _current_masks(model)
-    edges = scored_edges(model, prune_scores, score_threshold)
-    all_positions = [None] if model.seq_len is None else range(model.seq_len)
-    graphs: dict[int | None, list[_Link]] = {
-        seq_idx: [] for seq_idx in all_positions if show_all_seq_pos
-    }
-    style = _LinkStyle(_readers(model), _widest(edges), merge_qkv)
-    for seq_idx, group in groupby(edges, key=lambda scored: scored[0].seq_idx):
-        graphs[seq_idx] = _links(list(group), style)
-    layers = {node.layer for node in model.nodes} if layer_spacing else set()
-    fig = _figure(graphs, layers, labels, orientation)
-    fig.update_layout(title=_title(model, edges, score_threshold))
-    if not edges:
-        _say_empty(fig)
+    circuit = drawing(model, prune_scores, score_threshold, seq_labels)
+    fig = draw(circuit, show_all_seq_pos, layer_spacing, orientation, merge_qkv)
     if path is not None:
         _write(fig, path)
     if display_ipython:
         fig.show()
+    return fig
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a figure shows of a circuit, as data: it needs no model any more.
+
+    edges: those that are drawn, with their scores. readers: destination name -> the node
+    that reads there. layers: of all nodes. labels: of the positions, if they are told apart.
+    selection: in words, which of the circuit's edges are drawn, if not all.
+    """
+
+    edges: tuple[ScoredEdge, ...]
+    readers: Mapping[str, str]
+    layers: frozenset[int]
+    labels: tuple[str, ...] | None
+    n_graph_edges: int
+    selection: str = ""
+
+    def strongest(self, n_edges: int) -> Drawing:
+        """At most so many edges: those with the largest |score|, the first ones of equals."""
+        if len(self.edges) <= n_edges:
+            return self
+        ranked = sorted(self.edges, key=lambda scored: -abs(scored[1]))
+        return replace(
+            self,
+            edges=tuple(sorted(ranked[:n_edges])),
+            selection=f", the strongest of a circuit of {len(self.edges):,}",
+        )
+
+
+@checked
+def drawing(
+    model: PatchableModel,
+    prune_scores: PruneScores | None = None,
+    score_threshold: int | float = 0.0,
+    seq_labels: Sequence[str] | None = None,
+) -> Drawing:
+    """What `draw` needs to know of a circuit. Parameters and errors: `draw_seq_graph`'s."""
+    labels = _position_labels(model, seq_labels)
+    if prune_scores is None:
+        prune_scores = _current_masks(model)
+    has_threshold = score_threshold > 0
+    return Drawing(
+        edges=tuple(scored_edges(model, prune_scores, score_threshold)),
+        readers=_readers(model),
+        layers=frozenset(node.layer for node in model.nodes),
+        labels=None if model.seq_len is None else tuple(labels),
+        n_graph_edges=model.n_edges,
+        selection=f", |score| \u2265 {score_threshold:.3g}" if has_threshold else "",
+    )
+
+
+@checked
+def draw(
+    circuit: Drawing,
+    show_all_seq_pos: bool = False,
+    layer_spacing: bool = False,
+    orientation: Orientation = "h",
+    merge_qkv: bool = True,
+) -> go.Figure:
+    """The Sankey diagrams of a circuit: see `draw_seq_graph`."""
+    labels = circuit.labels or ()
+    all_positions = [None] if circuit.labels is None else range(len(labels))
+    graphs: dict[int | None, list[_Link]] = {
+        seq_idx: [] for seq_idx in all_positions if show_all_seq_pos
+    }
+    style = _LinkStyle(circuit.readers, _widest(circuit.edges), merge_qkv)
+    for seq_idx, group in groupby(circuit.edges, key=lambda scored: scored[0].seq_idx):
+        graphs[seq_idx] = _links(list(group), style)
+    layers = circuit.layers if layer_spacing else ()
+    fig = _figure(graphs, layers, labels, orientation)
+    fig.update_layout(title=_title(circuit))
+    if not circuit.edges:
+        _say_empty(fig)
     return fig
 
 
@@ -581,19 +642,15 @@ def _say_empty(fig: go.Figure) -> None:
     fig.update_yaxes(visible=False)
 
 
-def _title(
-    model: PatchableModel, edges: Sequence[ScoredEdge], threshold: int | float
-) -> dict[str, Any]:
-    n_edges = f"{len(edges):,} of {model.n_edges:,} edges"
-    if threshold > 0:
-        n_edges += f", |score| \u2265 {threshold:.3g}"
+def _title(circuit: Drawing) -> dict[str, Any]:
+    n_edges = f"{len(circuit.edges):,} of {circuit.n_graph_edges:,} edges"
     legend = (
         f'<span style="color:{POSITIVE_TEXT}">\u25a0</span> positive: patching the edge '
         f'hurts   <span style="color:{NEGATIVE_TEXT}">\u25a0</span> negative: it helps'
         "   width: |score|"
     )
     return {
-        "text": n_edges,
+        "text": n_edges + circuit.selection,
         "subtitle": {"text": legend},
         "x": 0.02,
         "xanchor": "left",

@@ -89,7 +89,8 @@ CHECKS = "test_checks.py"
 PUBLIC = "test_public_arguments.py"
 PREFIX, PADDING = "test_prefix_cache.py", "test_padding.py"
 TORCH_STATE, MODULE_USE = "test_torch_state.py", "utils/test_module_use.py"
-SWEEPS, ROBUSTNESS = "test_experiments.py", "test_robustness.py"
+SWEEPS, REPORTS = "test_sweep.py", "test_reports.py"
+ROBUSTNESS = "test_robustness.py"
 DRAWN = "test_visualize.py"
 KNOCKED_OUT = "metrics/completeness_metrics/test_same_under_knockouts.py"
 LOADED, UNGROUPED = (
@@ -171,7 +172,8 @@ PERCENT = "metrics/prune_metrics/answer_diff_percent.py"
 TORCH, USE = "utils/torch_state.py", "utils/module_use.py"
 KNOCKOUTS = "metrics/completeness_metrics/same_under_knockouts.py"
 FIGURES = "visualize.py"
-SWEEP, LOADING = "experiments.py", "model_utils/load_model.py"
+SWEEP, SWEEP_CONFIG, SUMMARY = "sweep.py", "sweep_config.py", "summary.py"
+LOADING = "model_utils/load_model.py"
 ROC, IOI = (
     "metrics/official_circuits/measure_roc.py",
     "metrics/official_circuits/circuits/ioi_official.py",
@@ -1162,14 +1164,14 @@ STATES: tuple[Fault, ...] = (
 
 EXPERIMENT: tuple[Fault, ...] = (
     fault("the seed does not reach the algorithms", SWEEP,
-        "        algo.with_seed(seed) for algo in algos if",
-        "        algo for algo in algos if",
+        "        algo.with_seed(seed)\n",
+        "        algo\n",
         f"{SWEEPS}::test_the_seed_reaches_what_is_drawn"),
     fault("the seed does not reach the tasks", SWEEP,
-        "todo = [(replace(t, seed=seed), seed) for t in tasks for seed in config.seeds]",
-        "todo = [(t, seed) for t in tasks for seed in config.seeds]",
-        SWEEPS),
-    fault("a seed too few", SWEEP,
+        "yield run_task(task.with_seed(seed), algos",
+        "yield run_task(task, algos",
+        "test_experiments.py::test_a_small_sweep_in_two_processes"),
+    fault("a seed too few", SWEEP_CONFIG,
         "range(self.seed, self.seed + self.n_seeds)",
         "range(self.seed, self.seed + max(1, self.n_seeds - 1))",
         f"{SWEEPS}::test_the_seed_reaches_what_is_drawn"),
@@ -1177,34 +1179,54 @@ EXPERIMENT: tuple[Fault, ...] = (
         "if seed == config.seed or algo not in once",
         "if True",
         f"{SWEEPS}::test_the_seed_reaches_what_is_drawn"),
-    fault("the folder is named after its place", SWEEP,
+    fault("the folder is named after its place", SWEEP_CONFIG,
         "for key, value in asdict(self).items() if key != \"out\"}",
         "for key, value in asdict(self).items()}",
         f"{SWEEPS}::test_the_folder_is_named_after_all_that_matters"),
-    fault("the folder is not named after the seed", SWEEP,
+    fault("the folder is not named after the seed", SWEEP_CONFIG,
         "for key, value in asdict(self).items() if key != \"out\"}",
         "for key, value in asdict(self).items() if key not in (\"out\", \"seed\")}",
         f"{SWEEPS}::test_the_folder_is_named_after_all_that_matters"),
     fault("what is lost is what is kept", SWEEP,
-        "percent = 100 - row.value if is_reversed else row.value",
-        "percent = row.value",
-        f"{SWEEPS}::test_a_reversed_test_counts_what_is_lost"),
+        "100 - row.value if is_reversed else row.value",
+        "row.value",
+        f"{SWEEPS}::test_the_folder_is_named_after_all_that_matters"),
     fault("the first size at 80 %, though not for good", SWEEP,
         "edges_for_share(curve, SHARE, target=100, stay=True)",
         "edges_for_share(curve, SHARE, target=100)",
-        f"{SWEEPS}::test_the_summary_of_several_seeds"),
+        f"{REPORTS}::test_a_reversed_test_counts_what_is_lost"),
     fault("80 % of the largest circuit, not of the model", SWEEP,
         "edges_for_share(curve, SHARE, target=100, stay=True)",
         "edges_for_share(curve, SHARE, stay=True)",
-        f"{SWEEPS}::test_80_percent_are_of_the_model_not_of_the_largest_circuit"),
-    fault("the areas of the summary are exchanged", SWEEP,
+        f"{REPORTS}::test_the_summary_of_several_seeds"),
+    fault("the areas of the summary are exchanged", SUMMARY,
         "\"area\": areas[algo].kept,",
         "\"area\": areas[algo].off,",
-        f"{SWEEPS}::test_the_summary_of_several_seeds"),
-    fault("sizes that the graph does not have", SWEEP,
-        "            if size > n_edges:\n",
-        "            if False:\n",
-        f"{SWEEPS}::test_errors_come_before_long_work"),
+        f"{REPORTS}::test_80_percent_are_of_the_model_not_of_the_largest_circuit"),
+    fault("sizes that the graph does not have", SWEEP_CONFIG,
+        "        if size > n_edges:\n",
+        "        if False:\n",
+        f"{REPORTS}::test_the_summary_of_several_seeds"),
+    fault("metrics that do not fit are found when they are measured", SWEEP_CONFIG,
+        "    if task.seed == config.seed:\n        _check_outputs",
+        "    if False:\n        _check_outputs",
+        "test_experiments.py::test_errors_come_before_long_work"),
+    fault("an error does not say what it is about", "errors.py",
+        "            error.args = (f\"{what}: {text}\" if text else what,)",
+        "            pass",
+        SWEEPS),
+    fault("edges outside of a circuit are in its file", SWEEP,
+        "scores[name].where(mask, t.zeros_like(scores[name]))",
+        "scores[name]",
+        REPORTS),
+    fault("edges of a circuit that score 0 are not in its file", SWEEP,
+        "return inside if n_scored == circuit.n_edges else circuit.scores",
+        "return inside",
+        SWEEPS),
+    fault("the whole graph is a circuit that was found", SWEEP,
+        "    if circuit.n_edges == task.model.n_edges:\n",
+        "    if False:\n",
+        REPORTS),
     fault("each curve over its own range of sizes", "metrics/area_under_curve.py",
         "_areas(points, log_x, log_y, y_min, n_edges, full_values[0])",
         "_areas(points, log_x, log_y, y_min, *max(points))"),

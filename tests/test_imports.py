@@ -76,13 +76,20 @@ def test_a_patchable_model_hands_texts_and_tokens_to_its_model() -> None:
 
 
 def test_the_command_line_starts_without_what_only_a_run_needs() -> None:
-    """Each of them takes half a second or more."""
+    """Each of them takes half a second or more; `--help` needs little beside torch."""
     code = (
-        "import sys, auto_circuit.experiments\n"
+        "import sys, auto_circuit.experiments as experiments\n"
+        "assert not {'torch', 'tyro', 'rich'} & set(sys.modules)\n"
+        "try: experiments.main(['--help'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
         "slow = {'pandas', 'plotly', 'transformers', 'transformer_lens', 'matplotlib'}\n"
-        "assert not slow & set(sys.modules), slow & set(sys.modules)"
+        "slow |= {'rich.console', 'pyarrow', 'safetensors'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
+        "import gc; assert gc.isenabled()"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def test_every_module_has_its_layer_and_no_import_is_ignored() -> None:

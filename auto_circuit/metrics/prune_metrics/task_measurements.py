@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch
+from auto_circuit.errors import about
 from auto_circuit.metrics.protocols import SlicedModel, TaskLike
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prompt_stats import prompt_vals
@@ -37,15 +38,17 @@ def task_measurement_rows(
     patch_type: PatchType,
     reverse_clean_corrupt: bool = False,
     test_edge_counts: TestEdges | None = None,
+    full_model_outs: FullModelOuts | None = None,
 ) -> list[MeasurementRow]:
     """Measure every (ablation, algorithm, metric) of one task on its test prompts.
 
     The circuits of an algorithm are run once for all metrics, the full model at most
     twice (clean, corrupt) for everything. See `measure_prune_metrics`.
+    full_model_outs: to be shared with other calls for this task.
     """
     for metric in metrics:
         metric.check_prompts(task.test_loader)
-    full = FullModelOuts(task.model, task.test_loader)
+    full = full_model_outs or FullModelOuts(task.model, task.test_loader)
     rows = []
     for ablation_type in ablation_types:
         for algo, prune_scores in algo_prune_scores.items():
@@ -86,20 +89,24 @@ def measured_values(
     circuit_outs: CircuitOutputs,
     full: FullModelOuts,
 ) -> list[MeasuredValue]:
-    """A metric's value for each circuit, with its spread if it is per prompt."""
-    if metric.prompt_func is None:
-        points = metric.measure(model, dataloader, circuit_outs)
-        return [(int(n_edges), float(value), None, None) for n_edges, value in points]
-    circuits = prompt_vals(model, dataloader, circuit_outs, metric.prompt_func, full)
-    return [
-        (
-            circuit.n_edges,
-            circuit.mean,
-            None if math.isnan(circuit.std) else circuit.std,
-            len(circuit.vals),
-        )
-        for circuit in circuits
-    ]
+    """A metric's value for each circuit, with its spread if it is per prompt.
+
+    Errors begin with the metric's key.
+    """
+    with about(f"metric {metric.key!r}"):
+        if metric.prompt_func is None:
+            points = metric.measure(model, dataloader, circuit_outs)
+            return [(int(n_edges), float(value), None, None) for n_edges, value in points]
+        circuits = prompt_vals(model, dataloader, circuit_outs, metric.prompt_func, full)
+        return [
+            (
+                circuit.n_edges,
+                circuit.mean,
+                None if math.isnan(circuit.std) else circuit.std,
+                len(circuit.vals),
+            )
+            for circuit in circuits
+        ]
 
 
 @checked

@@ -1,0 +1,86 @@
+"""The experiments that have a name: the first word of the command line."""
+
+from __future__ import annotations
+
+from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
+from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO
+from auto_circuit.prune_algos.edge_attribution_patching import EDGE_ATTR_PATCH_PRUNE_ALGO
+from auto_circuit.prune_algos.prune_algos import PRUNE_ALGOS
+from auto_circuit.sweep_config import ExperimentConfig
+from auto_circuit.tasks import (
+    POCKET_DOCSTRING_TASK,
+    POCKET_GREATERTHAN_TASK,
+    POCKET_IOI_TOKEN_TASK,
+    TRACR_REVERSE_TOKEN_CIRCUIT_TASK,
+    TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK,
+)
+
+NUMBERS = tuple(
+    algo.short_name for algo in PRUNE_ALGOS if algo.short_name.endswith("(MSE)")
+)
+"""The algorithms that compare numbers, for models whose output is no word."""
+
+
+ROBUSTNESS = ExperimentConfig(
+    name="robustness",
+    tasks=(
+        POCKET_IOI_TOKEN_TASK.key,
+        POCKET_GREATERTHAN_TASK.key,
+        POCKET_DOCSTRING_TASK.key,
+    ),
+    algos=("EAP",),
+    metrics=(LOGIT_DIFF_PERCENT_METRIC.key,),
+    token_positions=True,
+    circuit_shares=(0.001, 0.003, 0.01),
+    n_seeds=1,
+)
+"""The pocket tasks whose prompts have one length, so that positions can be told apart."""
+
+TRACR_REVERSE = ExperimentConfig(
+    name="tracr-reverse",
+    tasks=(TRACR_REVERSE_TOKEN_CIRCUIT_TASK.key,),
+    algos=tuple(
+        algo.short_name
+        for algo in PRUNE_ALGOS
+        if algo not in (ACDC_PRUNE_ALGO, EDGE_ATTR_PATCH_PRUNE_ALGO)
+        and algo.short_name not in NUMBERS
+    ),
+    metrics=("Clean KL Div", LOGIT_DIFF_PERCENT_METRIC.key),
+    n_seeds=1,
+)
+"""Every algorithm that compares words, against a circuit that is known exactly (of the ACDCs
+the quick one, which here is ACDC with half of the thresholds; EAP by one of its names)."""
+
+TRACR_XPROPORTION = ExperimentConfig(
+    name="tracr-xproportion",
+    tasks=(TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK.key,),
+    algos=("GT", "Act Mag", "Random", *NUMBERS),
+    metrics=("Clean MSE",),
+    n_seeds=1,
+)
+"""Every algorithm that compares numbers."""
+
+EXPERIMENTS: dict[str, ExperimentConfig] = {
+    "sweep": ExperimentConfig(),
+    "robustness": ROBUSTNESS,
+    "tracr-reverse": TRACR_REVERSE,
+    "tracr-xproportion": TRACR_XPROPORTION,
+}
+"""The first word of the command line -> what its options change."""
+
+DESCRIPTIONS: dict[str, str] = {
+    "sweep": """Find and test circuits: sweep tasks x algorithms x metrics against circuit size.
+For each task, every algorithm scores every edge; the best edges make circuits of growing size;
+every metric measures each circuit. All of it is written to `results/<name>-<hash>/`, and a table
+is printed. This is what is meant when no name is given. Without options: the tasks of the small
+model that comes with the package.""",
+    "robustness": """Test the same circuits in other ways: each of the six choices of Miller et
+al. 2024 is changed, and a figure shows how the verdict changes.""",
+    "tracr-reverse": """A sweep on a compiled model, whose circuit is known exactly: its table
+says how well each algorithm finds it (AUROC). The published circuit of reverse leaves out the
+two edges of the middle token, which stays where it is but is carried all the same: a right
+ranking is at 0.998, not at 1.""",
+    "tracr-xproportion": """A sweep on another compiled model, whose output is a number: with the
+algorithms that compare numbers.""",
+}
+"""The same names -> what `--help` says of them."""

@@ -1,0 +1,286 @@
+"""What a sweep is: a frozen configuration, and the tasks, algorithms and metrics it names.
+
+What can be wrong is found here, before anything is computed: what names, numbers and prompt
+files say (`check_config`, which loads no model), and what only loaded tasks can tell
+(`check_tasks`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from auto_circuit.checks import (
+    check_count,
+    check_device,
+    check_member,
+    check_number,
+    checked,
+)
+from auto_circuit.errors import ConfigError, about
+from auto_circuit.files import checked_file_name
+from auto_circuit.metrics.mean_interval import MAX_VALUES
+from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
+from auto_circuit.metrics.prune_metrics.prune_metrics import (
+    PruneMetric,
+    find_metric,
+    with_mean_of_ratios,
+)
+from auto_circuit.metrics.prune_metrics.task_measurements import measured_values
+from auto_circuit.prune_algos.prune_algos import PruneAlgo, find_prune_algo
+from auto_circuit.robustness import Choices, chosen_task
+from auto_circuit.tasks import POCKET_TASKS, Task, find_task
+from auto_circuit.types import AblationType, EdgeCounts, PatchType, TaskKey, TestEdges
+
+MAX_SEED = 2**32 - 1
+
+
+@checked
+@dataclass(frozen=True)
+class ExperimentConfig(Choices):
+    """One experiment. Without arguments: the pocket tasks, which need no download."""
+
+    name: str = "pocket"
+    """The first part of the result folder's name."""
+    tasks: tuple[str, ...] = tuple(task.key for task in POCKET_TASKS)
+    """Keys of tasks (see auto_circuit/tasks.py)."""
+    algos: tuple[str, ...] = (
+        *("GT", "Random", "Act Mag", "EAP", "EAP-IG inputs"),
+        *("ACDC quick", "STP quick", "EP quick", "MAttr quick"),
+    )
+    """Names of prune algorithms (see auto_circuit/prune_algos/prune_algos.py). Those that
+    need a known circuit are left out on tasks without one."""
+    metrics: tuple[str, ...] = ("Clean KL Div", "Logit Diff", "Logit Diff Percent")
+    """Keys of metrics (see auto_circuit/metrics/prune_metrics/prune_metrics.py). Areas are of
+    'Logit Diff Percent'; of accuracy, with 'Correct Answer Greater Than Incorrect Percent'."""
+    edge_counts: EdgeCounts = EdgeCounts.LOGARITHMIC
+    """Which circuit sizes are tested: LOGARITHMIC (1..9, 10, 20, ...), ALL or GROUPS."""
+    circuit_sizes: tuple[int, ...] = ()
+    """Exactly these numbers of edges, instead of `edge_counts`."""
+    circuit_shares: tuple[float, ...] = ()
+    """Exactly these shares of all edges (0.05 is 5 %), instead of `edge_counts`."""
+    ungroup: bool = False
+    """With grouped-query attention, a key and a value for every query head (EAP-IG, MIB)?"""
+    keep_positions: bool = False
+    """Do zero and mean ablations keep position embeddings, as EAP-IG's tools do?"""
+    seed: int = 42
+    """Which prompts are picked from each task's file, and in which order, and all that
+    algorithms draw at random."""
+    n_seeds: int = 3
+    """How many seeds (`seed`, `seed` + 1, ...): as many draws of the prompts."""
+    once: tuple[str, ...] = ("ACDC quick", "STP quick", "EP quick", "MAttr quick")
+    """Algorithms that run for the first seed only, because they are slow: their numbers are
+    those of one draw, without an interval."""
+    device: str | None = None
+    """Where models run, for example "cuda"; None: a GPU if there is one."""
+    out: Path = Path("results")
+    """The folder that holds the result folders."""
+
+    @property
+    def json(self) -> str:
+        """All that determines the results, as text (the place of `out` does not)."""
+        fields = {key: value for key, value in asdict(self).items() if key != "out"}
+        return json.dumps(fields, indent=2, default=_plain) + "\n"
+
+    @property
+    def folder(self) -> Path:
+        """Where the results are: the same folder for the same configuration."""
+        return (
+            self.out / f"{self.name}-{hashlib.sha256(self.json.encode()).hexdigest()[:8]}"
+        )
+
+    @property
+    def seeds(self) -> range:
+        """The seeds, ascending."""
+        return range(self.seed, self.seed + self.n_seeds)
+
+    @property
+    def test_edges(self) -> TestEdges:
+        """The circuit sizes, as the metrics take them."""
+        return [*self.circuit_sizes, *self.circuit_shares] or self.edge_counts
+
+
+def _plain(value: object) -> object:
+    return value.name if isinstance(value, Enum) else str(value)
+
+
+# ------------------------------------------------------------- checks, before any work
+
+
+class Plan(NamedTuple):
+    """The tasks, algorithms and metrics that a configuration names."""
+
+    tasks: list[Task]
+    algos: list[PruneAlgo]
+    metrics: list[PruneMetric]
+
+
+def check_config(config: ExperimentConfig) -> Plan:
+    """What the configuration names. Raises for all that is wrong without loading a model.
+
+    ConfigError for names, numbers, devices and folders; DataError for a prompt file that is
+    not there, is not as it must be, or has not what an algorithm or a metric compares with.
+    """
+    checked_file_name("name", config.name)
+    _check_numbers(config)
+    tasks = [_task(key, config) for key in config.tasks]
+    algos = [find_prune_algo(name) for name in config.algos]
+    metrics = [find_metric(key) for key in config.metrics]
+    for name in config.once:
+        find_prune_algo(name)
+    _check_not_empty(config)
+    _check_circuits_are_known(tasks, algos)
+    _check_prompts(tasks, algos, metrics, config)
+    if config.device is not None:
+        check_device("device", config.device)
+    _check_out_folder(config)
+    if config.mean_of_ratios:
+        metrics = [with_mean_of_ratios(metric) for metric in metrics]
+    return Plan(tasks, algos, metrics)
+
+
+def _check_prompts(
+    tasks: Sequence[Task],
+    algos: Sequence[PruneAlgo],
+    metrics: Sequence[PruneMetric],
+    config: ExperimentConfig,
+) -> None:
+    """Do the prompts have what algorithms and metrics compare? As their files have them."""
+    for task, seed in product(tasks, config.seeds):
+        train, test = replace(task, seed=seed).read_prompts()
+        with about(f"Task {task.key!r}"):
+            for algo in algos:
+                algo.check_prompts(train)
+            for metric in metrics:
+                metric.check_prompts(test)
+
+
+def _task(key: TaskKey, config: ExperimentConfig) -> Task:
+    task = find_task(key)
+    ungroup = task.ungroup or config.ungroup
+    keep_positions = task.keep_positions or config.keep_positions
+    task = replace(
+        task, device=config.device, ungroup=ungroup, keep_positions=keep_positions
+    )
+    return chosen_task(task, config)
+
+
+def _check_numbers(config: ExperimentConfig) -> None:
+    check_member("ablation", config.ablation, AblationType)
+    check_member("patch_type", config.patch_type, PatchType)
+    check_member("edge_counts", config.edge_counts, EdgeCounts)
+    check_count("n_seeds", config.n_seeds, 1, MAX_VALUES)
+    check_count("seed", config.seed, 0, MAX_SEED + 1 - config.n_seeds)
+    for size in config.circuit_sizes:
+        check_count("circuit_sizes", size, 0)
+    for share in config.circuit_shares:
+        check_number("circuit_shares", share, 0, 1)
+
+
+def _check_not_empty(config: ExperimentConfig) -> None:
+    for field in ("tasks", "algos", "metrics"):
+        names: tuple[str, ...] = getattr(config, field)
+        if not names:
+            raise ConfigError(f"`{field}` is empty; name at least one.")
+        if len(set(names)) < len(names):
+            raise ConfigError(f"`{field}` names one of {list(names)} twice.")
+    algos = [find_prune_algo(name) for name in config.algos]
+    if len(set(algos)) < len(algos):
+        raise ConfigError(
+            f"`algos` names an algorithm of {list(config.algos)} in two ways."
+        )
+
+
+def _check_circuits_are_known(tasks: Sequence[Task], algos: Sequence[PruneAlgo]) -> None:
+    """Algorithms that need a known circuit are left out of tasks without one."""
+    if not all(algo.needs_true_edges for algo in algos):
+        return
+    for task in tasks:
+        if task._true_edge_func is None:
+            raise ConfigError(
+                f"{algos[0].short_name!r} needs a known circuit, and task {task.key!r} has "
+                "none. Add another algorithm, such as 'EAP', or leave the task out."
+            )
+
+
+def _check_out_folder(config: ExperimentConfig) -> None:
+    """A folder can be made there, and there is room for something."""
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.out) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, ValueError) as error:  # ValueError: NUL characters
+        raise ConfigError(
+            f"Results cannot be written to the folder {str(config.out)!r:.300} ({error}). "
+            "Choose another one with `out`."
+        ) from error
+    for folder in (config.folder, interrupted_folder(config)):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(
+                f"Results cannot be written to the folder {folder}: there is a file of that "
+                "name. Move it away, or choose another `out`."
+            )
+
+
+def interrupted_folder(config: ExperimentConfig) -> Path:
+    """Where an interrupted experiment's finished part is."""
+    return config.folder.with_name(f"{config.folder.name}-interrupted")
+
+
+# ------------------------------------------------ checks of loaded tasks, before any cell
+
+
+def check_tasks(plan: Plan, config: ExperimentConfig) -> None:
+    """Load each task, and look at what is only known then, before the first one runs.
+
+    Raises, of every error saying which task it is of, DataError for prompts that the model's
+    tokenizer or graph has no place for and for metrics that cannot be measured on the model's
+    outputs, ConfigError for sizes that the graph does not have, ModelError for a model that
+    cannot be had.
+    """
+    for task in plan.tasks:
+        with about(f"Task {task.key!r}"):
+            for seed in config.seeds:
+                _check_task(task.with_seed(seed), plan, config)
+            task.free()
+
+
+def _check_task(task: Task, plan: Plan, config: ExperimentConfig) -> None:
+    task.test_loader.check_complete()
+    for algo in plan.algos:
+        algo.check_prompts(task.train_loader)
+    for metric in plan.metrics:
+        metric.check_prompts(task.test_loader)
+    n_edges = task.model.n_edges
+    for size in config.circuit_sizes:
+        if size > n_edges:
+            raise ConfigError(
+                f"`circuit_sizes` asks for {size} edges, but the graph of task "
+                f"{task.key!r} has {n_edges}. Leave this size out, or give "
+                "`circuit_shares`, which fit every graph."
+            )
+    if task.seed == config.seed:
+        _check_outputs(task, plan.metrics)
+
+
+def _check_outputs(task: Task, metrics: Sequence[PruneMetric]) -> None:
+    """Can the metrics be measured on what the model itself gives for a few prompts?"""
+    batch = next(iter(task.test_loader))
+    full = FullModelOuts(task.model, [batch])
+    outs = {task.model.n_edges: {batch.key: full.vals(batch, "clean")}}
+    with warnings.catch_warnings():
+        # What numbers may warn of, they say when they are the ones that count.
+        warnings.simplefilter("ignore")
+        for metric in metrics:
+            measured_values(metric, task.model, [batch], outs, full)
