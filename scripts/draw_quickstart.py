@@ -25,7 +25,7 @@ THRESHOLD = 0.1
 
 def main() -> None:
     """Draw the circuit in a browser, and keep what it shows."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Draw the picture of the README.")
     parser.add_argument("--out", type=Path, default=IMAGE)
     parser.add_argument("--browser", default=next(filter(shutil.which, BROWSERS), None))
     args = parser.parse_args()

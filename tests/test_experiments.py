@@ -227,7 +227,7 @@ def test_an_early_interrupt_is_one_line(
         (["--seed", "x"], "Value error Error parsing --seed: .*'x'"),
         (["--sed", "3"], "Unrecognized options: --sed, 3 .*--seed"),
         (["--edge-counts", "SOME"], "SOME"),
-        (["robustnes"], "no experiment 'robustnes'. Did you mean 'robustness'"),
+        (["robust"], "no experiment 'robust'. Did you mean 'robustness'"),
     ],
 )
 def test_a_command_line_that_cannot_be_read(
