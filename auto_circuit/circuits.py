@@ -15,23 +15,23 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch as t
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, GraphError, near_matches
 from auto_circuit.ranking import circuit_mask
-from auto_circuit.types import Edge, PruneScores
+from auto_circuit.types import Edge, PerEdge, PruneScores
 from auto_circuit.utils.dead_ends import without_dead_ends
 from auto_circuit.utils.patchable_model import PatchableModel
 
-CircuitMasks = Mapping[str, Tensor]
+CircuitMasks = Mapping[str, PerEdge]
 """Destination module -> `[seq?, head?, src]`: True for the edges of the circuit."""
 
 
 @checked
 @dataclass(frozen=True, eq=False)
-class Circuit(Mapping[str, Tensor]):
+class Circuit(Mapping[str, PerEdge]):
     """A set of edges of one graph; also the mapping of its masks.
 
     model: the graph. masks: destination module -> boolean tensor `[seq?, head?, src]` like
@@ -176,7 +176,7 @@ class Circuit(Mapping[str, Tensor]):
 
     # ---------------------------------------------------------- as a mapping
 
-    def __getitem__(self, module_name: str) -> Tensor:
+    def __getitem__(self, module_name: str) -> Shaped[Tensor, "*seq_head src"]:
         return self.masks[module_name]
 
     def __iter__(self) -> Iterator[str]:
@@ -241,7 +241,7 @@ def as_circuit(model: PatchableModel, circuit: CircuitMasks) -> Circuit:
 
 
 @checked
-def check_circuit(model: PatchableModel, circuit: Mapping[str, Tensor]) -> None:
+def check_circuit(model: PatchableModel, circuit: CircuitMasks) -> None:
     """Raise GraphError unless the circuit is a boolean tensor for every mask."""
     # Without the dimension of single examples that masks have in `set_mask_batch_size`.
     expected = {
@@ -271,13 +271,13 @@ def check_circuit(model: PatchableModel, circuit: Mapping[str, Tensor]) -> None:
 
 
 @checked
-def n_circuit_edges(circuit: Mapping[str, Tensor]) -> int:
+def n_circuit_edges(circuit: CircuitMasks) -> int:
     """The number of edges in a circuit."""
     return sum(int(mask.sum()) for mask in circuit.values())
 
 
 @checked
-def circuit_jaccard(circuit: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+def circuit_jaccard(circuit: CircuitMasks, other: CircuitMasks) -> float:
     """The edges in both circuits, over those in either: from 0 to 1.
 
     1 for two circuits without edges. Raises GraphError for circuits of different graphs.

@@ -19,7 +19,7 @@ from typing import Any, SupportsIndex
 from warnings import warn
 
 import torch as t
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -136,7 +136,9 @@ class PromptPairBatch:
         return type(self), tuple(getattr(self, f.name) for f in fields(self))
 
     @checked
-    def model_input(self, side: Side) -> tuple[Tensor, dict[str, Tensor]]:
+    def model_input(
+        self, side: Side
+    ) -> tuple[Shaped[Tensor, "*batch_seq"], dict[str, Shaped[Tensor, "batch all_seq"]]]:
         """What to call the model with: `model(tokens, **kwargs)`.
 
         The keyword arguments hold the attention mask, if the prompts are padded.
@@ -229,6 +231,10 @@ def _shown(value: Tensor) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
 
 
+Rows = Sequence[Shaped[Tensor, "*_of_prompt"]] | Shaped[Tensor, "_prompt *_of_prompt"]
+"""A tensor for each prompt, in a list or as the rows of one."""
+
+
 class PromptDataset(Dataset[PromptPair]):
     """Prompt pairs by index.
 
@@ -238,12 +244,12 @@ class PromptDataset(Dataset[PromptPair]):
 
     def __init__(
         self,
-        clean_prompts: Sequence[Tensor] | Tensor,
-        corrupt_prompts: Sequence[Tensor] | Tensor,
-        answers: Sequence[Tensor] | Tensor,
-        wrong_answers: Sequence[Tensor] | Tensor,
-        clean_attention_masks: Tensor | None = None,
-        corrupt_attention_masks: Tensor | None = None,
+        clean_prompts: Rows,
+        corrupt_prompts: Rows,
+        answers: Rows,
+        wrong_answers: Rows,
+        clean_attention_masks: Shaped[Tensor, "_prompt _seq"] | None = None,
+        corrupt_attention_masks: Shaped[Tensor, "_prompt _seq"] | None = None,
     ) -> None:
         self.clean_prompts, self.corrupt_prompts = clean_prompts, corrupt_prompts
         self.answers, self.wrong_answers = answers, wrong_answers

@@ -19,13 +19,17 @@ PASS_THE_MASK = (
 )
 
 
-def remember_mask(tokens: Tensor, mask: Tensor | None) -> None:
+def remember_mask(
+    tokens: Shaped[Tensor, "*batch_seq"], mask: Shaped[Tensor, "*batch_seq"] | None
+) -> None:
     """Let `model(tokens)` find the attention mask of these very tokens."""
     if mask is not None:
         setattr(tokens, KNOWN_MASK, mask)
 
 
-def known_mask(tokens: Tensor) -> Tensor | None:
+def known_mask(
+    tokens: Shaped[Tensor, "*batch_seq"],
+) -> Shaped[Tensor, "*batch_seq"] | None:
     """The attention mask that was remembered for these very tokens.
 
     Tokens that are made of them (a copy, some of the rows) have none.
@@ -65,7 +69,9 @@ def padding_mask(
     return None if mask.all() else mask
 
 
-def check_attention_mask(mask: Tensor, shape: Sequence[int], n_cached: int) -> None:
+def check_attention_mask(
+    mask: Shaped[Tensor, "*batch_seq"], shape: Sequence[int], n_cached: int
+) -> None:
     """Raise DataError for a mask that is not one of tokens [batch seq].
 
     n_cached: so many positions before the tokens it may cover as well.

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from auto_circuit.checks import checked
 from auto_circuit.circuits import Circuit, circuit_of_scores
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.prompt_encoding import OTHER_SIDE, Side
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.ranking import desc_prune_scores
-from auto_circuit.types import AblationType, CircuitOutputs, PatchType, PruneScores
+from auto_circuit.types import (
+    AblationType,
+    CircuitOutputs,
+    PatchType,
+    PerEdge,
+    PruneScores,
+)
 from auto_circuit.utils.ablation_activations import (
     ablation_side,
     iter_src_ablations,
@@ -94,7 +98,7 @@ def run_circuits(
 
 
 @checked
-def set_masks(model: PatchableModel, values: Mapping[str, Tensor]) -> None:
+def set_masks(model: PatchableModel, values: Mapping[str, PerEdge]) -> None:
     """Set every mask to the values (or booleans) of a dictionary like `patch_masks`."""
     for module_name, mask in model.patch_masks.items():
         mask.data.copy_(values[module_name])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from auto_circuit.checks import checked, shown
 from auto_circuit.errors import GraphError
-from auto_circuit.types import PruneScores
+from auto_circuit.types import PerEdge, PruneScores
 
 
 @checked
@@ -106,7 +106,7 @@ def score_in_dtype(what: str, value: int | float, dtype: t.dtype) -> float:
 
 
 @checked
-def flat_prune_scores(prune_scores: Mapping[str, Tensor]) -> Shaped[Tensor, "edges"]:
+def flat_prune_scores(prune_scores: Mapping[str, PerEdge]) -> Shaped[Tensor, "edges"]:
     """All scores in one dimension, module after module.
 
     Raises GraphError if there are none, and for what is no score (`score_tensors`).
@@ -117,7 +117,7 @@ def flat_prune_scores(prune_scores: Mapping[str, Tensor]) -> Shaped[Tensor, "edg
 
 
 @checked
-def desc_prune_scores(prune_scores: Mapping[str, Tensor]) -> Float[Tensor, "edges"]:
+def desc_prune_scores(prune_scores: Mapping[str, PerEdge]) -> Float[Tensor, "edges"]:
     """All |scores|, the largest first.
 
     Raises GraphError if a score is NaN, which has no rank.
@@ -136,7 +136,7 @@ def desc_prune_scores(prune_scores: Mapping[str, Tensor]) -> Float[Tensor, "edge
 
 @checked
 def prune_scores_threshold(
-    prune_scores: Mapping[str, Tensor] | Float[Tensor, "edges"], edge_count: int
+    prune_scores: Mapping[str, PerEdge] | Float[Tensor, "edges"], edge_count: int
 ) -> Float[Tensor, ""]:
     """The |score| of the edge of rank `edge_count`; +inf for 0 edges.
 

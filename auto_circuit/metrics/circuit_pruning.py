@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch as t
+from jaxtyping import Bool
 from torch import Tensor
 
 from auto_circuit.checks import checked
@@ -31,7 +32,9 @@ Selection = Literal["best", "greedy"]
 
 
 @checked
-def connected_circuit(model: PatchableModel, circuit: CircuitMasks) -> dict[str, Tensor]:
+def connected_circuit(
+    model: PatchableModel, circuit: CircuitMasks
+) -> dict[str, Bool[Tensor, "*_seq_head _src"]]:
     """The masks of `Circuit.connected`: its edges on a path from an input to the output.
 
     `utils.dead_ends` says what a path is.

@@ -135,7 +135,9 @@ def _n_words(model: Any) -> int:
 
 
 def probe_log_probs(
-    call: Callable[[Tensor], Tensor], n_words: int, device: t.device | str = "cpu"
+    call: Callable[[Int[Tensor, "1 seq"]], Float[Tensor, "1 seq vocab"]],
+    n_words: int,
+    device: t.device | str = "cpu",
 ) -> Float[Tensor, "1 seq vocab"]:
     """What a model says of a few tokens from all over its vocabulary."""
     with t.no_grad():

@@ -292,7 +292,7 @@ def _blocks(model: Module) -> list[Module]:
 
 
 def embed_tokens(
-    model: Module, tokens: Tensor
+    model: Module, tokens: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch seq d_model"] | None:
     """The embeddings of tokens, where those of positions are added to them, else None."""
     if "pos_embed" not in model._modules:

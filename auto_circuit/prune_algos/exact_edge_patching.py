@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from jaxtyping import Float
 from torch import Tensor
 
 from auto_circuit.checks import check_count, checked
@@ -90,7 +91,9 @@ def edge_effects(
             clean_outputs = model.sliced(tokens, **kwargs)
         ready = TrainingBatch(batch, tokens, kwargs, outs, clean_outputs)
 
-        def loss(outputs: Tensor, batch: PromptPairBatch = batch) -> float:
+        def loss(
+            outputs: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch = batch
+        ) -> float:
             return float(answer_loss(outputs, batch, grad_function, answer_function))
 
         before = loss(clean_outputs)

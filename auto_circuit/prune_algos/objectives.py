@@ -56,8 +56,10 @@ def check_objective(
 
 
 @checked
-def answer_values(outputs: Tensor, grad_function: GradFunction) -> Tensor:
-    """What the answers are compared in, from logits [batch *position vocab].
+def answer_values(
+    outputs: Float[Tensor, "batch *pos vocab"], grad_function: GradFunction
+) -> Float[Tensor, "batch *pos vocab"]:
+    """What the answers are compared in, from logits.
 
     "logit_exp": exp(logit) over the sum of exponentials, which gets no gradient.
     """
@@ -74,11 +76,11 @@ def answer_values(outputs: Tensor, grad_function: GradFunction) -> Tensor:
 
 @checked
 def answer_loss(
-    outputs: Tensor,
+    outputs: Float[Tensor, "batch *pos vocab"],
     batch: PromptPairBatch,
     grad_function: GradFunction = "logit",
     answer_function: AnswerFunction = "avg_diff",
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """The mean over a batch's prompts of a loss that is low when answers are right.
 
     avg_diff: -(answer - wrong answer), means where there are several. avg_val: -answer.
@@ -107,7 +109,7 @@ def clean_loss_sum(
     batch: PromptPairBatch,
     grad_function: GradFunction = "logit",
     answer_function: AnswerFunction = "avg_diff",
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """Run a batch's clean prompts; the sum of `answer_loss` over them.
 
     A sum, so that batches of different sizes weigh what they hold.
@@ -120,13 +122,13 @@ def clean_loss_sum(
 @checked
 def faithfulness_loss(
     target: FaithfulnessTarget,
-    outputs: Tensor,
+    outputs: Float[Tensor, "batch *pos vocab"],
     batch: PromptPairBatch,
-    clean_outputs: Tensor,
-) -> Tensor:
+    clean_outputs: Float[Tensor, "batch *pos vocab"],
+) -> Float[Tensor, ""]:
     """How unlike the full model a circuit is: a mean over a batch's prompts, to lower.
 
-    outputs, clean_outputs: logits of the circuit and of the full model [batch *pos vocab].
+    outputs, clean_outputs: logits of the circuit and of the full model.
     kl_div: KL(model || circuit), nats. mse: to the answers, as in `answer_loss`. answer,
     wrong_answer: minus that logit. correct_percent: minus the share of prompts whose answer
     is the likeliest word, smoothed to sigmoid(answer - best other), so that it has a gradient.
@@ -157,7 +159,7 @@ def faithfulness_loss(
 
 
 def _full_answer_diffs(
-    clean_outputs: Tensor, batch: PromptPairBatch
+    clean_outputs: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
 ) -> Float[Tensor, "batch"]:
     """What percentages are of. Raises DataError if one is 0 within rounding."""
     diffs = batch_answer_diffs(clean_outputs, batch)

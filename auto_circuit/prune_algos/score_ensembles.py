@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch as t
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from auto_circuit.checks import check_count, check_number, checked, seeded_generator
@@ -129,7 +129,7 @@ class BootstrapScores:
     n_prompts: int
 
     @property
-    def excludes_zero(self) -> dict[str, Tensor]:
+    def excludes_zero(self) -> dict[str, Bool[Tensor, "*_seq_head _src"]]:
         """True for the edges whose interval lies on one side of 0."""
         return {
             name: (lower > 0) | (self.upper[name] < 0)
@@ -139,7 +139,7 @@ class BootstrapScores:
 
 @checked
 def bootstrap_prompt_scores(
-    prompt_scores: Mapping[str, Tensor],
+    prompt_scores: Mapping[str, Shaped[Tensor, "_prompt *_seq_head _src"]],
     n_samples: int = 1000,
     confidence: int | float = 0.95,
     seed: int = 0,

@@ -9,7 +9,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch as t
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -90,7 +90,7 @@ class SparseAutoencoder(Module):
 
     @staticmethod
     def from_state_dict(
-        wrapped_hook: Module, state_dict: Mapping[str, Tensor]
+        wrapped_hook: Module, state_dict: Mapping[str, Shaped[Tensor, "*_weight"]]
     ) -> SparseAutoencoder:
         """An autoencoder with these weights, under any names of `STATE_DICT_MAPS`.
 
