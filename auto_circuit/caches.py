@@ -60,7 +60,6 @@ def save_cache(
 
     Raises DataError for a value of another type (it says where it is), ConfigError for a
     name that leaves the folder, FileError if nothing can be written there.
-    Differs from auto-circuit: no pickle, and the path is returned.
     """
     checked_file_name("base_filename", base_filename)
     tensors: dict[str, Tensor] = {}
@@ -107,7 +106,7 @@ def load_cache(folder_name: str, filename: str) -> dict[Any, Any]:
 
     Raises DataError if there is no such file, `save_cache` did not write it, or it is
     damaged; FileError for what cannot be read.
-    Differs from auto-circuit: pickles are not read, because loading one can run code.
+    Pickles, such as auto-circuit wrote, are not read: loading one can run code.
     """
     path = repo_path_to_abs_path(Path(folder_name) / filename)
     content = read_bytes(path)

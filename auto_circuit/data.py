@@ -394,9 +394,9 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
         torch Sampler is asked once.
     kwargs: torch's DataLoader options: batch_size, drop_last, num_workers, generator ...
 
-    Differs from auto-circuit: the last batch may be smaller (`drop_last=True` drops it, as
-    there), and `shuffle` draws one order, not a new one whenever the loader is read:
-    outputs could not be told by their batches' keys then.
+    The last batch may be smaller (`drop_last=True` drops it), and `shuffle` draws one order,
+    not a new one whenever the loader is read: outputs could not be told by their batches'
+    keys then.
     Raises ConfigError for options that torch's loader refuses and that would change what a
     batch is (`collate_fn`, `batch_sampler`); DataError for prompts of different lengths in
     one batch, or that are not `seq_len` long, and, when it is read, if prompts are missing.
@@ -643,10 +643,8 @@ def load_datasets_from_json(
     some are. ConfigError for options of other types and values, and for those that do not
     go together.
 
-    Differs from auto-circuit: attention masks are kept; the prefix is common to all
-    prompts (not only to the two of a pair) and its cache fits every batch size; without a
-    model, positions are told apart only if `return_seq_length`; the tokenizer and the
-    global random state are left alone.
+    The prefix that is cut off is common to all prompts, and its cache fits every batch size.
+    The tokenizer and the global random state are left alone.
     """
     batch_sizes = per_split("batch_size", batch_size, at_most=MAX_BATCH_SIZE)
     n_train, n_test = sizes = _checked_sizes(train_test_size)

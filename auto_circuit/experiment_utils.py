@@ -53,8 +53,8 @@ def load_tl_model(name: str | Path, device: t.device | str = "cpu") -> Transform
     TransformerLens's hooks of single heads (`hook_result`, `hook_q_input` ...) and of MLPs'
     inputs are on, as in auto-circuit; they make passes outside of `patch_mode` slower, by
     about 40 % for GPT-2. `model.set_use_attn_result(False)` and the like switch them off, which
-    changes no number here. Differs from auto-circuit: `hook_attn_in` is off, which
-    TransformerLens 4 does not have beside `hook_q_input`.
+    changes no number here. (`hook_attn_in` is off: TransformerLens 4 does
+    not have it beside `hook_q_input`.)
     """
     model = load_transformer(name, device)
     switch_on_heads(model)
@@ -141,9 +141,8 @@ def ioi_circuit_single_template_logit_diff_percent(
     Raises ConfigError for another model and for a template that does not exist, DataError
     (which says how to write it) without its prompt file or with too few prompts in it.
 
-    Differs from auto-circuit: the templates are others (so are its figures); the learned
-    circuit is found by subnetwork probing with this ablation, and no figure of its training
-    is shown.
+    The templates are not auto-circuit's, and so its published figures are others; the learned
+    circuit is found by subnetwork probing with this ablation.
     """
     n_train = LEARNED_TRAIN_FACTOR * dataset_size if learned else 0
     model, train_loader, test_loader = _single_template_graph(

@@ -291,9 +291,6 @@ def repo_path_to_abs_path(path: Path | str) -> Path:
     package (which ships `datasets/`). A path that exists in neither is a new one: in
     the checkout, or in the working directory if the package is installed. An absolute
     path stays as it is.
-
-    Differs from auto-circuit, which looked in (and wrote to) `site-packages` when it
-    was installed.
     """
     root = _checkout_root()
     homes = [PACKAGE_DIR] if root is None else [root, PACKAGE_DIR]

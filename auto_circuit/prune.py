@@ -63,8 +63,7 @@ def run_circuits(
         (`draw_seq_graph`, in a notebook or the browser). render_score_threshold,
         render_file_path: its `score_threshold` (the scores are 1) and `file_path`.
 
-    Differs from auto-circuit: no edge is in a circuit of size 0, also if scores are infinite;
-    means are computed once; the graph is drawn once, not for every batch.
+    No edge is in a circuit of size 0, also if scores are infinite.
     """
     prune_scores = model.check_scores(prune_scores)
     patched = _patched_edges(model, prune_scores, test_edge_counts, patch_type)

@@ -25,10 +25,6 @@ by trapezoids between neighbouring points, over the curve's own sizes (on a loga
 those above 0). A metric that rises with circuit size has a positive area and one that falls a
 negative one (with log_y, in decades: a mean height of -2 is a mean fall to a hundredth). Areas
 of curves with different sizes cannot be compared.
-
-Differs from auto-circuit where it was wrong: an area below 0.001, and so that of every falling
-metric, became 0.001; with log_y heights were counted in decades from `y_min`, but the value at
-0 edges, which was taken from them, was not.
 """
 
 from __future__ import annotations
@@ -238,8 +234,6 @@ def algo_measurements_auc(
     y_min: int | float | None = None,
 ) -> dict[AlgoKey, float]:
     """Algorithm -> area (`measurements_auc`); NaN for too few points (see `has_area`).
-
-    Differs from auto-circuit, which left those out.
     """
     return {
         algo: (

@@ -40,9 +40,6 @@ def average_auc_plot(
 
     inverse: auto-circuit's, which turned the bars of falling metrics around. Shares of the
         way to the full model rise for them too, so it does nothing, with a warning.
-
-    Differs from auto-circuit, which divided by the area of random scores and so had no
-    meaning where that was near 0.
     """
     if inverse is not None:
         warn(

@@ -184,7 +184,7 @@ def faithfulness(
     than that they come from numbers in single precision.
 
     Raises DataError if m(N) and m(nothing) are equal within rounding: the quotient would
-    be noise. Differs from auto-circuit, which has no faithfulness.
+    be noise.
     """
     rounding_error = max(rounding_error, ROUNDING * max(abs(full_model), abs(nothing)))
     if abs(full_model - nothing) <= rounding_error:

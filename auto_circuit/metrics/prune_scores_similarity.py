@@ -6,8 +6,6 @@ of the larger one: 0 is no common edge, 1 the same circuit. Circuits are those t
 them, so a circuit may be larger than asked for, and then is like a small one only in part.
 
 Two random circuits of k of n edges have a similarity of k / n, on average.
-
-Differs from auto-circuit, where circuits with ties had no similarity.
 """
 
 from __future__ import annotations
@@ -118,8 +116,6 @@ def prune_score_similarities_plotly(
 
     ground_truths: circuits of the size of the task's known circuit are compared too.
     algo_names: labels (else the keys). Errors: `task_prune_scores_similarities`.
-
-    Differs from auto-circuit: the figure is not shown.
     """
     similarities = task_prune_scores_similarities(
         task_prune_scores, edge_counts, ground_truths, tasks=tasks

@@ -104,11 +104,9 @@ def get_tracr_model(
 
     Raises ConfigError for an unknown key.
 
-    Differs from auto-circuit: loads weights that were compiled before, so JAX and tracr
-    are not needed, and returns their encoding in place of tracr's assembled model (whose
-    `apply` is `encode`, the model, `decode`). The outputs are those dimensions of the
-    residual stream that hold the result; there, they were the first ones, whatever these
-    meant.
+    The weights were compiled before, so JAX and tracr are not needed; their encoding is
+    returned in place of tracr's assembled model (whose `apply` is `encode`, the model,
+    `decode`). The outputs are those dimensions of the residual stream that hold the result.
     """
     path = _WEIGHTS / f"{tracr_task_key}.safetensors"
     meaning = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))

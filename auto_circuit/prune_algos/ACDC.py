@@ -93,8 +93,7 @@ def acdc_prune_scores(
     Raises ConfigError without thresholds above 0, and for `show_graphs` without what draws;
     GraphError if `test_mode` finds other outputs.
 
-    Differs from auto-circuit: the order of the edges is the same in every process;
-    `show_graphs` draws without `test_mode` too.
+    The order of the edges is the same in every process.
     """
     thresholds = sorted(
         {

@@ -28,9 +28,7 @@ def activation_magnitude_prune_scores(
 ) -> PruneScores:
     """The mean |activation| of an edge's source on the clean prompts (at least 0).
 
-    The mean is over prompts, positions and dimensions; padding does not count. Differs
-    from auto-circuit, which took the mean before the absolute value, and another node's
-    value in unfactorized graphs.
+    The mean is over prompts, positions and dimensions; padding does not count.
     """
     total = t.zeros(model.plan.n_srcs, dtype=t.float64)
     count = 0

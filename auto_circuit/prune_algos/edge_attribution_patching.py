@@ -33,8 +33,7 @@ def edge_attribution_patching_prune_scores(
 
     answer_diff: False: the loss of the answers' logits alone.
 
-    Differs from auto-circuit: on token graphs every position has its own score;
-    `separate_qkv=False` works; the mean over prompts, not the sum over batches.
+    The mean over prompts; on token graphs every position has its own score.
     """
     return mask_gradient_prune_scores(
         model,

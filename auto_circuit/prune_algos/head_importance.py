@@ -75,7 +75,7 @@ def head_importance_prune_scores(
         Michel et al. do: numbers from 0 to 1. A layer of a single node (the embeddings,
         an MLP after its attention) then scores 1.
 
-    Raises ConfigError for an unknown choice. Not in auto-circuit.
+    Raises ConfigError for an unknown choice.
     """
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
     check_objective(dataloader, answer_function)

@@ -77,8 +77,8 @@ def input_integrated_gradients_prune_scores(
         prompts (as in the paper); ZERO, embeddings of zero.
 
     Raises ConfigError for fewer than one sample and for an unknown choice.
-    Source: Hanna et al. 2024, arXiv 2403.17806. Not in auto-circuit, whose integrated
-    gradients take another path (see `mask_gradient_prune_scores`).
+    Source: Hanna et al. 2024, arXiv 2403.17806. (Another path than that of the
+    masks in `mask_gradient_prune_scores`.)
     """
     points = path_shares(integrated_grad_samples, path_points)
     check_objective(dataloader, answer_function)
@@ -107,7 +107,7 @@ def clean_corrupt_prune_scores(
     ablation_type: what is patched in, and what the corrupt end is.
 
     Raises ConfigError for an unknown choice. Source: the "clean-corrupted" method of
-    Hanna et al. 2024 (arXiv 2403.17806). Not in auto-circuit.
+    Hanna et al. 2024 (arXiv 2403.17806).
     """
     check_objective(dataloader, answer_function)
     loss = partial(
@@ -150,7 +150,7 @@ def activation_integrated_gradients_prune_scores(
 
     Raises ConfigError for fewer than one sample and for an unknown choice.
     Source: Marks et al. 2024, arXiv 2403.19647. Differs from Hanna et al.'s code, which
-    adds up the scores of all edges on every sublayer's path. Not in auto-circuit.
+    adds up the scores of all edges on every sublayer's path.
     """
     points = path_shares(integrated_grad_samples, path_points)
     check_objective(dataloader, answer_function)

@@ -68,9 +68,8 @@ def mask_gradient_prune_scores(
 
     Raises ConfigError for arguments that do not go together.
 
-    Differs from auto-circuit: the mean over prompts and points, not the sum over
-    batches and points (with path_points="both_ends" its scores, divided by the number of
-    points); midpoints by default, not end points, so that N samples cost N passes.
+    The score is the mean over prompts and points; N samples cost N passes (with
+    path_points="both_ends" N + 1).
     """
     points = _mask_values(mask_val, integrated_grad_samples, path_points)
     check_objective(dataloader, answer_function)

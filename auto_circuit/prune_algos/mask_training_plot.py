@@ -33,8 +33,7 @@ def mask_training_fig(
     faithfulness loss on validation prompts, where it was measured. Fewer than 0.5 edges
     are drawn at 0.5; hovering shows the true number.
 
-    Raises ConfigError if there are no steps. auto-circuit drew these curves while it
-    trained, and showed them.
+    Raises ConfigError if there are no steps.
     """
     if not steps:
         raise ConfigError(

@@ -137,9 +137,6 @@ def faithfulness_loss(
 
     Raises DataError for answers that do not fit, and for logit_diff_percent if the model's
     own difference on a prompt is 0 within rounding.
-
-    Differs from auto-circuit, whose correct_percent had no gradient and the wrong sign,
-    and which had no logit_diff.
     """
     outputs, clean_outputs = map(at_least_float32, (outputs, clean_outputs))
     if target == "kl_div":

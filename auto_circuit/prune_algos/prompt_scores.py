@@ -57,7 +57,6 @@ def mask_gradient_prompt_scores(
         types it depends on the prompts that share a batch.
 
     Raises ConfigError for unknown functions, DataError for a loader without prompts.
-    auto-circuit has no such scores.
     """
     mask_val = check_number("mask_val", mask_val)
     side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None

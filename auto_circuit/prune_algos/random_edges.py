@@ -30,9 +30,6 @@ def random_prune_scores(
         every call, from torch's global generator, which `torch.manual_seed` sets.
 
     The algorithm `RANDOM_PRUNE_ALGO` has the seed 0; `with_seed` gives it another one.
-
-    Differs from auto-circuit, whose order of edges came from sets: there, the same state of
-    the generator gave other scores in another process.
     """
     if seed is None or isinstance(seed, t.Generator):
         generator = seed

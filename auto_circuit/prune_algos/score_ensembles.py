@@ -33,7 +33,7 @@ def mean_rank_prune_scores(ensemble: Sequence[PruneScores]) -> PruneScores:
     scores fall off, do not matter; infinite scores are allowed.
 
     Raises ConfigError for an empty ensemble, GraphError for scores of different graphs
-    and for NaN scores. auto-circuit has no ensembles.
+    and for NaN scores.
     """
     ranks = [_ranks(scores.abs()) for scores in _flat_ensemble(ensemble)]
     return _like(ensemble[0], t.stack(ranks).mean(0))

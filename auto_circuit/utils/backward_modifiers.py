@@ -65,7 +65,7 @@ def gim_backward(
     reach (mixtures of experts, attention sinks), and for a temperature that is not
     above 0.
 
-    Source: arXiv 2505.17630. Not in auto-circuit.
+    Source: arXiv 2505.17630.
     """
     if softmax_temperature <= 0:
         raise ConfigError(
@@ -103,7 +103,7 @@ def relp_backward(
     models that are not TransformerLens models, and for parts whose inside hooks cannot
     reach (mixtures of experts).
 
-    Source: arXiv 2508.21258. Not in auto-circuit.
+    Source: arXiv 2508.21258.
     """
     parts = _parts(model, "relp_backward")
     with ExitStack() as stack:

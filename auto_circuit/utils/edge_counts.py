@@ -43,9 +43,8 @@ def edge_counts_util(
     Raises ConfigError for GROUPS without scores and for numbers that make no sense,
     GraphError for sizes above the number of edges and scores of another graph.
 
-    Differs from auto-circuit: these errors; a share that is a whole number of edges but
-    for rounding is that number (0.29 of 100 edges is 29, not 28); sizes that a list names
-    are tested (there, 0 and all edges were taken out of lists of one or two).
+    A share that is a whole number of edges but for rounding is that number (0.29 of 100 edges
+    is 29, not 28), and all sizes that a list names are tested.
     """
     n_edges = len(edges)
     if test_counts is None:

@@ -98,8 +98,8 @@ def batch_answer_diffs(
 ) -> Float[Tensor, "batch"]:
     """For each prompt: mean value of the correct answers minus that of the wrong ones.
 
-    Positive: the model prefers the correct answers. Differs from auto-circuit: with
-    answers at several positions, their mean.
+    Positive: the model prefers the correct answers. With answers at several positions, their
+    mean.
     """
     return batch_answer_vals(vals, batch) - batch_answer_vals(vals, batch, True)
 
@@ -123,8 +123,8 @@ def batch_answer_diff_percents(
     100: the same difference; 0: no preference; negative: the opposite preference. It
     has no bounds: where the target's difference is small, the percentage is large.
 
-    Differs from auto-circuit: where the target's difference is 0 within rounding, the
-    percentage is NaN, with an UndefinedPercentWarning, and not infinite or noise.
+    Where the target's difference is 0 within rounding, it is NaN, with an
+    UndefinedPercentWarning.
     """
     check_same_shape(pred_vals, target_vals)
     target_diffs = batch_answer_diffs(target_vals, batch)
@@ -232,8 +232,7 @@ def correct_answer_proportion(
 ) -> Float[Tensor, ""]:
     """The share of prompts, in [0, 1], whose top token is a correct answer.
 
-    Differs from auto-circuit: a prompt may have several correct answers, and a tie is
-    not correct (there: the tied token with the lowest id won).
+    A prompt may have several correct answers, and a tie is not correct.
     """
     return batch_correct_answers(logits, batch).mean()
 
@@ -271,8 +270,7 @@ def correct_answer_greater_than_incorrect_proportion(
 ) -> Float[Tensor, ""]:
     """The share of prompts, in [0, 1], with a correct answer above all wrong answers.
 
-    Differs from auto-circuit: a prompt may have several correct answers, and a tie is
-    not correct (there it was).
+    A prompt may have several correct answers, and a tie is not correct.
     """
     return batch_greater_answers(logits, batch).mean()
 

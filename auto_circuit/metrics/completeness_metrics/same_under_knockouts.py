@@ -92,8 +92,6 @@ def same_under_knockout(
     Raises ConfigError if the circuit is empty, or is so without the knocked-out edges;
     GraphError for scores of another graph or NaN, and for a size that the graph does not
     have.
-    Differs from auto-circuit, where a score equal to the threshold was knocked out, so
-    that scores of 0 removed the whole circuit.
     """
     circuit = circuit_of_scores(task.model, circuit_ps, circuit_size)
     if not circuit.n_edges:

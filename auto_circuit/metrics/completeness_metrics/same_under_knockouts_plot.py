@@ -25,8 +25,6 @@ def same_under_knockouts_fig(
 
     A panel per task and two bars per circuit, in nats. For a complete circuit the second
     is no higher than the first. algo_names: labels (else the keys).
-
-    Differs from auto-circuit: the figure is not shown.
     """
     fig = make_subplots(
         rows=1,

@@ -79,8 +79,6 @@ def train_same_under_knockouts(
 
     Raises ConfigError, before anything is trained, without `algo_keys`, for a key without a
     task or without scores, and for a size that is not known.
-    Differs from auto-circuit, which trained for all algorithms, whatever `algo_keys` was,
-    on the test prompts, and showed a figure.
     """
     if not len(algo_keys):
         raise ConfigError(
@@ -141,10 +139,8 @@ def train_same_under_knockout_prune_scores(
     GraphError for scores of another graph, TrainingError if the loss diverges. Cost: two
     forward passes and a backward pass through both per batch and epoch.
 
-    Differs from auto-circuit: it trains on the task's training prompts, not on the test
-    prompts that the knockout is measured on; circuit and model see the same random mask; the
-    penalty is on the expected size; a target is at least one edge; edges outside the circuit
-    score 0, not about -99; there is no parameter `algo`, which named the figure.
+    It trains on the task's training prompts, while the knockout is measured on the test
+    prompts; circuit and model see the same random mask; edges outside the circuit score 0.
     """
     check_count("epochs", epochs)
     check_number("learning_rate", learning_rate, above=0)

@@ -56,8 +56,6 @@ def measure_roc(
     Returns task key -> algorithm key -> points; see `measure_task_roc`.
     Raises ConfigError, before anything is measured, for a key without a task and for a
     task without a known circuit.
-
-    Differs from auto-circuit, where this failed for every task.
     """
     return {
         task_key: {

@@ -74,9 +74,8 @@ def answer_diff_percent(
     prob_func: as in `measure_answer_diff`.
     circuit_outs: `run_circuits` on the same loader. full_model_outs: to be shared.
 
-    Raises DataError as `measure_answer_diff` does. Differs from auto-circuit: where the
-    model's difference is 0 within rounding, the percentage is NaN, with an
-    UndefinedPercentWarning.
+    Raises DataError as `measure_answer_diff` does. Where the model's difference is 0 within
+    rounding, the percentage is NaN, with an UndefinedPercentWarning.
     """
     prompt_func = partial(
         prompt_answer_diff_percents, prob_func=prob_func, diff_of_means=diff_of_means

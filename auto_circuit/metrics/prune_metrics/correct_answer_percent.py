@@ -35,8 +35,7 @@ def measure_correct_ans_percent(
     pruned_outs: `run_circuits` on the same loader. full_model_outs: not needed here.
 
     Raises DataError for answers that do not fit the output and for outputs of another
-    loader. Differs from auto-circuit: a prompt may have several correct answers, and a
-    tie is not correct.
+    loader. A prompt may have several correct answers, and a tie is not correct.
     """
     prompt_func = partial(
         prompt_correct_percents,

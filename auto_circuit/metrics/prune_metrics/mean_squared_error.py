@@ -63,4 +63,4 @@ CLEAN_MSE_METRIC = PruneMetric(
     bounds=(0.0, math.inf),
     of_numbers=True,
 )
-"""For models whose output is a number; auto-circuit has no such metric."""
+"""For models whose output is a number."""

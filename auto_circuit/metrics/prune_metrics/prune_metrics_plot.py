@@ -41,7 +41,6 @@ def measurement_figs(
     metrics: where metric keys are looked up. algo_names: legend labels (else the keys).
 
     Raises ConfigError for a metric key that is not in `metrics`.
-    Differs from auto-circuit: no figure is shown, and plotly's defaults stay.
     """
     figs = []
     for ablation_type, by_metric in measurements.items():

@@ -64,8 +64,6 @@ class AutoencoderTransformer(Module):
     sae_input: what they encode.
 
     Called, it is the wrapped model. Attributes that it does not have are that one's.
-    Differs from auto-circuit, which put reconstructions in the place of activations: there
-    the error was lost, and outputs were others.
     """
 
     @checked

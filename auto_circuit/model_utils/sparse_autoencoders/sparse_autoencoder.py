@@ -207,8 +207,6 @@ def load_autoencoder(
     .safetensors, or .pt, of which only tensors are read; or it is a folder of that name with
     SAELens's `cfg.json` and its .safetensors. Of SAELens's kinds "standard" and "jumprelu"
     are known. Raises ModelError without a file, for other kinds, and for damaged files.
-
-    Differs from auto-circuit, which downloaded pickles and ran what was in them.
     """
     name = Path(str(model.cfg.model_name)).name
     parts = [name, autoencoder_input, *([pythia_size] if pythia_size else [])]

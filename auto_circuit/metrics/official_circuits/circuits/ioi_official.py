@@ -96,9 +96,6 @@ def ioi_true_edges(
         S2 and end. seq_start_idx: the length of the prefix that the graph leaves out.
     Raises ConfigError if the model's graph is not GPT-2 small's, factorized and with
     separate queries, keys and values.
-
-    Differs from auto-circuit, where the MLPs before the output were those of the layers
-    below the *position* of the last token: 739 edges without word positions.
     """
     graph = circuit_graph(
         *(model, GPT2_SMALL, token_positions, word_idxs, seq_start_idx),
