@@ -233,8 +233,7 @@ def algo_measurements_auc(
     log_y: bool = False,
     y_min: int | float | None = None,
 ) -> dict[AlgoKey, float]:
-    """Algorithm -> area (`measurements_auc`); NaN for too few points (see `has_area`).
-    """
+    """Algorithm -> area (`measurements_auc`); NaN for too few points (see `has_area`)."""
     return {
         algo: (
             measurements_auc(points, log_x, log_y, y_min)
