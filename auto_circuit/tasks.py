@@ -72,7 +72,7 @@ class Task:
         training prompts (with autoencoder_prune_with_corrupt on the corrupt ones too).
         autoencoder_pythia_size: which of Pythia's autoencoders.
     _true_edge_func: (model) or (model, token_positions, word_idxs, seq_start_idx) -> the
-        edges of the known circuit; None if it is not known.
+        true edges, those of the circuit; None if they are not known.
     dtype: the type in which the model is loaded, if it is named.
     device: where it is loaded and run; a GPU if there is one, when None.
     seed: shuffles the prompts.
@@ -114,7 +114,7 @@ class Task:
     prepend_bos: bool | None = None
 
     def init_task(self) -> None:
-        """Load the model, the prompts and the known circuit now, not on first use."""
+        """Load the model, the prompts and the true edges now, not on first use."""
         _ = self._model, self._train_loader, self._test_loader, self._true_edges
         self.__dict__["__init_complete__"] = True
 
@@ -167,7 +167,7 @@ class Task:
 
     @property
     def true_edges(self) -> Collection[Edge] | None:
-        """The edges of the known circuit, or None."""
+        """The true edges, those of the task's circuit; None if they are not known."""
         self._init_once()
         return self._true_edges
 
@@ -186,7 +186,7 @@ class Task:
 
     @property
     def true_edge_count(self) -> int | None:
-        """How many edges the known circuit has, or None."""
+        """How many true edges there are, or None."""
         return None if self.true_edges is None else len(self.true_edges)
 
     def read_prompts(self) -> tuple[list[Prompt], list[Prompt]]:

@@ -39,7 +39,7 @@ from auto_circuit.circuits import Circuit, CircuitMasks, all_edges, as_circuit
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.metrics.circuit_outs import circuit_prompt_vals
-from auto_circuit.metrics.minimality import edge_effects
+from auto_circuit.metrics.minimality import removal_effects
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOGIT_DIFF_METRIC,
     PruneMetric,
@@ -409,7 +409,7 @@ def minimality_test(
         )
     n_added = min(len(edges), n_outside) if n_added is None else n_added
     check_count("n_added", n_added, at_most=n_outside)
-    effects = edge_effects(model, dataloader, circuit, metric, ablation_type)
+    effects = removal_effects(model, dataloader, circuit, metric, ablation_type)
     pairs = _inflated_pairs(circuit, n_added, n_random, seed)
     vals = circuit_prompt_vals(
         model, dataloader, [c for pair in pairs for c in pair], metric, ablation_type

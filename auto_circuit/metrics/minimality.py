@@ -30,7 +30,7 @@ class EdgeEffect:
 
 
 @checked
-def edge_effects(
+def removal_effects(
     model: PatchableModel,
     dataloader: PromptDataLoader,
     circuit: CircuitMasks,
@@ -59,3 +59,8 @@ def edge_effects(
         EdgeEffect(edge, whole - value)
         for edge, value in zip(edges, reduced, strict=True)
     ]
+
+
+edge_effects = removal_effects
+"""The name that it had, which is also that of another function: the effects of patching
+single edges, in `prune_algos.exact_edge_patching`."""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
         @property
         def true_edge_count(self) -> int | None:
-            """The size of the known circuit, if there is one."""
+            """How many true edges there are, if they are known."""
             ...
 
     class PrunableTask(TaskLike, Protocol):
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
         @property
         def true_edges(self) -> Collection[Edge] | None:
-            """The known circuit, if there is one."""
+            """The edges of the true circuit, if it is known."""
             ...
 
 else:

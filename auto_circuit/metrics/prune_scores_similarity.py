@@ -87,11 +87,11 @@ def task_prune_scores_similarities(
 ) -> dict[TaskKey, AlgoSimilarities]:
     """`prune_score_similarities` for every task.
 
-    true_edge_counts: circuits of the size of the task's known circuit are compared too.
+    true_edge_counts: circuits of as many edges as the task has true edges are compared too.
     tasks: where the keys are looked up then; the predefined tasks if None.
 
     Raises as `prune_score_similarities` does, and, with `true_edge_counts`, ConfigError
-    for a key without a task and for a task without a known circuit.
+    for a key without a task and for a task without true edges.
     """
     counts = {task_key: list(edge_counts) for task_key in task_prune_scores}
     if true_edge_counts:
@@ -114,7 +114,7 @@ def prune_score_similarities_plotly(
 ) -> Figure:
     """The figure of `task_prune_scores_similarities`: a panel for each task and size.
 
-    ground_truths: circuits of the size of the task's known circuit are compared too.
+    ground_truths: circuits of as many edges as the task has true edges are compared too.
     algo_names: labels (else the keys). Errors: `task_prune_scores_similarities`.
     """
     similarities = task_prune_scores_similarities(

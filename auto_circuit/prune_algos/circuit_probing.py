@@ -43,7 +43,7 @@ CircuitSize = int | Literal["true_size"]
 class CircuitProbingConfig(ProbingConfig):
     """The options of circuit probing.
 
-    circuit_sizes: different numbers of edges; "true_size" is that of the known circuit.
+    circuit_sizes: different numbers of edges; "true_size" is how many true edges there are.
         Ties at the end of a circuit are all in it.
     skip_larger: leave out sizes above the number of edges, instead of an error.
     The others: see `ProbingConfig`; but here the gates begin nearly open.
@@ -113,7 +113,7 @@ def circuit_probing_prune_scores(
         `subnetwork_probing_prune_scores`; a figure for each size.
 
     Raises ConfigError for sizes that are not different or that the graph does not have,
-    and for "true_size" without a known circuit, before any training.
+    and for "true_size" without true edges, before any training.
     """
     config = CircuitProbingConfig.from_options(
         learning_rate=learning_rate,
@@ -176,7 +176,7 @@ def _sizes(
     """The sizes of the circuits that are trained, from the smallest on."""
     if "true_size" in config.circuit_sizes and not true_edges:
         raise ConfigError(
-            'The circuit size "true_size" needs a known circuit, but '
+            'The circuit size "true_size" needs true edges, but '
             "`official_edges` has no edges. Give numbers of edges instead."
         )
     sizes = set()

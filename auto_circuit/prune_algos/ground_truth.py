@@ -1,4 +1,4 @@
-"""The known circuit of a task, as scores. Costs nothing."""
+"""The true edges of a task, as scores. Costs nothing."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def ground_truth_prune_scores(
     dataloader: PromptDataLoader | None,
     official_edges: Collection[Edge] | None,
 ) -> PruneScores:
-    """1 for every edge of the known circuit, 0 for all others.
+    """1 for every true edge, 0 for all others.
 
-    Raises ConfigError if there is no known circuit, GraphError if it has an edge that
+    Raises ConfigError if there are no true edges, GraphError if one is an edge that
     the graph has not.
     """
     if official_edges is None:
         raise ConfigError(
-            "There is no known circuit: `official_edges` is None. The task needs a "
-            "`_true_edge_func`; leave the ground truth out for tasks without one."
+            "There are no true edges: `official_edges` is None. The task needs a "
+            "`_true_edge_func`; leave this algorithm out for tasks without."
         )
     return model.circuit_prune_scores(edges=official_edges)
 

@@ -25,7 +25,7 @@ class PruneAlgo:
     name, short_name: for figures and tables.
     func: (model, dataloader, official_edges) -> PruneScores. `model` is a
         PatchableModel; it must be as it was when the function returns.
-    needs_true_edges: does it work only on tasks with a known circuit?
+    needs_true_edges: does it work only on tasks with true edges?
     needs_wrong_answers: does it compare answers with wrong ones?
     """
 

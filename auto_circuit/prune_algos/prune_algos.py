@@ -156,7 +156,7 @@ def run_prune_algos(
 ) -> TaskPruneScores:
     """{task key: {algorithm key: scores}}, for any tasks and algorithms.
 
-    Algorithms that need a known circuit are left out on tasks without one. To save
+    Algorithms that need true edges are left out on tasks without. To save
     memory, run one task at a time and call its `free()` in between. Raises DataError,
     before any algorithm runs, for one that needs wrong answers on a task without.
     """

@@ -38,7 +38,7 @@ def edge_counts_util(
         at most two groups: such scores are one circuit, so its size is all there is to
         test (`[5]` for 5 edges that score 1; nothing if all scores are equal). A list of
         at most two sizes stays as it is.
-    true_edge_count: a size to put in: that of the known circuit.
+    true_edge_count: a size to put in: the number of true edges.
 
     Raises ConfigError for GROUPS without scores and for numbers that make no sense,
     GraphError for sizes above the number of edges and scores of another graph.

@@ -121,7 +121,7 @@ def test_the_sizes_of_known_circuits() -> None:
         "Second": [2],
     }
     assert found["Second"][2]["One"]["Other"] == pytest.approx(1 / 2)
-    with pytest.raises(ConfigError, match="No circuit is known for the tasks 'None'"):
+    with pytest.raises(ConfigError, match="No true edges are known for the tasks 'None'"):
         task_prune_scores_similarities({"None": ALGOS}, [1], True, tasks=tasks)
 
 

@@ -271,5 +271,5 @@ def test_run_prune_algos_takes_any_task_and_algorithm() -> None:
 
 
 def test_the_ground_truth_of_an_unknown_circuit() -> None:
-    with pytest.raises(ConfigError, match="There is no known circuit"):
+    with pytest.raises(ConfigError, match="There are no true edges"):
         find_prune_algo("GT").func(GRAPHS["gpt2"](), token_loader(), None)

@@ -360,7 +360,7 @@ def test_bad_options(
 
 def test_bad_options_of_the_others() -> None:
     graph, loader = model(), token_loader()
-    with pytest.raises(ConfigError, match='"true_size" needs a known circuit'):
+    with pytest.raises(ConfigError, match='"true_size" needs true edges'):
         circuit_probing_prune_scores(graph, loader, None)
     with pytest.raises(ConfigError, match="expected different sizes"):
         circuit_probing_prune_scores(graph, loader, None, circuit_sizes=(5, 5))

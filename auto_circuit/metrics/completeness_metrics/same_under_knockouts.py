@@ -27,6 +27,7 @@ from auto_circuit.metrics.completeness_metrics.same_under_knockouts_plot import 
 from auto_circuit.metrics.protocols import SlicedModel, TaskLike
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts, Side
 from auto_circuit.metrics.prune_metrics.kl_div import measure_kl_div
+from auto_circuit.metrics.prune_metrics.measure_prune_metrics import tasks_of_scores
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.ranking import desc_prune_scores
 from auto_circuit.types import (
@@ -133,7 +134,7 @@ def measure_same_under_knockouts(
 ) -> TaskCompletenessScores:
     """`same_under_knockout` for every task and algorithm of `circuit_ps`.
 
-    circuit_size: the number of edges of every circuit; that of the task's known circuit
+    circuit_size: the number of edges of every circuit; that of the task's true edges
         if None. tasks: where the keys are looked up; the predefined tasks if None.
 
     Raises ConfigError, before anything is measured, for a key without a task or without
@@ -184,23 +185,12 @@ def find_task_like(key: TaskKey, tasks: Sequence[TaskLike] | None) -> Any:
 
     Raises ConfigError if there is none.
     """
-    if tasks is None:
-        # Imported when asked for: whoever gives tasks of their own needs none of these.
-        from auto_circuit.tasks import find_task
-
-        return find_task(key)
-    known = {task.key: task for task in tasks}
-    if key not in known:
-        raise ConfigError(
-            f"There are scores for the task {key!r}, but no such task in `tasks`."
-            + near_matches(key, known)
-        )
-    return known[key]
+    return tasks_of_scores([key], tasks)[key]
 
 
 @checked
 def known_circuit_size(task: TaskLike, circuit_size: int | None) -> int:
-    """The given size, or that of the task's known circuit. Raises ConfigError if none."""
+    """The given size, or that of the task's true edges. Raises ConfigError if none."""
     size = task.true_edge_count if circuit_size is None else circuit_size
     if size is None:
         raise ConfigError(

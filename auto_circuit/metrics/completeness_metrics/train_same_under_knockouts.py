@@ -72,7 +72,7 @@ def train_same_under_knockouts(
     """Trained knockout scores for the circuits of some algorithms on each task.
 
     algo_keys: the algorithms, which must have scores on every task.
-    circuit_size: the number of edges of every circuit; that of the task's known circuit
+    circuit_size: the number of edges of every circuit; that of the task's true edges
         if None. tasks: where the keys are looked up; the predefined tasks if None.
     The other parameters: `train_same_under_knockout_prune_scores`. The result is the
     `knockout_ps` of `measure_same_under_knockouts`.

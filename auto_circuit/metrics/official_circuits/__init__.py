@@ -1,1 +1,1 @@
-"""Known circuits of published papers, and how well scores agree with them."""
+"""The true edges of published circuits, and how well scores agree with them."""

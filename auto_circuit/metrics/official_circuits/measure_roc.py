@@ -1,7 +1,7 @@
-"""How well scores tell the edges of a known circuit from all others.
+"""How well scores tell a task's true edges from all others.
 
 A circuit of the edges with the largest |score| has a *true positive rate*, the share of
-the known circuit that is in it, and a *false positive rate*, the share of all other edges
+the true edges that is in it, and a *false positive rate*, the share of all other edges
 that is in it. The curve of these over all circuit sizes is the ROC.
 
 Edges with equal |score| have no order, so they are in a circuit together or not at all: a
@@ -55,7 +55,7 @@ def measure_roc(
 
     Returns task key -> algorithm key -> points; see `measure_task_roc`.
     Raises ConfigError, before anything is measured, for a key without a task and for a
-    task without a known circuit.
+    task without true edges.
     """
     return {
         task_key: {
@@ -76,18 +76,19 @@ def measure_task_roc(
     all_edges: bool = False,
     selection: Selection = "best",
 ) -> Measurements:
-    """The ROC of scores against a known circuit: [(false, true positive rate)].
+    """The ROC of scores against the true edges: [(false, true positive rate)].
 
     Rates are in [0, 1]; the points rise from (0, 0) to (1, 1). Each is a circuit: the
     edges with the largest |score|, and all that tie with the last of them.
 
+    official_edges: the true edges.
     all_edges: a point for every circuit that the scores make, for an exact curve. False:
         for those of the sizes of `edge_counts_util`, enough for a figure.
     selection: "greedy": circuits that grow from the output by the best |score|, as for the
         AUROC of MIB, and no ties (see `circuit_pruning.greedy_ranks`).
 
     Raises GraphError for edges and scores of another graph and for NaN scores;
-    ConfigError if the known circuit is empty or is the whole graph.
+    ConfigError if no edge is a true edge, or every one.
     """
     if selection != "best":
         prune_scores = selection_ranks(model, prune_scores, selection, "absolute")
@@ -109,7 +110,7 @@ def measure_task_roc(
 def roc_auc(points: Measurements, pessimistic: bool = False) -> float:
     """The area under a ROC, in [0, 1]: 1 is perfect, 0.5 is chance.
 
-    It is the probability that a random edge of the known circuit has a larger |score|
+    It is the probability that a random true edge has a larger |score|
     than a random other edge; a tie counts as a half, or not at all if `pessimistic`. It
     is exact for points of `measure_task_roc(..., all_edges=True)`.
 
@@ -152,16 +153,16 @@ def measure_roc_auc(
 def _true_counts(
     model: PatchableModel, official_edges: Collection[Edge], prune_scores: PruneScores
 ) -> tuple[Int[Tensor, "groups"], Int[Tensor, "groups"]]:
-    """(edges of the known circuit, all edges) in each circuit, best tie group first."""
+    """(true edges, all edges) in each circuit, best tie group first."""
     prune_scores = model.check_scores(prune_scores)
     n_true = len(set(official_edges))
     if not 0 < n_true < model.n_edges:
         raise ConfigError(
-            f"The known circuit has {n_true} of the graph's {model.n_edges} edges; a ROC "
+            f"The true edges are {n_true} of the graph's {model.n_edges} edges; a ROC "
             "needs edges inside of it and outside."
         )
-    official = model.circuit_prune_scores(official_edges, bool=True)
-    is_true = flat_prune_scores({name: official[name] for name in prune_scores}).cpu()
+    true_edges = model.circuit_prune_scores(official_edges, bool=True)
+    is_true = flat_prune_scores({name: true_edges[name] for name in prune_scores}).cpu()
     _, group_sizes = desc_prune_scores(prune_scores).unique_consecutive(
         return_counts=True
     )

@@ -1,4 +1,4 @@
-"""Figures of ROCs: how well scores tell a known circuit from all other edges."""
+"""Figures of ROCs: how well scores tell the true edges from all others."""
 
 from __future__ import annotations
 

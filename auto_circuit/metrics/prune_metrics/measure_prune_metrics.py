@@ -5,7 +5,8 @@ This is a driver: it may look up the predefined tasks, which the metrics may not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, near_matches
@@ -47,7 +48,7 @@ def measure_prune_metrics(
     task_prune_scores: task key -> algorithm key -> scores.
     patch_type, reverse_clean_corrupt: what is patched into what; see `run_circuits`.
     test_edge_counts: a list: exactly these sizes. An EdgeCounts rule or None: see
-        `edge_counts_util`; the known circuit's size is tested too.
+        `edge_counts_util`; the number of true edges is tested too.
     tasks: where the keys are looked up; the predefined tasks if None.
 
     Returns ablation -> metric key -> task key -> algorithm key -> [(edges, value)].
@@ -82,7 +83,7 @@ def measurement_rows(
     A row's `ablation` is the name of the AblationType; its `patch_type` that of the
     PatchType, with "_REVERSED" appended for reverse_clean_corrupt.
     """
-    known = _tasks_by_key(tasks, task_prune_scores)
+    known = tasks_of_scores(task_prune_scores, tasks)
     rows = []
     for task_key, algo_prune_scores in tqdm(task_prune_scores.items(), leave=False):
         rows += task_measurement_rows(
@@ -97,23 +98,30 @@ def measurement_rows(
     return rows
 
 
-def _tasks_by_key(
-    tasks: Sequence[TaskLike] | None, task_prune_scores: TaskPruneScores
-) -> dict[TaskKey, TaskLike]:
-    """The tasks of all the scores; raises ConfigError before anything is measured."""
-    candidates = _predefined_tasks() if tasks is None else tasks
+AnyTask = TypeVar("AnyTask", bound=TaskLike)
+
+
+def tasks_of_scores(
+    task_keys: Iterable[TaskKey], tasks: Sequence[AnyTask] | None
+) -> dict[TaskKey, AnyTask]:
+    """The tasks with these keys, among the given ones, or the predefined ones if None.
+
+    Raises ConfigError for a key without a task.
+    """
+    candidates: Sequence[Any] = _predefined_tasks() if tasks is None else tasks
     known = {task.key: task for task in candidates}
-    for key in task_prune_scores:
+    keys = list(task_keys)
+    for key in keys:
         if key not in known:
             raise ConfigError(
                 f"There are scores for the task {key!r}, but no such task."
                 f"{near_matches(key, known)} Give your own with `tasks=`."
             )
-    return known
+    return {key: known[key] for key in keys}
 
 
 def _predefined_tasks() -> Sequence[TaskLike]:
     # Imported when asked for: whoever gives tasks of their own needs none of these.
-    from auto_circuit.tasks import TASK_DICT
+    from auto_circuit.tasks import TASKS
 
-    return tuple(TASK_DICT.values())
+    return TASKS

@@ -168,11 +168,13 @@ def test_roc_of_tasks() -> None:
 def test_tasks_without_a_known_circuit() -> None:
     task: Any = MicroTask()
     unknown: Any = replace(task, key="Unknown", official=None)
-    with pytest.raises(ConfigError, match="No circuit is known for the tasks 'Unknown'"):
+    with pytest.raises(
+        ConfigError, match="No true edges are known for the tasks 'Unknown'"
+    ):
         measure_roc({"Micro": {}, "Unknown": {}}, tasks=[task, unknown])
     with pytest.raises(ConfigError, match="no such task. Did you mean 'Micro'"):
         measure_roc({"Mikro": {}}, tasks=[task])
-    with pytest.raises(ConfigError, match="No circuit is known for.*'Pocket IOI'"):
+    with pytest.raises(ConfigError, match="No true edges are known for.*'Pocket IOI'"):
         measure_roc({"Pocket IOI": {}})
 
 
