@@ -158,8 +158,8 @@ def _true_counts(
     n_true = len(set(official_edges))
     if not 0 < n_true < model.n_edges:
         raise ConfigError(
-            f"The true edges are {n_true} of the graph's {model.n_edges} edges; a ROC "
-            "needs edges inside of it and outside."
+            f"{n_true} of the graph's {model.n_edges} edges are true edges; a ROC "
+            "needs some that are and some that are not."
         )
     true_edges = model.circuit_prune_scores(official_edges, bool=True)
     is_true = flat_prune_scores({name: true_edges[name] for name in prune_scores}).cpu()

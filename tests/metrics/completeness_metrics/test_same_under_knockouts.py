@@ -165,7 +165,9 @@ def test_measure_errors() -> None:
         measure_same_under_knockouts(circuit_ps, other, tasks=[task], circuit_size=2)
     with pytest.raises(ConfigError, match="no such task.* with `tasks=`"):
         measure_same_under_knockouts({"Smaller": {}}, {}, tasks=[task])
-    with pytest.raises(ConfigError, match="no task 'Pocket IOY'"):
+    with pytest.raises(
+        ConfigError, match="'Pocket IOY', but no such task. Did you mean 'Pocket IOI'"
+    ):
         measure_same_under_knockouts({"Pocket IOY": {}}, {})
 
 

@@ -185,7 +185,9 @@ def test_circuits_and_scores_that_do_not_fit() -> None:
     model = micro_model()
     scores = model.new_prune_scores()
     for edges in ([], list(model.edges)):
-        with pytest.raises(ConfigError, match=rf"has {len(edges)} of the graph's 13"):
+        with pytest.raises(
+            ConfigError, match=rf"{len(edges)} of the graph's 13 edges are true"
+        ):
             measure_task_roc(model, edges, scores)
     official = micro_edges(model, OFFICIAL)
     with pytest.raises(
