@@ -45,11 +45,8 @@ format: $(VENV)/.stamp-dev  ## format the code and repair what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/black .
 
-# glibc hands memory back to the system and asks for it again all the time, for the plain
-# model and for ours; told to keep it, it behaves as a GPU's allocator does.
 bench: $(VENV)/.stamp-run  ## measure speed and memory
-	MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000 \
-	  $(BIN)/python benchmarks/bench.py $(ARGS)
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 pocket-model: $(VENV)/.stamp-run  ## train the small model that the package carries
 	$(BIN)/python scripts/train_pocket_model.py $(ARGS)
