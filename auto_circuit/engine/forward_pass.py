@@ -103,6 +103,7 @@ class ForwardPass:
 
         If it fails it has no end; what it left is forgotten when the next one begins.
         """
+        self.awaits_backward = True  # also if it is the second of this pass
         backward_id = t._C._current_graph_task_id()
         if self.backward_id != backward_id:
             self.backward_id, self.has_grad = backward_id, False

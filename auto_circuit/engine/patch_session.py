@@ -29,6 +29,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import Module
 
+from auto_circuit.engine.buffers import PassBuffers
 from auto_circuit.engine.edge_matrices import (
     DestPort,
     EdgeMatrix,
@@ -126,6 +127,8 @@ class PatchSession:
         self._patch_sums: dict[tuple[int, int], Residual] = {}
         self._base_outs: dict[DestPort, tuple[list[Outputs], list[int | None]]] = {}
         self._exit = ExitStack()
+        # The model has its own, to keep them between contexts.
+        self.buffers = PassBuffers()
 
     def open(self) -> None:
         """Register the hooks.
@@ -154,11 +157,9 @@ class PatchSession:
     def close(self) -> None:
         """Remove the hooks and let go of all activations."""
         self._exit.close()
-        if self.forward_pass is not None and not self.forward_pass.awaits_backward:
+        if self.forward_pass is not None:
             # Even if someone keeps an output, and by it the pass, alive.
-            self.forward_pass.diff = self.forward_pass.grad_buffer = (
-                self.forward_pass.scratch
-            ) = None
+            self.buffers.take_back(self.forward_pass)
         self.forward_pass = self._works = None
         self._patch_sums.clear()
         self._base_outs.clear()
@@ -391,19 +392,13 @@ class PatchSession:
             self._patch_version = None  # what is remembered is of the other size
 
     def _give_buffers(self, forward_pass: ForwardPass, shape: tuple[int, ...]) -> None:
-        """Memory for the differences: the last pass's, if nothing can need it."""
-        last = self.forward_pass
-        if last is not None and last.diff is not None and last.diff.shape == shape:
-            same_mode = last.diff.is_inference() == t.is_inference_mode_enabled()
-            if same_mode and not last.awaits_backward:
-                forward_pass.diff, last.diff = last.diff, None
-                forward_pass.grad_buffer, last.grad_buffer = last.grad_buffer, None
-                forward_pass.scratch, last.scratch = last.scratch, None
+        """Memory for the differences: an earlier pass's, if nothing can need it."""
+        if self.forward_pass is not None:
+            self.buffers.take_back(self.forward_pass)
         if self.overwrite_patch and forward_pass.is_dense:
             forward_pass.diff = self._patch_as_diff(shape)
             forward_pass.holds_patches = forward_pass.diff is not None
-        if forward_pass.diff is None:
-            forward_pass.diff = self.patch.new_empty(shape)
+        self.buffers.give(forward_pass, self.patch, shape)
 
     def _patch_as_diff(
         self, shape: tuple[int, ...]

@@ -261,7 +261,7 @@ def record_src_outs(
         batch, seq, _, d_model = heads.shape
         shape = (batch, seq, model.plan.n_srcs, d_model)
         if buffer is None or buffer.shape != shape:
-            buffer = heads.new_empty(shape)
+            buffer = model.pass_buffers.new(heads, shape)
         buffer[:, :, srcs] = heads
 
     with (

@@ -170,6 +170,7 @@ def unpatch(model: PatchableModel) -> Module:
     """The model that was wrapped, as it was. Raises GraphError inside `patch_mode`."""
     if model.patch_session is not None:
         raise GraphError("`unpatch` inside of `patch_mode`: leave the context first.")
+    model.free_buffers()
     return model.wrapped_model
 
 
@@ -487,6 +488,7 @@ def patch_mode(
         differences,
         keeps_layers,
     )
+    session.buffers = model.pass_buffers
     with ExitStack() as stack:
         stack.enter_context(in_use(model.wrapped_model, model, patches=True))
         stack.enter_context(eval_mode(model.wrapped_model))

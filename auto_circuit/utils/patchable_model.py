@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
 from auto_circuit.checks import checked, is_number, shown
+from auto_circuit.engine.buffers import PassBuffers
 from auto_circuit.engine.edge_matrices import PatchPlan
 from auto_circuit.engine.masks_put_back import MasksPutBack, MasksPutBackWarning
 from auto_circuit.engine.patch_session import PatchSession
@@ -137,6 +138,7 @@ class PatchableModel(Module):
         # What the sources write: an empty tensor of their dtype, device and width.
         self.written: Tensor | None = None
         self.patch_session: PatchSession | None = None
+        self.pass_buffers = PassBuffers()
         # For warnings: no number depends on it.
         self.masks_put_back: MasksPutBack | None = None
         # Makes a graph like this one over another module.
@@ -183,6 +185,22 @@ class PatchableModel(Module):
             if name == "wrapped_model":
                 raise
             return getattr(self.wrapped_model, name)
+
+    # ---------------------------------------------------------------------- memory
+
+    def free_buffers(self) -> None:
+        """Let go of the memory that is kept for the next pass in a `patch_mode`.
+
+        A model keeps one set of buffers between passes and contexts, since the first pass
+        with new ones takes longer: as much as its last patched pass needed beside the model,
+        or a larger one before, up to twice [batch seq source d_model]. `.to()` lets go of it
+        too, as does a pass that it does not fit. In `patch_mode`, what a pass uses stays.
+        """
+        self.pass_buffers.free()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.free_buffers()
+        return super()._apply(*args, **kwargs)
 
     # ------------------------------------------------------------------- the graph
 
@@ -415,6 +433,9 @@ class PatchableModel(Module):
                 return self.wrapped_model(*args, **kwargs)
             except IndexError as error:
                 raise self._explained(error, args) from error
+            except t.OutOfMemoryError:
+                self.free_buffers()  # so that a smaller batch may have it all
+                raise
 
     def sliced(self, *args: Any, **kwargs: Any) -> Shaped[Tensor, "batch *seq_vocab"]:
         """`model(...)[model.out_slice]`.
