@@ -12,6 +12,7 @@ What the words mean, in the modules in the order in which they import each other
   destination in it (a head, or a module without heads). *column*: one source in it.
 - *difference*: `patch - current` of a source. *slot* (`forward_pass`): where it is kept, of
   those sources that a pass has to *record*. *token*: one position of one example.
+- *buffer* (`buffers`): memory of a pass, which goes on to the next one over the same model.
 - *work* (`matrix_work`, `pass_works`): what one forward pass does with one edge matrix.
   *delta*: the matrix's product with the differences. *base*: what the delta is added to, the
   current residual stream or that of the patched-in run. *carrier*: brings the gradient of a
