@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ import torch as t
 from auto_circuit.prune_algos.activation_magnitude import (
     activation_magnitude_prune_scores,
 )
+from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import patchable_model
 from tests.micro import micro_loader, micro_model
 from tests.models import gpt2
 from tests.prune_algos.test_mask_gradient import switches
+from tests.test_data import RAGGED, load
 from tests.test_prune import token_loader
+from tests.texts import text_model, word_tokenizer, write_prompts
 
 
 @pytest.mark.parametrize("factorized", [True, False])
@@ -55,3 +59,21 @@ def test_opposite_activations_do_not_cancel() -> None:
     scores = activation_magnitude_prune_scores(model, micro_loader([1.0, -1.0]), None)
     (edge,) = model.find_edges("Resid Start->Resid End")
     assert float(edge.prune_score(scores)) == 2.0  # of 3, 2 and 1
+
+
+def test_padding_does_not_count(tmp_path: Path) -> None:
+    """The mean over the tokens of each prompt, run by itself."""
+    bridge = text_model(word_tokenizer())
+    model = patchable_model(bridge, True, "last_seq", separate_qkv=True)
+    loader, _ = load(write_prompts(tmp_path, RAGGED), bridge, (3, 0))
+    scores = activation_magnitude_prune_scores(model, loader, None)
+    alone = [
+        src_ablations(model, row[mask == 1][None]).abs().mean(-1)[:, 0]
+        for batch in loader
+        for row, mask in zip(batch.clean, batch.clean_attention_mask, strict=True)
+    ]
+    assert len({outs.shape for outs in alone}) > 1
+    expected = t.cat(alone, 1).mean(1)
+    for edge in model.edges:
+        score = float(edge.prune_score(scores))
+        assert score == pytest.approx(float(expected[edge.src.src_idx]), rel=1e-4)
