@@ -103,7 +103,7 @@ def _needed_dests(
 
 def edge_rows(
     model: PatchableModel,
-    circuit: Mapping[str, Shaped[Tensor, "*seq_head src"]],
+    circuit: Mapping[str, Shaped[Tensor, "*_ _"]],
     dest: DestNode,
 ) -> Shaped[Tensor, "seq src"]:
     """A view of the edges into a destination."""
