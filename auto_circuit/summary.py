@@ -69,7 +69,7 @@ def summarize(
     (`Areas.off`, 0 is best). accuracy_area: the mean share of prompts, in %, whose correct
     answer is above the wrong ones (`accuracy_area`; empty without the metric 'Correct Answer
     Greater Than Incorrect Percent', and with fewer than two sizes above 0 edges). auroc: how
-    well the scores tell the known circuit's edges from all others (1 is perfect, 0.5 chance;
+    well the scores tell the true edges from all others (1 is perfect, 0.5 chance;
     empty: no circuit is known). seconds: the time that the algorithm took to score the edges.
     circuit: where its circuit's file is in the results' folder, without a suffix (empty: it has
     none; see `circuit_stem`).

@@ -194,7 +194,7 @@ def run_task(
 
 
 def find_all_scores(task: Task, algos: Sequence[PruneAlgo]) -> tuple[FoundScores, ...]:
-    """Each algorithm's scores; those that need a known circuit are left out without one."""
+    """Each algorithm's scores; those that need true edges are left out without them."""
     task.model  # loads now, so that no algorithm's time includes it  # noqa: B018
     for algo in algos:
         algo.check_prompts(task.train_loader)
@@ -277,7 +277,7 @@ def edges_that_do_it(curve: Measurements) -> int | float | None:
 def _roc(
     task: Task, scores: PruneScores
 ) -> tuple[Measurements, float] | tuple[None, None]:
-    """Points enough for a figure, and the exact area; none without a known circuit."""
+    """Points enough for a figure, and the exact area; none without true edges."""
     edges = task.true_edges
     if edges is None:
         return None, None

@@ -58,7 +58,7 @@ class ExperimentConfig(Choices):
         *("ACDC quick", "STP quick", "EP quick", "MAttr quick"),
     )
     """Names of prune algorithms (see auto_circuit/prune_algos/prune_algos.py). Those that
-    need a known circuit are left out on tasks without one."""
+    need true edges are left out on tasks without."""
     metrics: tuple[str, ...] = ("Clean KL Div", "Logit Diff", "Logit Diff Percent")
     """Keys of metrics (see auto_circuit/metrics/prune_metrics/prune_metrics.py). Areas are of
     'Logit Diff Percent'; of accuracy, with 'Correct Answer Greater Than Incorrect Percent'."""
@@ -201,13 +201,13 @@ def _check_not_empty(config: ExperimentConfig) -> None:
 
 
 def _check_circuits_are_known(tasks: Sequence[Task], algos: Sequence[PruneAlgo]) -> None:
-    """Algorithms that need a known circuit are left out of tasks without one."""
+    """Algorithms that need true edges are left out of tasks without."""
     if not all(algo.needs_true_edges for algo in algos):
         return
     for task in tasks:
         if task._true_edge_func is None:
             raise ConfigError(
-                f"{algos[0].short_name!r} needs a known circuit, and task {task.key!r} has "
+                f"{algos[0].short_name!r} needs true edges, and task {task.key!r} has "
                 "none. Add another algorithm, such as 'EAP', or leave the task out."
             )
 

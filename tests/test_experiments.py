@@ -243,7 +243,7 @@ def test_a_command_line_that_cannot_be_read(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--algos", "GT"], "'GT' needs a known circuit, and task 'Pocket IOI' has none"),
+        (["--algos", "GT"], "'GT' needs true edges, and task 'Pocket IOI' has none"),
         (["--circuit-sizes", "5000"], "asks for 5000 edges, .* has 1519"),
         (["--out", "/dev/null/here"], "cannot be written to the folder '/dev/null/here'"),
         (["--out", "a\0b"], r"cannot be written to the folder 'a\\x00b' \(embedded null"),

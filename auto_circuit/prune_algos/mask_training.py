@@ -146,7 +146,9 @@ def _training_steps(
 
 
 @checked
-def swapped_logits(logits: Tensor, patched: PatchedEdges) -> Tensor:
+def swapped_logits(
+    logits: Float[Tensor, "*seq_head src"], patched: PatchedEdges
+) -> Float[Tensor, "*seq_head src"]:
     """Logits of being in the circuit, from a mask's; or a mask's, from those."""
     return logits * (1 if patched == "circuit" else -1)
 
@@ -163,7 +165,7 @@ def set_circuit_logits(
 @checked
 def circuit_logits(
     masks: Mapping[str, Parameter], patched: PatchedEdges
-) -> dict[str, Tensor]:
+) -> dict[str, Float[Tensor, "*_seq_head _src"]]:
     """The logits of being in the circuit."""
     return {name: swapped_logits(mask, patched) for name, mask in masks.items()}
 
@@ -187,7 +189,7 @@ def warm_start_logits(
     dataloader: PromptDataLoader,
     warm_start: PruneAlgo | PruneScores,
     highest: float,
-) -> dict[str, Tensor]:
+) -> dict[str, Float[Tensor, "*_seq_head _src"]]:
     """Gate logits that begin where another algorithm ended, from its ranking alone.
 
     They fall with the logarithm of the rank, from `highest` for the edge with the largest
@@ -229,7 +231,9 @@ def rate_decay(
     return t.optim.lr_scheduler.LinearLR(optimizer, 1.0, last_share, n_steps)
 
 
-def circuit_outputs(model: PatchableModel, batch: TrainingBatch) -> Tensor:
+def circuit_outputs(
+    model: PatchableModel, batch: TrainingBatch
+) -> Float[Tensor, "batch *pos vocab"]:
     """The outputs that count, with the masks as they are."""
     return model.sliced(batch.inputs, **batch.kwargs)
 
@@ -295,7 +299,9 @@ def scores_from_masks(
     return scores_from_logits(circuit_logits(masks, patched), learning_rate)
 
 
-def scores_from_logits(logits: Mapping[str, Tensor], learning_rate: float) -> PruneScores:
+def scores_from_logits(
+    logits: Mapping[str, Float[Tensor, "*_seq_head _src"]], learning_rate: float
+) -> PruneScores:
     """Mask logits, shifted so that the lowest is 0: the higher, the surer an edge is in.
 
     Raises TrainingError if the last step has led to logits that are not finite.

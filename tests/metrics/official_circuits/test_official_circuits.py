@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
 )
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
+import auto_circuit
 from auto_circuit.data import PromptDataLoader, load_datasets_from_json
 from auto_circuit.errors import ConfigError, GraphError
 from auto_circuit.metrics.official_circuits.circuits.circuit_tables import (
@@ -395,3 +397,15 @@ def test_the_words_of_the_prompt_files_are_those_of_the_circuits() -> None:
     word_idxs = json.loads(path.read_text())["word_idxs"]
     with_bos = {word: idx + 1 for word, idx in word_idxs.items()}
     assert with_bos.items() >= IOI_WORDS.items()
+
+
+# ------------------------------------------------------------------------------- words
+
+
+def test_the_circuit_that_is_known_is_the_true_edges() -> None:
+    """One word for one thing. The published library's names stay, such as `official_edges`."""
+    package = Path(auto_circuit.__file__).parent
+    synonyms = re.compile(r"known circuit|ground truth|official (circuit|edges)", re.I)
+    of_upstream = {package / "prune_algos" / "ground_truth.py"}
+    texts = {path: path.read_text() for path in package.rglob("*.py")}
+    assert {path for path, text in texts.items() if synonyms.search(text)} == of_upstream
