@@ -139,7 +139,7 @@ class BootstrapScores:
 
 @checked
 def bootstrap_prompt_scores(
-    prompt_scores: Mapping[str, Shaped[Tensor, "_prompt *_seq_head _src"]],
+    prompt_scores: Mapping[str, Shaped[Tensor, "_prompt *_edge"]],
     n_samples: int = 1000,
     confidence: int | float = 0.95,
     seed: int = 0,
