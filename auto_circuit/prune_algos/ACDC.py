@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
-from functools import partial
+from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
@@ -26,6 +26,7 @@ from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError, GraphError
 from auto_circuit.precision import at_least_float32
 from auto_circuit.prune import run_circuits
+from auto_circuit.prune_algos.algo_config import AlgoConfig, bound, makes_config
 from auto_circuit.prune_algos.mask_training import (
     TrainingBatch,
     training_batches,
@@ -35,7 +36,6 @@ from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import (
     AblationType,
-    BatchKey,
     CircuitOutputs,
     Edge,
     PatchType,
@@ -57,6 +57,45 @@ FEW_EDGES, DRAW_EVERY = 20, 50
 
 
 @checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AcdcConfig(AlgoConfig):
+    """The options of ACDC.
+
+    tao_exps, tao_bases: the thresholds are base * 10 ** exponent.
+    faithfulness_target: "kl_div": KL(model || circuit), nats; "mse": the mean squared
+        difference of the logits.
+    edges_at_once: how many edges are tried in one pass, on the guess that all of them go;
+        the first that stays ends it, so the result is the same. May pay where a forward
+        pass costs its overhead, as on GPUs. On a CPU it does not (pocket IOI, one thread:
+        102 edges per second one by one, 85 with 8 at once), so the default is 1.
+    """
+
+    tao_exps: Sequence[int] = range(-5, -1)
+    tao_bases: Sequence[int | float] = (1, 3, 5, 7, 9)
+    faithfulness_target: AcdcTarget = "kl_div"
+    edges_at_once: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tao_exps", "tao_bases"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_thresholds(self.thresholds)
+        check_count("edges_at_once", self.edges_at_once)
+
+    @property
+    def thresholds(self) -> list[float]:
+        """From the lowest to the highest."""
+        return sorted(
+            {
+                check_number("tao_bases", base, above=0)
+                * 10.0 ** check_count("tao_exps", exp, -300, 300)
+                for exp in self.tao_exps
+                for base in self.tao_bases
+            }
+        )
+
+
+@makes_config(AcdcConfig)
+@checked
 @in_own_state(grad=False)
 def acdc_prune_scores(
     model: PatchableModel,
@@ -77,13 +116,7 @@ def acdc_prune_scores(
     highest threshold (count them with `isinf`). Clean prompts, corrupt activations patched
     in, the loader's first batch.
 
-    tao_exps, tao_bases: the thresholds are base * 10 ** exponent.
-    faithfulness_target: "kl_div": KL(model || circuit), nats; "mse": the mean squared
-        difference of the logits.
-    edges_at_once: how many edges are tried in one pass, on the guess that all of them go;
-        the first that stays ends it, so the result is the same. May pay where a forward
-        pass costs its overhead, as on GPUs. On a CPU it does not (pocket IOI, one thread:
-        102 edges per second one by one, 85 with 8 at once), so the default is 1.
+    tao_exps, tao_bases, faithfulness_target, edges_at_once: see `AcdcConfig`.
     test_mode: compute each trial again, by whole passes of a copy of the model, and compare.
         Very slow. run_circuits_ref: what computes it; `run_circuits` if None.
     show_graphs: draw the edges that are out, in all trials of a graph of fewer than 20
@@ -95,34 +128,44 @@ def acdc_prune_scores(
 
     The order of the edges is the same in every process.
     """
-    thresholds = sorted(
-        {
-            check_number("tao_bases", base, above=0)
-            * 10.0 ** check_count("tao_exps", exp, -300, 300)
-            for exp in tao_exps
-            for base in tao_bases
-        }
+    config = AcdcConfig(
+        tao_exps=tao_exps,
+        tao_bases=tao_bases,
+        faithfulness_target=faithfulness_target,
+        edges_at_once=edges_at_once,
     )
-    check_thresholds(thresholds)
-    check_count("edges_at_once", edges_at_once)
-    (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
     watchers: list[AfterTrial] = []
     if test_mode:
         run = run_circuits_ref or run_circuits
-        watchers.append(_comparison(deepcopy(model), dataloader, batch.batch.key, run))
+        watchers.append(_comparison(deepcopy(model), dataloader, run))
     if show_graphs:
         watchers.append(_drawing(model, draw_seq_graph_ref))
+    return acdc(model, dataloader, official_edges, config, watchers)
+
+
+@checked
+@in_own_state(grad=False)
+def acdc(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    true_edges: Collection[Edge] | None,
+    config: AcdcConfig,
+    watchers: Sequence[AfterTrial] = (),
+) -> PruneScores:
+    """What `acdc_prune_scores` does, from a config. watchers: what looks at every trial."""
+    (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
     scores = model.new_prune_scores(math.inf)
+    thresholds = config.thresholds
     for threshold in tqdm(reversed(thresholds), total=len(thresholds), leave=False):
         for edge in take_edges_out(
             model,
             batch,
             threshold,
-            faithfulness_target,
-            edges_at_once,
+            config.faithfulness_target,
+            config.edges_at_once,
             watchers=watchers,
         ):
-            scores[edge.dest.module_name][edge.patch_idx] = threshold
+            edge.set_prune_score(scores, threshold)
     return scores
 
 
@@ -201,7 +244,7 @@ def take_edges_out(
     return removed
 
 
-def check_thresholds(thresholds: Sequence[float]) -> None:
+def check_thresholds(thresholds: Sequence[int | float]) -> None:
     """Raise ConfigError unless there are thresholds, all of them finite and above 0."""
     if not thresholds:
         raise ConfigError("There are no thresholds; expected some, all above 0.")
@@ -212,15 +255,14 @@ def check_thresholds(thresholds: Sequence[float]) -> None:
 def _comparison(
     model: PatchableModel,
     dataloader: PromptDataLoader,
-    key: BatchKey,
     run: Callable[..., CircuitOutputs],
 ) -> AfterTrial:
-    """Compares a trial's outputs with what `run` says of a copy of the model."""
+    """Compares a trial's outputs, of the first batch, with what `run` says of a copy."""
 
     def compare(patched: Sequence[Edge], outputs: Tensor) -> None:
         scores = model.new_prune_scores(1.0)
         for edge in patched:
-            scores[edge.dest.module_name][edge.patch_idx] = 0.0
+            edge.set_prune_score(scores, 0.0)
         n_edges = model.n_edges - len(patched)
         expected = run(
             model=model,
@@ -228,7 +270,7 @@ def _comparison(
             test_edge_counts=[n_edges],
             prune_scores=scores,
             patch_type=PatchType.TREE_PATCH,
-        )[n_edges][key]
+        )[n_edges][next(iter(dataloader)).key]
         relative = max(1e-5, 8 * t.finfo(outputs.dtype).eps)
         if not t.allclose(outputs, expected, relative, TEST_TOLERANCE):
             raise GraphError(
@@ -274,16 +316,14 @@ def _distance(outputs: Tensor, clean_outputs: Tensor, target: AcdcTarget) -> flo
 ACDC_PRUNE_ALGO = PruneAlgo(
     key="ACDC",
     name="ACDC",
-    func=partial(acdc_prune_scores, tao_exps=range(-6, -2), tao_bases=(1,)),
+    func=bound(acdc_prune_scores, AcdcConfig(tao_exps=range(-6, -2), tao_bases=(1,))),
 )
 MSE_ACDC_PRUNE_ALGO = PruneAlgo(
     key="MSE ACDC",
     name="MSE ACDC",
     _short_name="ACDC (MSE)",
-    func=partial(
+    func=bound(
         acdc_prune_scores,
-        tao_exps=range(-10, 0),
-        tao_bases=(1,),
-        faithfulness_target="mse",
+        AcdcConfig(tao_exps=range(-10, 0), tao_bases=(1,), faithfulness_target="mse"),
     ),
 )

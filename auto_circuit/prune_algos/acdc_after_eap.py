@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 from auto_circuit.checks import check_count, checked
 from auto_circuit.circuits import circuit_of_scores
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.prune_algos.ACDC import check_thresholds, take_edges_out
+from auto_circuit.prune_algos.algo_config import AlgoConfig, bound, takes_options
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
@@ -30,46 +31,61 @@ from auto_circuit.utils.torch_state import in_own_state
 
 
 @checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AcdcAfterEapConfig(AlgoConfig):
+    """The options of ACDC after edge attribution patching.
+
+    n_candidates: the edges with the largest |score| of edge attribution patching, and all
+        that tie with the last of them; all edges, if there are no more.
+    thresholds: each is the rise of KL(model || circuit), in nats, below which an edge goes.
+    all_edges_up_to: in a graph of no more edges than this, all are candidates: then it is
+        ACDC itself.
+    """
+
+    n_candidates: int = 200
+    thresholds: Sequence[int | float] = (1e-3, 1e-2)
+    all_edges_up_to: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "thresholds", tuple(self.thresholds))
+        check_count("n_candidates", self.n_candidates)
+        check_count("all_edges_up_to", self.all_edges_up_to, at_least=0)
+        check_thresholds(self.thresholds)
+
+
+@takes_options(AcdcAfterEapConfig)
+@checked
 @in_own_state(grad=False)
 def acdc_after_eap_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
     official_edges: Collection[Edge] | None,
-    n_candidates: int = 200,
-    thresholds: Sequence[float] = (1e-3, 1e-2),
-    all_edges_up_to: int = 0,
+    config: AcdcAfterEapConfig,
 ) -> PruneScores:
     """The lowest threshold at which each candidate is taken out; 0 for all other edges.
 
     The higher, the more the edge matters; a candidate that no threshold takes out has the
-    score +inf, as in `acdc_prune_scores`. A threshold is the rise of KL(model || circuit),
-    in nats, below which an edge goes. Clean prompts, corrupt activations patched in, the
+    score +inf, as in `acdc_prune_scores`. Clean prompts, corrupt activations patched in, the
     loader's first batch.
 
-    n_candidates: the edges with the largest |score| of edge attribution patching, and all
-        that tie with the last of them; all edges, if there are no more.
-    all_edges_up_to: in a graph of no more edges than this, all are candidates: then it is
-        ACDC itself.
+    config: see `AcdcAfterEapConfig`; its options may be given one by one too.
 
     Raises ConfigError for fewer than 1 candidate, and without thresholds above 0. Not in
     auto-circuit.
     """
-    check_count("n_candidates", n_candidates)
-    check_count("all_edges_up_to", all_edges_up_to, at_least=0)
-    check_thresholds(thresholds)
-    if model.n_edges <= max(n_candidates, all_edges_up_to):
+    if model.n_edges <= max(config.n_candidates, config.all_edges_up_to):
         candidates = list(model.edges)
     else:
-        candidates = _best_edges(model, dataloader, n_candidates)
+        candidates = _best_edges(model, dataloader, config.n_candidates)
     (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
     scores = model.new_prune_scores()
     for edge in candidates:
-        scores[edge.dest.module_name][edge.patch_idx] = math.inf
-    for threshold in sorted(thresholds, reverse=True):
+        edge.set_prune_score(scores, math.inf)
+    for threshold in sorted(config.thresholds, reverse=True):
         for edge in take_edges_out(
             model, batch, threshold, edges=candidates, only_edges=True
         ):
-            scores[edge.dest.module_name][edge.patch_idx] = threshold
+            edge.set_prune_score(scores, threshold)
     return scores
 
 
@@ -84,14 +100,17 @@ ACDC_AFTER_EAP_PRUNE_ALGO = PruneAlgo(
     key="ACDC after Edge Attribution Patching",
     name="ACDC after Edge Attribution Patching",
     _short_name="ACDC after EAP",
-    func=partial(acdc_after_eap_prune_scores, n_candidates=200),
+    func=bound(acdc_after_eap_prune_scores, AcdcAfterEapConfig(n_candidates=200)),
     needs_wrong_answers=True,
 )
 QUICK_ACDC_PRUNE_ALGO = PruneAlgo(
     key="ACDC (quick)",
     name="ACDC (quick)",
     _short_name="ACDC quick",
-    func=partial(acdc_after_eap_prune_scores, n_candidates=200, all_edges_up_to=2000),
+    func=bound(
+        acdc_after_eap_prune_scores,
+        AcdcAfterEapConfig(n_candidates=200, all_edges_up_to=2000),
+    ),
     needs_wrong_answers=True,
 )
 """ACDC on all edges of a small graph, and on 200 candidates of a larger one."""

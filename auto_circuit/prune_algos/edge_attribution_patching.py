@@ -9,10 +9,12 @@ Cost per batch: two forward passes, one of them to record, and one backward pass
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
-from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
+from auto_circuit.prune_algos.algo_config import AlgoConfig, bound, takes_options
+from auto_circuit.prune_algos.mask_gradient import MaskGradientConfig, mask_gradients
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import Edge, PruneScores
@@ -20,29 +22,37 @@ from auto_circuit.utils.patchable_model import PatchableModel
 
 
 @checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EdgeAttributionPatchingConfig(AlgoConfig):
+    """answer_diff: of right and wrong answers' logits; False: the answers' logits alone."""
+
+    answer_diff: bool = True
+
+    @property
+    def gradient(self) -> MaskGradientConfig:
+        """Which mask gradient it is."""
+        answer_function = "avg_diff" if self.answer_diff else "avg_val"
+        return MaskGradientConfig(answer_function=answer_function, mask_val=0.0)
+
+
+@takes_options(EdgeAttributionPatchingConfig)
+@checked
 def edge_attribution_patching_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
     official_edges: Collection[Edge] | None,
-    answer_diff: bool = True,
+    config: EdgeAttributionPatchingConfig,
 ) -> PruneScores:
     """The estimated loss of logit difference from patching each edge: mean over prompts.
 
     Clean input, corrupt activations patched in. Unit: logits. Positive: patching the edge
     lowers the difference between right and wrong answers.
 
-    answer_diff: False: the loss of the answers' logits alone.
+    config: see `EdgeAttributionPatchingConfig`; its options may be given one by one too.
 
     The mean over prompts; on token graphs every position has its own score.
     """
-    return mask_gradient_prune_scores(
-        model,
-        dataloader,
-        official_edges,
-        grad_function="logit",
-        answer_function="avg_diff" if answer_diff else "avg_val",
-        mask_val=0.0,
-    )
+    return mask_gradients(model, dataloader, official_edges, config.gradient)
 
 
 # The same scores as LOGIT_DIFF_GRAD_PRUNE_ALGO, which has the short name "EAP".
@@ -50,6 +60,6 @@ EDGE_ATTR_PATCH_PRUNE_ALGO = PruneAlgo(
     key="Edge Attribution Patching",
     name="Edge Attribution Patching",
     _short_name="EAP (alias)",
-    func=edge_attribution_patching_prune_scores,
+    func=bound(edge_attribution_patching_prune_scores, EdgeAttributionPatchingConfig()),
     needs_wrong_answers=True,
 )

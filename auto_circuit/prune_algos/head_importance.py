@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
-from functools import partial
+from dataclasses import dataclass
 
 import torch as t
 from jaxtyping import Float
@@ -23,18 +23,17 @@ from torch import Tensor
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.errors import GraphError
+from auto_circuit.prune_algos.algo_config import bound, takes_options
 from auto_circuit.prune_algos.objectives import (
-    AnswerFunction,
-    GradFunction,
-    answer_loss,
+    AnswerConfig,
     check_objective,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PositionsRead, PruneScores
 from auto_circuit.utils.ablation_activations import (
-    PER_BATCH_ABLATIONS,
     Side,
     SrcOuts,
+    ablation_side,
     iter_src_ablations,
 )
 from auto_circuit.utils.component_links import Link, component_links
@@ -52,16 +51,30 @@ NodeScores = Float[Tensor, "*seq src"]
 
 
 @checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HeadImportanceConfig(AnswerConfig):
+    """The options of HISP.
+
+    ablation_type, clean_corrupt: what the node's activations are compared with (ZERO is
+        Michel et al.'s head mask; RESAMPLE the variant of Conmy et al.).
+    normalize: divide by the L2 norm over the nodes of the same layer of the graph, as
+        Michel et al. do: numbers from 0 to 1. A layer of a single node (the embeddings,
+        an MLP after its attention) then scores 1.
+    """
+
+    ablation_type: AblationType = AblationType.RESAMPLE
+    clean_corrupt: Side | None = "corrupt"
+    normalize: bool = True
+
+
+@takes_options(HeadImportanceConfig)
+@checked
 @in_own_state(grad=True)
 def head_importance_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
     official_edges: Collection[Edge] | None,
-    grad_function: GradFunction = "logit",
-    answer_function: AnswerFunction = "avg_diff",
-    ablation_type: AblationType = AblationType.RESAMPLE,
-    clean_corrupt: Side | None = "corrupt",
-    normalize: bool = True,
+    config: HeadImportanceConfig,
 ) -> PruneScores:
     """HISP: how much each node matters, mapped to the edges between nodes that do.
 
@@ -69,29 +82,22 @@ def head_importance_prune_scores(
     gradient|, the estimated effect of patching it whichever its sign: 0 or more, in the
     unit of the answer function. An edge has the score of the weaker of its two nodes.
 
-    ablation_type, clean_corrupt: what the node's activations are compared with (ZERO is
-        Michel et al.'s head mask; RESAMPLE the variant of Conmy et al.).
-    normalize: divide by the L2 norm over the nodes of the same layer of the graph, as
-        Michel et al. do: numbers from 0 to 1. A layer of a single node (the embeddings,
-        an MLP after its attention) then scores 1.
+    config: see `HeadImportanceConfig`; its options may be given one by one too.
 
     Raises ConfigError for an unknown choice.
     """
-    side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
-    check_objective(dataloader, answer_function)
+    side = ablation_side(config.ablation_type, config.clean_corrupt)
+    check_objective(dataloader, config.answer_function)
     total, n_prompts = None, 0
-    batches = iter_src_ablations(model, dataloader, ablation_type, side)
-    loss = partial(
-        answer_loss, grad_function=grad_function, answer_function=answer_function
-    )
+    batches = iter_src_ablations(model, dataloader, config.ablation_type, side)
     for batch, patch_src_outs in batches:
         n_prompts += len(batch.clean)
-        importance = _batch_importance(model, batch, patch_src_outs, loss)
+        importance = _batch_importance(model, batch, patch_src_outs, config)
         total = importance if total is None else total + importance
     assert total is not None
     scores = total / n_prompts
     return edge_scores_of_nodes(
-        model, _normalize_layers(model, scores) if normalize else scores
+        model, _normalize_layers(model, scores) if config.normalize else scores
     )
 
 
@@ -99,7 +105,7 @@ def _batch_importance(
     model: PatchableModel,
     batch: PromptPairBatch,
     patch_src_outs: SrcOuts,
-    mean_loss: partial[Tensor],
+    config: AnswerConfig,
 ) -> NodeScores:
     """The sum over a batch's prompts of |difference * gradient| at every source."""
     tokens, kwargs = batch.model_input("clean")
@@ -110,7 +116,7 @@ def _batch_importance(
     ):
         with patch_mode(model, patch_src_outs, overwrite_patch=True):
             set_all_masks(model, 0.0)
-            loss = mean_loss(model.sliced(tokens, **kwargs), batch) * len(tokens)
+            loss = config.loss(model.sliced(tokens, **kwargs), batch) * len(tokens)
             loss.backward()
         edge_scores = {
             name: mask.grad for name, mask in masks.items() if mask.grad is not None
@@ -230,6 +236,6 @@ HEAD_IMPORTANCE_PRUNE_ALGO = PruneAlgo(
     key="Head Importance Score for Pruning",
     name="Head Importance Score for Pruning",
     _short_name="HISP",
-    func=head_importance_prune_scores,
+    func=bound(head_importance_prune_scores, HeadImportanceConfig()),
     needs_wrong_answers=True,
 )

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch as t
@@ -32,18 +32,17 @@ from torch.nn import Module
 
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
+from auto_circuit.prune_algos.algo_config import bound, takes_options
 from auto_circuit.prune_algos.integration_path import PathPoints, path_shares
 from auto_circuit.prune_algos.objectives import (
-    AnswerFunction,
-    GradFunction,
+    AnswerConfig,
     check_objective,
-    clean_loss_sum,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.ablation_activations import (
-    PER_BATCH_ABLATIONS,
     Side,
+    ablation_side,
     iter_src_ablations,
     record_src_outs,
 )
@@ -53,16 +52,44 @@ from auto_circuit.utils.torch_state import in_own_state
 
 
 @checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PathConfig(AnswerConfig):
+    """integrated_grad_samples, path_points: into how many steps the path is cut, and at
+    which points the gradients are taken, whose plain mean counts (see `PathPoints`)."""
+
+    integrated_grad_samples: int = 5
+    path_points: PathPoints = "midpoints"
+
+    def __post_init__(self) -> None:
+        self.points()
+
+    def points(self) -> list[float]:
+        """How far from corrupt to clean each point is."""
+        return path_shares(self.integrated_grad_samples, self.path_points)
+
+
+@checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class InputIntegratedGradientsConfig(PathConfig):
+    """The options of EAP-IG on the inputs.
+
+    integrated_grad_samples, path_points: see `PathConfig`. "corrupt_end" is the rule of
+        EAP-IG's published code, "clean_end" its paper's.
+    ablation_type: what is patched in, and where the path begins: RESAMPLE, the corrupt
+        prompts (as in the paper); ZERO, embeddings of zero.
+    """
+
+    ablation_type: AblationType = AblationType.RESAMPLE
+
+
+@takes_options(InputIntegratedGradientsConfig)
+@checked
 @in_own_state(grad=True)
 def input_integrated_gradients_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
     official_edges: Collection[Edge] | None,
-    grad_function: GradFunction = "logit",
-    answer_function: AnswerFunction = "avg_diff",
-    integrated_grad_samples: int = 5,
-    path_points: PathPoints = "midpoints",
-    ablation_type: AblationType = AblationType.RESAMPLE,
+    config: InputIntegratedGradientsConfig,
 ) -> PruneScores:
     """EAP-IG on the inputs: corrupt - clean source times mean gradient on the input path.
 
@@ -70,33 +97,33 @@ def input_integrated_gradients_prune_scores(
     unit is its unit). The embeddings (the first source) are interpolated; tokens, and
     the attention mask of padded prompts, are those of the clean prompts.
 
-    integrated_grad_samples, path_points: into how many steps the path is cut, and at which
-        points the gradients are taken, whose plain mean counts (see `PathPoints`).
-        "corrupt_end" is the rule of EAP-IG's published code, "clean_end" its paper's.
-    ablation_type: what is patched in, and where the path begins: RESAMPLE, the corrupt
-        prompts (as in the paper); ZERO, embeddings of zero.
+    config: see `InputIntegratedGradientsConfig`; its options may be given one by one too.
 
     Raises ConfigError for fewer than one sample and for an unknown choice.
     Source: Hanna et al. 2024, arXiv 2403.17806. (Another path than that of the
     masks in `mask_gradient_prune_scores`.)
     """
-    points = path_shares(integrated_grad_samples, path_points)
-    check_objective(dataloader, answer_function)
-    loss = partial(
-        clean_loss_sum, grad_function=grad_function, answer_function=answer_function
+    return _input_path_scores(
+        model, dataloader, config, config.points(), config.ablation_type
     )
-    return _input_path_scores(model, dataloader, loss, points, ablation_type)
 
 
+@checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CleanCorruptConfig(AnswerConfig):
+    """ablation_type: what is patched in, and what the corrupt end is."""
+
+    ablation_type: AblationType = AblationType.RESAMPLE
+
+
+@takes_options(CleanCorruptConfig)
 @checked
 @in_own_state(grad=True)
 def clean_corrupt_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
     official_edges: Collection[Edge] | None,
-    grad_function: GradFunction = "logit",
-    answer_function: AnswerFunction = "avg_diff",
-    ablation_type: AblationType = AblationType.RESAMPLE,
+    config: CleanCorruptConfig,
 ) -> PruneScores:
     """Corrupt - clean source times the mean of the gradients at clean and at corrupt.
 
@@ -104,32 +131,42 @@ def clean_corrupt_prune_scores(
     edge lowers it. The path of `input_integrated_gradients_prune_scores` with nothing
     but its two ends. Exact for a metric that is quadratic along the path.
 
-    ablation_type: what is patched in, and what the corrupt end is.
+    config: see `CleanCorruptConfig`; its options may be given one by one too.
 
     Raises ConfigError for an unknown choice. Source: the "clean-corrupted" method of
     Hanna et al. 2024 (arXiv 2403.17806).
     """
-    check_objective(dataloader, answer_function)
-    loss = partial(
-        clean_loss_sum, grad_function=grad_function, answer_function=answer_function
-    )
     points = path_shares(1, "both_ends")
-    return _input_path_scores(model, dataloader, loss, points, ablation_type)
+    return _input_path_scores(model, dataloader, config, points, config.ablation_type)
 
 
+@checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ActivationIntegratedGradientsConfig(PathConfig):
+    """The options of EAP-IG on the activations.
+
+    integrated_grad_samples, path_points: see `PathConfig`. "clean_end" is the rule of
+        EAP-IG's published code.
+    ablation_type, clean_corrupt: what is patched in.
+    share_passes: move the heads of one attention layer together, which takes one path
+        for each sublayer. Each head is still scored by its own difference; then the sum
+        over the layer's edges is complete. False: a path for each source, many times
+        slower.
+    """
+
+    ablation_type: AblationType = AblationType.RESAMPLE
+    clean_corrupt: Side | None = "corrupt"
+    share_passes: bool = True
+
+
+@takes_options(ActivationIntegratedGradientsConfig)
 @checked
 @in_own_state(grad=True)
 def activation_integrated_gradients_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
     official_edges: Collection[Edge] | None,
-    grad_function: GradFunction = "logit",
-    answer_function: AnswerFunction = "avg_diff",
-    integrated_grad_samples: int = 5,
-    path_points: PathPoints = "midpoints",
-    ablation_type: AblationType = AblationType.RESAMPLE,
-    clean_corrupt: Side | None = "corrupt",
-    share_passes: bool = True,
+    config: ActivationIntegratedGradientsConfig,
 ) -> PruneScores:
     """EAP-IG on the activations: each source moves from corrupt to clean on its own.
 
@@ -139,35 +176,26 @@ def activation_integrated_gradients_prune_scores(
     it. With many samples a source's scores add up to the effect of patching all of its
     edges (completeness).
 
-    integrated_grad_samples, path_points: into how many steps each path is cut, and at
-        which points the gradients are taken, whose plain mean counts (see `PathPoints`).
-        "clean_end" is the rule of EAP-IG's published code.
-    ablation_type, clean_corrupt: what is patched in.
-    share_passes: move the heads of one attention layer together, which takes one path
-        for each sublayer. Each head is still scored by its own difference; then the sum
-        over the layer's edges is complete. False: a path for each source, many times
-        slower.
+    config: see `ActivationIntegratedGradientsConfig`; its options may be given one by one
+        too.
 
     Raises ConfigError for fewer than one sample and for an unknown choice.
     Source: Marks et al. 2024, arXiv 2403.19647. Differs from Hanna et al.'s code, which
     adds up the scores of all edges on every sublayer's path.
     """
-    points = path_shares(integrated_grad_samples, path_points)
-    check_objective(dataloader, answer_function)
-    loss = partial(
-        clean_loss_sum, grad_function=grad_function, answer_function=answer_function
-    )
-    side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
+    points = config.points()
+    check_objective(dataloader, config.answer_function)
+    side = ablation_side(config.ablation_type, config.clean_corrupt)
     scores, n_prompts = model.new_prune_scores(), 0
-    batches = iter_src_ablations(model, dataloader, ablation_type, side)
+    batches = iter_src_ablations(model, dataloader, config.ablation_type, side)
     with train_mask_mode(model, notes=False):
         for batch, patch_src_outs in batches:
             n_prompts += len(batch.clean)
             with patch_mode(model, patch_src_outs):
-                for srcs in _moving_together(model, share_passes):
+                for srcs in _moving_together(model, config.share_passes):
                     for point in points:
                         _patch_sources(model, srcs, 1 - point)
-                        loss(model, batch).backward()
+                        config.clean_loss_sum(model, batch).backward()
                     _take_gradients(model, srcs, scores)
     return {name: score / (n_prompts * len(points)) for name, score in scores.items()}
 
@@ -178,11 +206,12 @@ def activation_integrated_gradients_prune_scores(
 def _input_path_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
-    loss: partial[Tensor],
+    config: AnswerConfig,
     points: Sequence[float],
     ablation_type: AblationType,
 ) -> PruneScores:
-    side: Side | None = "corrupt" if ablation_type in PER_BATCH_ABLATIONS else None
+    check_objective(dataloader, config.answer_function)
+    side = ablation_side(ablation_type, "corrupt")
     clean, n_prompts = None, 0
     batches = iter_src_ablations(model, dataloader, ablation_type, side)
     with train_mask_mode(model, notes=False) as masks:
@@ -195,7 +224,7 @@ def _input_path_scores(
                 for point in points:
                     start = t.lerp(ablated[0], clean[0], point)
                     with _input_replaced(model, start):
-                        loss(model, batch).backward()
+                        config.clean_loss_sum(model, batch).backward()
         return {
             name: mask.grad.detach() / (n_prompts * len(points))
             for name, mask in masks.items()
@@ -262,14 +291,17 @@ INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO = PruneAlgo(
     key="Edge Attribution Patching with Integrated Gradients (Inputs)",
     name="Edge Attribution Patching with Integrated Gradients (Inputs)",
     _short_name="EAP-IG inputs",
-    func=input_integrated_gradients_prune_scores,
+    func=bound(input_integrated_gradients_prune_scores, InputIntegratedGradientsConfig()),
     needs_wrong_answers=True,
 )
 ACTIVATION_INTEGRATED_GRADIENTS_PRUNE_ALGO = PruneAlgo(
     key="Edge Attribution Patching with Integrated Gradients (Activations)",
     name="Edge Attribution Patching with Integrated Gradients (Activations)",
     _short_name="EAP-IG activations",
-    func=activation_integrated_gradients_prune_scores,
+    func=bound(
+        activation_integrated_gradients_prune_scores,
+        ActivationIntegratedGradientsConfig(),
+    ),
     needs_wrong_answers=True,
 )
 SOURCE_INTEGRATED_GRADIENTS_PRUNE_ALGO = PruneAlgo(
@@ -278,11 +310,11 @@ SOURCE_INTEGRATED_GRADIENTS_PRUNE_ALGO = PruneAlgo(
     _short_name="EAP-IG sources",
     # The mean of the gradients half-way and at clean: on the pocket tasks the order of
     # all exact effects is known best so.
-    func=partial(
+    func=bound(
         activation_integrated_gradients_prune_scores,
-        share_passes=False,
-        integrated_grad_samples=2,
-        path_points="clean_end",
+        ActivationIntegratedGradientsConfig(
+            share_passes=False, integrated_grad_samples=2, path_points="clean_end"
+        ),
     ),
     needs_wrong_answers=True,
 )
@@ -290,6 +322,6 @@ CLEAN_CORRUPT_PRUNE_ALGO = PruneAlgo(
     key="Edge Attribution Patching at Clean and Corrupt",
     name="Edge Attribution Patching at Clean and Corrupt",
     _short_name="Clean-Corrupt",
-    func=clean_corrupt_prune_scores,
+    func=bound(clean_corrupt_prune_scores, CleanCorruptConfig()),
     needs_wrong_answers=True,
 )

@@ -13,25 +13,26 @@ point (F + points * (F + Bk)).
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import partial
+from dataclasses import dataclass
 
 from auto_circuit.checks import check_number, checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.algo_config import bound, makes_config
 from auto_circuit.prune_algos.integration_path import PathPoints, path_shares
 from auto_circuit.prune_algos.objectives import (
     COMPARE_WITH_WRONG_ANSWERS,
+    AnswerConfig,
     AnswerFunction,
     GradFunction,
     check_objective,
-    clean_loss_sum,
 )
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.ablation_activations import (
-    PER_BATCH_ABLATIONS,
     Side,
+    ablation_side,
     iter_src_ablations,
 )
 from auto_circuit.utils.graph_utils import patch_mode, set_all_masks, train_mask_mode
@@ -40,7 +41,52 @@ from auto_circuit.utils.torch_state import in_own_state
 
 
 @checked
-@in_own_state(grad=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MaskGradientConfig(AnswerConfig):
+    """The options of mask gradients.
+
+    mask_val: the mask's value where the gradient is taken; 0 is edge attribution
+        patching. integrated_grad_samples: instead, cut the path of masks from 1 (corrupt)
+        to 0 (clean) into so many steps, and average the gradient. Give exactly one.
+    ablation_type, clean_corrupt: what is patched in.
+    path_points: at which masks the gradients are taken, whose plain mean counts:
+        "midpoints", (k + 1/2) / N; "both_ends", k / N for k = 0 ... N, one more, which
+        are auto-circuit's; others: see `PathPoints`. Only with integrated_grad_samples.
+    """
+
+    mask_val: int | float | None = None
+    integrated_grad_samples: int | None = None
+    ablation_type: AblationType = AblationType.RESAMPLE
+    clean_corrupt: Side | None = "corrupt"
+    path_points: PathPoints = "midpoints"
+
+    def __post_init__(self) -> None:
+        if (self.mask_val is None) == (self.integrated_grad_samples is None):
+            raise ConfigError(
+                "Give exactly one of `mask_val` (0.0 for edge attribution patching) and "
+                "`integrated_grad_samples` (for integrated gradients); got "
+                f"mask_val={self.mask_val}, "
+                f"integrated_grad_samples={self.integrated_grad_samples}."
+            )
+        if self.mask_val is not None and self.path_points != "midpoints":
+            check_number("mask_val", self.mask_val)
+            raise ConfigError(
+                f"`path_points` is {self.path_points!r}, but with `mask_val` there is no "
+                "path; it goes with `integrated_grad_samples`."
+            )
+        self.mask_vals()
+
+    def mask_vals(self) -> list[float]:
+        """The values of all masks at which the gradient is taken."""
+        if self.mask_val is not None:
+            return [check_number("mask_val", self.mask_val)]
+        assert self.integrated_grad_samples is not None
+        shares = path_shares(self.integrated_grad_samples, self.path_points)
+        return [1 - share for share in reversed(shares)]
+
+
+@makes_config(MaskGradientConfig)
+@checked
 def mask_gradient_prune_scores(
     model: PatchableModel,
     dataloader: PromptDataLoader,
@@ -56,26 +102,39 @@ def mask_gradient_prune_scores(
     """d loss / d mask for every edge: the mean over prompts. The input is clean.
 
     Positive: patching the edge makes the answer worse. The unit is that of the answer
-    function (logits, probabilities, ...).
-
-    mask_val: the mask's value where the gradient is taken; 0 is edge attribution
-        patching. integrated_grad_samples: instead, cut the path of masks from 1 (corrupt)
-        to 0 (clean) into so many steps, and average the gradient. Give exactly one.
-    path_points: at which masks the gradients are taken, whose plain mean counts:
-        "midpoints", (k + 1/2) / N; "both_ends", k / N for k = 0 ... N, one more, which
-        are auto-circuit's; others: see `PathPoints`. Only with integrated_grad_samples.
-    ablation_type, clean_corrupt: what is patched in.
+    function (logits, probabilities, ...). The options: see `MaskGradientConfig`.
 
     Raises ConfigError for arguments that do not go together.
 
     The score is the mean over prompts and points; N samples cost N passes (with
     path_points="both_ends" N + 1).
     """
-    points = _mask_values(mask_val, integrated_grad_samples, path_points)
-    check_objective(dataloader, answer_function)
-    side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
+    config = MaskGradientConfig(
+        grad_function=grad_function,
+        answer_function=answer_function,
+        mask_val=mask_val,
+        integrated_grad_samples=integrated_grad_samples,
+        ablation_type=ablation_type,
+        clean_corrupt=clean_corrupt,
+        path_points=path_points,
+    )
+    return mask_gradients(model, dataloader, official_edges, config)
+
+
+@checked
+@in_own_state(grad=True)
+def mask_gradients(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    true_edges: Collection[Edge] | None,
+    config: MaskGradientConfig,
+) -> PruneScores:
+    """What `mask_gradient_prune_scores` does, from a config."""
+    check_objective(dataloader, config.answer_function)
+    points = config.mask_vals()
+    side = ablation_side(config.ablation_type, config.clean_corrupt)
     n_prompts = 0
-    batches = iter_src_ablations(model, dataloader, ablation_type, side)
+    batches = iter_src_ablations(model, dataloader, config.ablation_type, side)
     with train_mask_mode(model, notes=False) as masks:
         for batch, patch_src_outs in batches:
             n_prompts += len(batch.clean)
@@ -83,38 +142,13 @@ def mask_gradient_prune_scores(
             with patch_mode(model, patch_src_outs, overwrite_patch=once):
                 for point in points:
                     set_all_masks(model, point)
-                    loss = clean_loss_sum(model, batch, grad_function, answer_function)
-                    loss.backward()
+                    config.clean_loss_sum(model, batch).backward()
         total = n_prompts * len(points)
         return {
             module_name: mask.grad.detach() / total
             for module_name, mask in masks.items()
             if mask.grad is not None
         }
-
-
-def _mask_values(
-    mask_val: float | None,
-    integrated_grad_samples: int | None,
-    path_points: PathPoints,
-) -> list[float]:
-    if (mask_val is None) == (integrated_grad_samples is None):
-        raise ConfigError(
-            "Give exactly one of `mask_val` (0.0 for edge attribution patching) and "
-            "`integrated_grad_samples` (for integrated gradients); got "
-            f"mask_val={mask_val}, integrated_grad_samples={integrated_grad_samples}."
-        )
-    if mask_val is None:
-        assert integrated_grad_samples is not None
-        shares = path_shares(integrated_grad_samples, path_points)
-        return [1 - share for share in reversed(shares)]
-    mask_val = check_number("mask_val", mask_val)
-    if path_points != "midpoints":
-        raise ConfigError(
-            f"`path_points` is {path_points!r}, but with `mask_val` there is no path; it "
-            "goes with `integrated_grad_samples`."
-        )
-    return [mask_val]
 
 
 def _gradient_algo(
@@ -124,18 +158,18 @@ def _gradient_algo(
     short_name: str | None = None,
     integrated_grad_samples: int | None = None,
 ) -> PruneAlgo:
+    config = MaskGradientConfig(
+        grad_function=grad_function,
+        answer_function=answer_function,
+        mask_val=0.0 if integrated_grad_samples is None else None,
+        integrated_grad_samples=integrated_grad_samples,
+    )
     return PruneAlgo(
         key=key,
         name=key,
         _short_name=short_name,
         needs_wrong_answers=answer_function in COMPARE_WITH_WRONG_ANSWERS,
-        func=partial(
-            mask_gradient_prune_scores,
-            grad_function=grad_function,
-            answer_function=answer_function,
-            mask_val=0.0 if integrated_grad_samples is None else None,
-            integrated_grad_samples=integrated_grad_samples,
-        ),
+        func=bound(mask_gradient_prune_scores, config),
     )
 
 

@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from auto_circuit.checks import check_count, check_number, check_seed, checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.errors import TrainingError
+from auto_circuit.prompt_encoding import OTHER_SIDE
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.ranking import desc_prune_scores
 from auto_circuit.types import AblationType, PruneScores
@@ -33,6 +34,7 @@ from auto_circuit.utils.ablation_activations import (
     PER_BATCH_ABLATIONS,
     Side,
     SrcOuts,
+    ablation_side,
     iter_src_ablations,
 )
 from auto_circuit.utils.graph_utils import patch_mode
@@ -91,9 +93,7 @@ def training_batches(
     The input is one side of the prompts; what is patched in comes from the other side, or
     from where the ablation type says.
     """
-    patch_side: Side | None = "corrupt" if input_side == "clean" else "clean"
-    if ablation_type not in PER_BATCH_ABLATIONS:
-        patch_side = None
+    patch_side = ablation_side(ablation_type, OTHER_SIDE[input_side])
     ready = []
     all_outs = iter_src_ablations(model, dataloader, ablation_type, patch_side)
     for batch, outs in islice(all_outs, max_batches):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch as t
@@ -14,6 +15,7 @@ from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch, check_wrong_answers
 from auto_circuit.errors import DataError
 from auto_circuit.precision import at_least_float32
+from auto_circuit.prune_algos.algo_config import AlgoConfig
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.tensor_ops import (
     answer_diff_rounding_errors,
@@ -44,6 +46,23 @@ COMPARE_WITH_WRONG_ANSWERS = (
     *("wrong_answer", "logit_diff", "logit_diff_percent"),
 )
 """The answer functions and faithfulness targets that do so."""
+
+
+@checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AnswerConfig(AlgoConfig):
+    """By what number an algorithm measures how good the answers are: see `answer_loss`."""
+
+    grad_function: GradFunction = "logit"
+    answer_function: AnswerFunction = "avg_diff"
+
+    def loss(self, outputs: Tensor, batch: PromptPairBatch) -> Tensor:
+        """The mean over a batch's prompts."""
+        return answer_loss(outputs, batch, self.grad_function, self.answer_function)
+
+    def clean_loss_sum(self, model: PatchableModel, batch: PromptPairBatch) -> Tensor:
+        """The sum over a batch's clean prompts, which are run."""
+        return clean_loss_sum(model, batch, self.grad_function, self.answer_function)
 
 
 @checked

@@ -8,21 +8,22 @@ Cost per batch: two forward passes and one backward pass (2 F + 1 Bk).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch as t
 
 from auto_circuit.checks import check_number, checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
+from auto_circuit.prune_algos.algo_config import takes_options
 from auto_circuit.prune_algos.objectives import (
-    AnswerFunction,
-    GradFunction,
+    AnswerConfig,
     check_objective,
-    clean_loss_sum,
 )
 from auto_circuit.types import AblationType, PruneScores
 from auto_circuit.utils.ablation_activations import (
-    PER_BATCH_ABLATIONS,
     Side,
     SrcOuts,
+    ablation_side,
     iter_src_ablations,
 )
 from auto_circuit.utils.graph_utils import (
@@ -36,15 +37,28 @@ from auto_circuit.utils.torch_state import in_own_state
 
 
 @checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PromptScoresConfig(AnswerConfig):
+    """The options of gradient scores of single prompts.
+
+    mask_val: the mask's value where the gradient is taken; 0 is edge attribution
+        patching. ablation_type, clean_corrupt: what is patched in; under the BATCH_*
+        types it depends on the prompts that share a batch.
+    """
+
+    mask_val: int | float = 0.0
+    ablation_type: AblationType = AblationType.RESAMPLE
+    clean_corrupt: Side | None = "corrupt"
+
+    def __post_init__(self) -> None:
+        check_number("mask_val", self.mask_val)
+
+
+@takes_options(PromptScoresConfig)
+@checked
 @in_own_state(grad=True)
 def mask_gradient_prompt_scores(
-    model: PatchableModel,
-    dataloader: PromptDataLoader,
-    grad_function: GradFunction,
-    answer_function: AnswerFunction,
-    mask_val: int | float = 0.0,
-    ablation_type: AblationType = AblationType.RESAMPLE,
-    clean_corrupt: Side | None = "corrupt",
+    model: PatchableModel, dataloader: PromptDataLoader, config: PromptScoresConfig
 ) -> PruneScores:
     """d loss / d mask for every prompt and edge. The input is clean.
 
@@ -52,25 +66,16 @@ def mask_gradient_prompt_scores(
     order. Sign and unit are those of `mask_gradient_prune_scores`, whose scores are the
     means over prompts of these. They take memory of prompts times edges.
 
-    mask_val: the mask's value where the gradient is taken; 0 is edge attribution
-        patching. ablation_type, clean_corrupt: what is patched in; under the BATCH_*
-        types it depends on the prompts that share a batch.
+    config: see `PromptScoresConfig`; its options may be given one by one too.
 
     Raises ConfigError for unknown functions, DataError for a loader without prompts.
     """
-    mask_val = check_number("mask_val", mask_val)
-    side = clean_corrupt if ablation_type in PER_BATCH_ABLATIONS else None
-    check_objective(dataloader, answer_function)
-    batches = iter_src_ablations(model, dataloader, ablation_type, side)
-    scores = []
+    side = ablation_side(config.ablation_type, config.clean_corrupt)
+    check_objective(dataloader, config.answer_function)
+    batches = iter_src_ablations(model, dataloader, config.ablation_type, side)
     with train_mask_mode(model, notes=False):
-        set_all_masks(model, mask_val)
-        for batch, patch_src_outs in batches:
-            scores.append(
-                _batch_scores(
-                    model, batch, patch_src_outs, grad_function, answer_function
-                )
-            )
+        set_all_masks(model, float(config.mask_val))
+        scores = [_batch_scores(model, *batch, config) for batch in batches]
     return {name: t.cat([part[name] for part in scores]) for name in scores[0]}
 
 
@@ -78,14 +83,13 @@ def _batch_scores(
     model: PatchableModel,
     batch: PromptPairBatch,
     patch_src_outs: SrcOuts,
-    grad_function: GradFunction,
-    answer_function: AnswerFunction,
+    config: AnswerConfig,
 ) -> PruneScores:
     with (
         set_mask_batch_size(model, len(batch.clean)),
         patch_mode(model, patch_src_outs, overwrite_patch=True),
     ):
-        clean_loss_sum(model, batch, grad_function, answer_function).backward()
+        config.clean_loss_sum(model, batch).backward()
         return {
             module_name: mask.grad.detach()
             for module_name, mask in model.patch_masks.items()

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import partial
+from dataclasses import dataclass
 
 import torch as t
 
-from auto_circuit.checks import checked, seeded_generator
+from auto_circuit.checks import check_seed, checked, seeded_generator
 from auto_circuit.data import PromptDataLoader
+from auto_circuit.prune_algos.algo_config import AlgoConfig, bound, makes_config
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import Edge, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state
 
 
+@checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RandomConfig(AlgoConfig):
+    """seed: see `random_prune_scores`."""
+
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed is not None:
+            check_seed(self.seed)
+
+
+@makes_config(RandomConfig)
 @checked
 @in_own_state(grad=False)
 def random_prune_scores(
@@ -44,5 +58,5 @@ def random_prune_scores(
 
 # An algorithm leaves the global generator alone: a sweep's numbers come from its seed.
 RANDOM_PRUNE_ALGO = PruneAlgo(
-    key="Random", name="Random", func=partial(random_prune_scores, seed=0)
+    key="Random", name="Random", func=bound(random_prune_scores, RandomConfig(seed=0))
 )

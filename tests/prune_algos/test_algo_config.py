@@ -13,6 +13,8 @@ import pytest
 import torch as t
 
 from auto_circuit.errors import ConfigError
+from auto_circuit.prune_algos.ACDC import AcdcConfig
+from auto_circuit.prune_algos.acdc_after_eap import AcdcAfterEapConfig
 from auto_circuit.prune_algos.algo_config import AlgoConfig, bound, config_of
 from auto_circuit.prune_algos.circuit_probing import (
     CircuitProbingConfig,
@@ -23,14 +25,19 @@ from auto_circuit.prune_algos.edge_pruning import (
     EdgePruningConfig,
     edge_pruning_prune_scores,
 )
+from auto_circuit.prune_algos.exact_edge_patching import ExactEdgePatchingConfig
+from auto_circuit.prune_algos.integrated_gradients import InputIntegratedGradientsConfig
+from auto_circuit.prune_algos.mask_gradient import MaskGradientConfig
 from auto_circuit.prune_algos.mask_training import (
     PatchedEdges,
     circuit_logits,
     set_circuit_logits,
 )
 from auto_circuit.prune_algos.matryoshka import MatryoshkaConfig, train_matryoshka
+from auto_circuit.prune_algos.prompt_scores import PromptScoresConfig
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.prune_algos.prune_algos import PRUNE_ALGOS, find_prune_algo
+from auto_circuit.prune_algos.random_edges import RandomConfig
 from auto_circuit.prune_algos.subnetwork_probing import (
     INIT_LOGIT,
     SubnetworkProbingConfig,
@@ -42,11 +49,8 @@ from auto_circuit.utils.graph_utils import train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import micro_loader, micro_model
 
-TRAININGS = [
-    algo
-    for algo in PRUNE_ALGOS
-    if {"epochs", "n_steps"} & set(inspect.signature(algo.func).parameters)
-]
+WITHOUT_OPTIONS = ("GT", "Act Mag")
+WITH_OPTIONS = [a for a in PRUNE_ALGOS if a.short_name not in WITHOUT_OPTIONS]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def are_equal(one: PruneScores, other: PruneScores) -> bool:
 # ------------------------------------------------------------------------- what they say
 
 
-@pytest.mark.parametrize("algo", TRAININGS, ids=lambda algo: algo.key)
+@pytest.mark.parametrize("algo", WITH_OPTIONS, ids=lambda algo: algo.key)
 def test_an_algorithms_options_are_plain_data(algo: PruneAlgo) -> None:
     description = algo.description()
     assert json.loads(json.dumps(description)) == description
@@ -73,7 +77,7 @@ def test_an_algorithms_options_are_plain_data(algo: PruneAlgo) -> None:
     assert same == config and hash(same) == hash(config) and same is not config
 
 
-@pytest.mark.parametrize("algo", TRAININGS, ids=lambda algo: algo.key)
+@pytest.mark.parametrize("algo", WITH_OPTIONS, ids=lambda algo: algo.key)
 def test_functions_and_configs_have_the_same_options(algo: PruneAlgo) -> None:
     """With the same defaults, so that one runs what the other says."""
     front: Any = getattr(algo.func, "func", algo.func)
@@ -88,6 +92,13 @@ def test_functions_and_configs_have_the_same_options(algo: PruneAlgo) -> None:
     else:
         assert config_of(front) == front.config_type.from_options(**given)
     assert algo.config == config_of(algo.func)
+
+
+def test_an_algorithm_without_options_has_no_config() -> None:
+    for name in WITHOUT_OPTIONS:
+        algo = find_prune_algo(name)
+        assert algo.config is None
+        assert algo.description() == {"key": algo.key, "config": None}
 
 
 def test_algorithms_with_other_options_are_other_algorithms() -> None:
@@ -241,6 +252,30 @@ def test_masks_speak_of_patching_and_logits_of_the_circuit(
             {"multiplier_learning_rate": t.inf},
             "`multiplier_learning_rate` is inf; .*above 0",
         ),
+        (AcdcConfig, {"tao_bases": (1, 0)}, "`tao_bases` is 0; .*above 0"),
+        (AcdcConfig, {"tao_exps": (-400,)}, "`tao_exps` is -400; expected at least -300"),
+        (AcdcConfig, {"edges_at_once": 0}, "`edges_at_once` is 0; expected at least 1"),
+        (AcdcConfig, {"tao_exps": ()}, "There are no thresholds"),
+        (AcdcAfterEapConfig, {"n_candidates": 0}, "`n_candidates` is 0; expected at"),
+        (AcdcAfterEapConfig, {"thresholds": (0.1, -1)}, "`threshold` is -1; .*above 0"),
+        (ExactEdgePatchingConfig, {"edges_at_once": 0}, "`edges_at_once` is 0; expected"),
+        (
+            InputIntegratedGradientsConfig,
+            {"integrated_grad_samples": 0},
+            "`integrated_grad_samples` is 0; expected at least 1",
+        ),
+        (
+            partial(MaskGradientConfig, mask_val=0.0),
+            {"mask_val": t.nan},
+            "`mask_val` is nan; expected a finite number",
+        ),
+        (
+            partial(MaskGradientConfig, mask_val=0.0),
+            {"integrated_grad_samples": 3},
+            "exactly one of `mask_val` .* and `integrated_grad_samples`",
+        ),
+        (PromptScoresConfig, {"mask_val": t.inf}, "`mask_val` is inf"),
+        (RandomConfig, {"seed": -1}, "`seed` is -1; expected at least 0"),
         (MatryoshkaConfig, {"temperature": 0}, "`temperature` is 0; .*above 0"),
         (MatryoshkaConfig, {"learning_rate": -1}, "`learning_rate` is -1; .*above 0"),
         (MatryoshkaConfig, {"seed": 2**63}, "`seed` is 9.*; expected at least 0 and"),
