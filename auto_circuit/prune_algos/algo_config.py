@@ -129,7 +129,10 @@ def takes_options(
             if len(args) > place and isinstance(args[place], AlgoConfig):
                 kwargs["config"] = args[place]
                 args = args[:place]
-            given = signature.bind(*args, **kwargs).arguments
+            # With a config, options without a default need not be given.
+            is_given = kwargs.get("config") is not None
+            bind = signature.bind_partial if is_given else signature.bind
+            given = bind(*args, **kwargs).arguments
             options = {name: given.pop(name) for name in names if name in given}
             config = given.pop("config", None)
             if config is None:

@@ -13,6 +13,10 @@ import pytest
 import torch as t
 
 from auto_circuit.errors import ConfigError
+from auto_circuit.metrics.completeness_metrics.train_same_under_knockouts import (
+    KnockoutTrainingConfig,
+    train_same_under_knockout_prune_scores,
+)
 from auto_circuit.prune_algos.ACDC import AcdcConfig
 from auto_circuit.prune_algos.acdc_after_eap import AcdcAfterEapConfig
 from auto_circuit.prune_algos.algo_config import AlgoConfig, bound, config_of
@@ -50,7 +54,11 @@ from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import micro_loader, micro_model
 
 WITHOUT_OPTIONS = ("GT", "Act Mag")
-WITH_OPTIONS = [a for a in PRUNE_ALGOS if a.short_name not in WITHOUT_OPTIONS]
+WITH_OPTIONS = [
+    algo
+    for algo in PRUNE_ALGOS
+    if hasattr(getattr(algo.func, "func", algo.func), "config_type")
+]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +103,7 @@ def test_functions_and_configs_have_the_same_options(algo: PruneAlgo) -> None:
 
 
 def test_an_algorithm_without_options_has_no_config() -> None:
+    assert len(WITH_OPTIONS) >= 40
     for name in WITHOUT_OPTIONS:
         algo = find_prune_algo(name)
         assert algo.config is None
@@ -276,6 +285,13 @@ def test_masks_speak_of_patching_and_logits_of_the_circuit(
         ),
         (PromptScoresConfig, {"mask_val": t.inf}, "`mask_val` is inf"),
         (RandomConfig, {"seed": -1}, "`seed` is -1; expected at least 0"),
+        (
+            partial(
+                KnockoutTrainingConfig, learning_rate=0.1, epochs=1, regularize_lambda=1
+            ),
+            {"regularize_lambda": -0.5},
+            "`regularize_lambda` is -0.5; .*at least 0",
+        ),
         (MatryoshkaConfig, {"temperature": 0}, "`temperature` is 0; .*above 0"),
         (MatryoshkaConfig, {"learning_rate": -1}, "`learning_rate` is -1; .*above 0"),
         (MatryoshkaConfig, {"seed": 2**63}, "`seed` is 9.*; expected at least 0 and"),
@@ -299,6 +315,21 @@ def test_an_option_out_of_range_costs_no_pass(model: PatchableModel) -> None:
     loader: Any = NeverRead()
     with pytest.raises(ConfigError, match="`n_steps` is 0; expected at least 1"):
         train_matryoshka(model, loader, n_steps=0)
+
+
+def test_a_config_without_defaults_comes_as_one_or_one_by_one() -> None:
+    """Whether as the fourth argument, by name, or field by field, in their order."""
+    config = KnockoutTrainingConfig(learning_rate=0.1, epochs=1, regularize_lambda=1)
+    train: Any = train_same_under_knockout_prune_scores
+    for args, options in (
+        ((config,), {}),
+        ((), {"config": config}),
+        ((0.1, 1, 1), {}),
+    ):
+        with pytest.raises(ConfigError, match="`algo_ps` is None; expected a dictionary"):
+            train(None, None, 2, *args, **options)
+    with pytest.raises(TypeError, match="missing a required argument: 'epochs'"):
+        train(None, None, 2, 0.1)
 
 
 def test_what_bound_gives_can_still_be_changed(model: PatchableModel) -> None:

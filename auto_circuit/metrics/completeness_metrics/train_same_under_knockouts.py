@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch as t
@@ -19,6 +20,7 @@ from auto_circuit.checks import (
     check_choice,
     check_count,
     check_number,
+    check_seed,
     checked,
     seeded_generator,
 )
@@ -32,6 +34,7 @@ from auto_circuit.metrics.completeness_metrics.same_under_knockouts import (
 )
 from auto_circuit.metrics.protocols import PrunableTask
 from auto_circuit.precision import at_least_float32
+from auto_circuit.prune_algos.algo_config import AlgoConfig, takes_options
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import (
     AblationType,
@@ -57,6 +60,36 @@ TARGET_SHARE = 5
 
 
 @checked
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KnockoutTrainingConfig(AlgoConfig):
+    """How a knockout is trained.
+
+    learning_rate: of the masks (Adam). epochs: how often all training prompts are seen.
+    regularize_lambda: the weight of the penalty: (expected knockouts - target) / target, if
+        that is positive, where the target is a fifth of the circuit and at least one edge.
+    mask_fn: what makes a mask (1: the edge is knocked out) of a logit.
+    faithfulness_target: what is made large: "kl_div": KL(model without K || circuit
+        without K); "logit_diff": the model's logit difference minus the circuit's.
+    seed: of the masks' randomness; the global generator is left alone.
+    """
+
+    learning_rate: int | float
+    epochs: int
+    regularize_lambda: int | float
+    mask_fn: MaskFn = "hard_concrete"
+    faithfulness_target: KnockoutTarget = "kl_div"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("epochs", self.epochs)
+        check_number("learning_rate", self.learning_rate, above=0)
+        check_number("regularize_lambda", self.regularize_lambda, low=0)
+        # Without a function, masks would not stay between 0 and 1.
+        check_choice("mask_fn", self.mask_fn, Literal["hard_concrete", "sigmoid"])
+        check_seed(self.seed)
+
+
+@checked
 def train_same_under_knockouts(
     task_prune_scores: TaskPruneScores,
     algo_keys: Sequence[AlgoKey],
@@ -74,12 +107,19 @@ def train_same_under_knockouts(
     algo_keys: the algorithms, which must have scores on every task.
     circuit_size: the number of edges of every circuit; that of the task's true edges
         if None. tasks: where the keys are looked up; the predefined tasks if None.
-    The other parameters: `train_same_under_knockout_prune_scores`. The result is the
+    The other parameters: `KnockoutTrainingConfig`. The result is the
     `knockout_ps` of `measure_same_under_knockouts`.
 
     Raises ConfigError, before anything is trained, without `algo_keys`, for a key without a
     task or without scores, and for a size that is not known.
     """
+    config = KnockoutTrainingConfig(
+        learning_rate=learning_rate,
+        epochs=epochs,
+        regularize_lambda=regularize_lambda,
+        faithfulness_target=faithfulness_target,
+        seed=seed,
+    )
     if not len(algo_keys):
         raise ConfigError(
             "`algo_keys` is empty, so there is nothing to train; name the algorithms, such "
@@ -98,41 +138,25 @@ def train_same_under_knockouts(
         task = find_task_like(task_key, tasks)
         trained[task_key] = {
             algo: train_same_under_knockout_prune_scores(
-                task,
-                algo_scores[algo],
-                known_circuit_size(task, circuit_size),
-                learning_rate,
-                epochs,
-                regularize_lambda,
-                faithfulness_target=faithfulness_target,
-                seed=seed,
+                task, algo_scores[algo], known_circuit_size(task, circuit_size), config
             )
             for algo in algo_keys
         }
     return trained
 
 
+@takes_options(KnockoutTrainingConfig)
 @checked
 def train_same_under_knockout_prune_scores(
     task: PrunableTask,
     algo_ps: PruneScores,
     circuit_size: int,
-    learning_rate: int | float,
-    epochs: int,
-    regularize_lambda: int | float,
-    mask_fn: MaskFn = "hard_concrete",
-    faithfulness_target: KnockoutTarget = "kl_div",
-    seed: int = 0,
+    config: KnockoutTrainingConfig,
 ) -> PruneScores:
     """Knockout scores: positive for the edges whose loss sets circuit and model apart.
 
     algo_ps, circuit_size: the circuit, as in `same_under_knockout`.
-    epochs: how often all training prompts are seen. regularize_lambda: the weight of the
-        penalty: (expected knockouts - target) / target, if that is positive, where the
-        target is a fifth of the circuit and at least one edge.
-    faithfulness_target: what is made large: "kl_div": KL(model without K || circuit
-        without K); "logit_diff": the model's logit difference minus the circuit's.
-    seed: of the masks' randomness; the global generator is left alone.
+    config: see `KnockoutTrainingConfig`; its options may be given one by one too.
 
     Returns mask logits for the circuit's edges, 0 outside: above 0, the mask is above a
     half. Adam. Raises ConfigError for an empty circuit and arguments that make no sense,
@@ -142,11 +166,6 @@ def train_same_under_knockout_prune_scores(
     It trains on the task's training prompts, while the knockout is measured on the test
     prompts; circuit and model see the same random mask; edges outside the circuit score 0.
     """
-    check_count("epochs", epochs)
-    check_number("learning_rate", learning_rate, above=0)
-    check_number("regularize_lambda", regularize_lambda, low=0)
-    # Without a function, masks would not stay between 0 and 1.
-    check_choice("mask_fn", mask_fn, Literal["hard_concrete", "sigmoid"])
     model: PatchableModel = task.model
     circuit = circuit_of_scores(model, algo_ps, circuit_size)
     if not circuit.n_edges:
@@ -155,26 +174,27 @@ def train_same_under_knockout_prune_scores(
             "of at least 1."
         )
     device = next(iter(model.patch_masks.values())).device
-    generator = seeded_generator(seed, device)
+    generator = seeded_generator(config.seed, device)
     patches = batch_src_ablations(
         model, task.train_loader, AblationType.RESAMPLE, "corrupt"
     )
     with (
         own_state(model, grad=True),
         train_mask_mode(model, notes=False) as masks,
-        mask_fn_mode(model, mask_fn, 0.0, generator),
+        mask_fn_mode(model, config.mask_fn, 0.0, generator),
     ):
         for mask in masks.values():
             mask.data.fill_(INIT_LOGIT)
-        optimizer = t.optim.Adam(masks.values(), lr=learning_rate)
-        batches = (batch for _ in range(epochs) for batch in task.train_loader)
+        optimizer = t.optim.Adam(masks.values(), lr=config.learning_rate)
+        batches = (batch for _ in range(config.epochs) for batch in task.train_loader)
         for batch in batches:
             optimizer.zero_grad()
             with patch_mode(model, patches[batch.key]):
                 outs = _both_outs(model, batch, masks, circuit, generator)
-                loss = -_difference(*outs, batch, faithfulness_target)
-                loss = loss + regularize_lambda * _size_penalty(masks, circuit, mask_fn)
-                _check_finite(loss, learning_rate)
+                difference = _difference(*outs, batch, config.faithfulness_target)
+                penalty = _size_penalty(masks, circuit, config.mask_fn)
+                loss = -difference + config.regularize_lambda * penalty
+                _check_finite(loss, config.learning_rate)
                 loss.backward()
             optimizer.step()
         return {
