@@ -56,11 +56,15 @@ class AnswerConfig(AlgoConfig):
     grad_function: GradFunction = "logit"
     answer_function: AnswerFunction = "avg_diff"
 
-    def loss(self, outputs: Tensor, batch: PromptPairBatch) -> Tensor:
+    def loss(
+        self, outputs: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch
+    ) -> Float[Tensor, ""]:
         """The mean over a batch's prompts."""
         return answer_loss(outputs, batch, self.grad_function, self.answer_function)
 
-    def clean_loss_sum(self, model: PatchableModel, batch: PromptPairBatch) -> Tensor:
+    def clean_loss_sum(
+        self, model: PatchableModel, batch: PromptPairBatch
+    ) -> Float[Tensor, ""]:
         """The sum over a batch's clean prompts, which are run."""
         return clean_loss_sum(model, batch, self.grad_function, self.answer_function)
 
