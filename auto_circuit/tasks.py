@@ -86,9 +86,8 @@ class Task:
     A subclass may define `init_task` and set there, as in auto-circuit, `self._model`,
     `self._train_loader`, `self._test_loader` and `self._true_edges`; it runs on first use.
 
-    Differs from auto-circuit: frozen (`dataclasses.replace(task, batch_size=8)` gives
-    another one), no global caches (`free` drops what was loaded), `device` is what was asked
-    for, and a clear error for what cannot be had.
+    It is frozen: `dataclasses.replace(task, batch_size=8)` gives another one. `free` drops
+    what was loaded; `device` is what was asked for.
     """
 
     key: TaskKey

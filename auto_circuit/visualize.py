@@ -88,8 +88,8 @@ def draw_seq_graph(
     Raises GraphError for scores that do not fit the model, ConfigError for wrong labels
     and for a file that cannot be written, before drawing.
 
-    Differs from auto-circuit: nothing is shown or written unless asked for, a circuit
-    without edges is a figure that says so, and the default threshold is 0.
+    Nothing is shown or written unless asked for; a circuit without edges is a figure that
+    says so.
     """
     path = None if file_path is None else _checked_path(file_path)
     circuit = drawing(model, prune_scores, score_threshold, seq_labels)

@@ -50,7 +50,7 @@ class PatchWrapperImpl(PatchWrapper):
     is_dest, patch_mask, in_srcs: the mask [seq?, head?, src] of the edges from the
         sources `in_srcs` into the module.
 
-    `train()` mode makes `dropout_p` effective. Differs from auto-circuit: the mask's
+    `train()` mode makes `dropout_p` effective. The mask's
     Parameter stays the same object when it gets a batch dimension; a wrapper is not in the
     model and runs nothing, so that it has no hooks (GraphError), no `module`, and no
     activations (GoneError says where they are).

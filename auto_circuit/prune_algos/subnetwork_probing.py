@@ -293,10 +293,8 @@ def train_subnetwork(
     Raises ConfigError for options that make no sense, GraphError for edges to avoid that
     do not exist, TrainingError if the loss becomes NaN.
 
-    Differs from auto-circuit: the ablation is a parameter, and in edge direction clean
-    activations really come in; the penalty is the expected number of edges, not that of
-    one more sample; Adam's memory is short (see `mask_optimizer`); size_warmup and
-    warm_start are new.
+    The penalty is on the expected number of edges; in edge direction clean activations are
+    patched in; Adam's memory is short (see `mask_optimizer`).
     """
     check_circuit_size(model, config.circuit_size)
     for loader in (dataloader, validation_dataloader):

@@ -98,8 +98,6 @@ def patchable_model(
     Runs the model once on a small input to check that every node is seen, and that what
     a destination reads is the sum of its sources and a constant. Raises ModelError if
     not, or for an unknown architecture, and ConfigError for arguments that do not fit.
-
-    Differs from auto-circuit, which changed the model in place, for good.
     """
     if isinstance(model, PatchableModel):
         raise ConfigError(

@@ -77,10 +77,9 @@ class PatchableModel(Module):
     kv_caches: the prefix that is put before every input, or None.
     keep_positions: do zero and mean ablations keep position embeddings?
 
-    Differs from auto-circuit: a prefix cache serves every batch size; wrappers are never
-    looked up by path in the wrapped model, so two PatchableModels over one model do not
-    disturb each other one after the other; attributes that it does not have are the wrapped
-    model's.
+    A prefix cache serves every batch size. Wrappers are never looked up by path in the wrapped
+    model, so two PatchableModels over one model do not disturb each other one after the other.
+    Attributes that it does not have are the wrapped model's.
 
     Threads: one at a time may record, patch or train on a module, and meanwhile no other may
     run it; plain passes may run side by side. While one PatchableModel is in `patch_mode`, no
