@@ -1229,7 +1229,7 @@ EXPERIMENT: tuple[Fault, ...] = (
     fault("metrics that do not fit are found when they are measured", SWEEP_CONFIG,
         "    if task.seed == config.seed:\n        _check_outputs",
         "    if False:\n        _check_outputs",
-        "test_experiments.py::test_errors_come_before_long_work"),
+        "test_sweep.py::test_metrics_that_do_not_fit_are_found_before_the_first_task_runs"),
     fault("an error does not say what it is about", "errors.py",
         "            error.args = (f\"{what}: {text}\" if text else what,)",
         "            pass",
