@@ -518,7 +518,7 @@ def _print(rows: list[Row], buffer_mb: float, config: BenchConfig) -> None:
             for key, form in COLUMNS.values()
         )
         table.add_row(str(row["name"]), *cells)
-    console = Console()
+    console = Console(width=max(120, Console().width))
     console.print(table)
     console.print(
         f"One buffer of source activations is {buffer_mb:.0f} MB. JSON: {config.out}"
