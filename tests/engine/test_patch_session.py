@@ -278,6 +278,28 @@ def test_hooks_that_change_what_is_remembered(grouped: PatchableModel, site: str
         set_all_masks(grouped, 0.0)
 
 
+@pytest.mark.parametrize("site", SITES)
+def test_modules_that_change_in_place_what_is_remembered(
+    grouped: PatchableModel, site: str
+) -> None:
+    """As a model's own code may; under a hook nothing is remembered."""
+
+    def forward(x: Tensor) -> Tensor:
+        in_place(None, None, x)
+        return x
+
+    module = grouped.wrapped_model.hook_dict[site]  # type: ignore[union-attr, index]
+    with replaced_forward(module, forward):
+        patch = src_ablations(grouped, CORRUPT)
+        set_all_masks(grouped, 1.0)
+        grouped.patch_masks["blocks.1.hook_resid_post"].data.fill_(0.0)
+        with t.no_grad(), patch_mode(grouped, patch):
+            first, *others = [model_output(grouped) for _ in range(3)]
+        set_all_masks(grouped, 0.0)
+    for other in others:
+        t.testing.assert_close(other, first, **EXACT)
+
+
 def model_output(model: PatchableModel) -> Tensor:
     return model(CLEAN).clone()
 
