@@ -288,7 +288,7 @@ def test_modules_that_change_in_place_what_is_remembered(
         in_place(None, None, x)
         return x
 
-    module = grouped.wrapped_model.hook_dict[site]  # type: ignore[union-attr, index]
+    module: Any = grouped.wrapped_model.hook_dict[site]  # type: ignore[union-attr, index]
     with replaced_forward(module, forward):
         patch = src_ablations(grouped, CORRUPT)
         set_all_masks(grouped, 1.0)
