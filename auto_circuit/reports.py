@@ -23,6 +23,7 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
 )
 from auto_circuit.prune_algos.prune_algos import PruneAlgo, find_prune_algo
 from auto_circuit.robustness import (
+    LEFT_OUT,
     RobustnessRow,
     checked_choices,
     robustness_rows,
@@ -367,7 +368,7 @@ def print_robustness(
                 for row in rows
                 if (row.task, row.algo, row.choice, row.value) == (*column, choice, value)
             )
-            or "no: prompts differ in length"
+            or LEFT_OUT[choice]
             for column in columns
         ]
         shown = choice if choice != last_choice else ""

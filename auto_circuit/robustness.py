@@ -157,6 +157,13 @@ class RobustnessRow:
     verdict: float
 
 
+LEFT_OUT = {
+    "Positions": "no: prompts differ in length",
+    "Unit": "no: autoencoders have edges",
+}
+"""Choice -> why a task may have no verdict for one of its values."""
+
+
 @checked
 def robustness_rows(
     task: Task,
@@ -171,18 +178,23 @@ def robustness_rows(
     another kind it is the *same* circuit: all edges of its nodes; or its edges, at every
     position at which (if positions are not told apart: if at any) they are in it.
 
-    Positions cannot be told apart in prompts of different lengths: of such a task, that
-    variation is left out. Raises ConfigError without shares, and if `choices` ask for
+    Positions cannot be told apart in prompts of different lengths, and a graph with
+    autoencoders has no nodes of whole components: of such a task, that variation is left
+    out (LEFT_OUT says why). Raises ConfigError without shares, and if `choices` ask for
     positions all the same, before any score is computed.
     """
     base, alike = checked_choices(task, choices, shares)
     varied = variations(base)
     if _is_padded(alike):
         varied = [v for v in varied if not v.choices.token_positions]
-    # One model under all graphs: what it does unpatched is the same.
+    if task.autoencoder_input is not None:
+        varied = [v for v in varied if not v.choices.nodes]
+    # One model under all graphs, seen through its autoencoders if the task asks for them:
+    # what it does unpatched is the same.
+    shared = {"_model_def": alike.model.wrapped_model, "autoencoder_input": None}
     graphs = {
         _graph_kind(variation.choices): replace(
-            chosen_task(task, variation.choices), _model_def=alike.model.wrapped_model
+            chosen_task(task, variation.choices), **shared
         )
         for variation in varied
     } | {(base.nodes, False): alike}

@@ -27,8 +27,9 @@ from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
 from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
+from auto_circuit.robustness import LEFT_OUT, Choices, robustness_rows, variations
 from auto_circuit.tasks import POCKET_IOI_TASK, POCKET_MODEL, Task
-from auto_circuit.types import AutoencoderInput, PatchType
+from auto_circuit.types import AlgoPruneScores, AutoencoderInput, PatchType
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model, set_all_masks
 from auto_circuit.utils.patchable_model import PatchableModel
@@ -308,7 +309,8 @@ def test_damaged_autoencoders_of_sae_lens(folder: Path) -> None:
         SparseAutoencoder.from_state_dict(bridge, weights)
 
 
-def test_the_task_asks_for_latents(folder: Path) -> None:
+@pytest.fixture()
+def latents_task(folder: Path) -> Task:
     task = replace(
         POCKET_IOI_TASK,
         batch_size=4,
@@ -322,6 +324,12 @@ def test_the_task_asks_for_latents(folder: Path) -> None:
     for block in range(bridge.cfg.n_layers):
         file = weights(5, bridge.cfg.d_model)
         save_file(file, folder / f"{name}_resid_delta_mlp_{block}.safetensors")
+    return task
+
+
+def test_the_task_asks_for_latents(latents_task: Task) -> None:
+    task = latents_task
+    bridge: Any = task._bare_model
     latents = [src.name for src in task.model.srcs if "Latent" in src.name]
     assert 0 < len(latents) <= 2 * bridge.cfg.n_layers
     batch = next(iter(task.test_loader))
@@ -336,6 +344,24 @@ def test_the_task_asks_for_latents(folder: Path) -> None:
     )
     tokens, kwargs = batch.model_input("clean")
     assert t.equal(task.model(tokens, **kwargs), plain.model(tokens, **kwargs))
+
+
+def test_circuits_of_latents_are_tested_in_other_ways(latents_task: Task) -> None:
+    def find_scores(task: Task) -> AlgoPruneScores:
+        return {
+            "EAP": edge_attribution_patching_prune_scores(
+                task.model, task.train_loader, None
+            )
+        }
+
+    rows = robustness_rows(latents_task, Choices(), [0.05, 1.0], find_scores)
+    tested = {(row.choice, row.value) for row in rows}
+    every = {(v.choice, v.value) for v in variations(Choices(token_positions=False))}
+    assert {choice for choice, _ in every - tested} == {"Positions", "Unit"} & set(
+        LEFT_OUT
+    )
+    whole = [row.percent for row in rows if row.is_base and row.share == 1.0]
+    assert whole and whole == pytest.approx([100.0] * len(whole))
 
 
 def test_what_cannot_be_done_is_refused(folder: Path) -> None:
