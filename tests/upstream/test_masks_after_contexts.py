@@ -12,6 +12,7 @@ import pytest
 import torch as t
 from torch import Tensor
 
+from auto_circuit.engine.masks_put_back import MasksPutBackWarning
 from auto_circuit.errors import GraphError
 from auto_circuit.types import Edge
 from auto_circuit.utils.ablation_activations import src_ablations
@@ -21,7 +22,6 @@ from auto_circuit.utils.graph_utils import (
     set_all_masks,
     train_mask_mode,
 )
-from auto_circuit.utils.masks_put_back import MasksPutBackWarning
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.visualize import draw_seq_graph, net_viz
 from tests.micro import CLEAN, micro_model
