@@ -104,11 +104,11 @@ AnyTask = TypeVar("AnyTask", bound=TaskLike)
 def tasks_of_scores(
     task_keys: Iterable[TaskKey], tasks: Sequence[AnyTask] | None
 ) -> dict[TaskKey, AnyTask]:
-    """The tasks with these keys, among the given ones, or the predefined ones if None.
+    """The tasks with these keys, among the given ones, or those of `TASK_DICT` if None.
 
     Raises ConfigError for a key without a task.
     """
-    candidates: Sequence[Any] = _predefined_tasks() if tasks is None else tasks
+    candidates: Sequence[Any] = _known_tasks() if tasks is None else tasks
     known = {task.key: task for task in candidates}
     keys = list(task_keys)
     for key in keys:
@@ -120,8 +120,9 @@ def tasks_of_scores(
     return {key: known[key] for key in keys}
 
 
-def _predefined_tasks() -> Sequence[TaskLike]:
+def _known_tasks() -> Sequence[TaskLike]:
+    """The predefined tasks, and those that a user has put beside them, as in auto-circuit."""
     # Imported when asked for: whoever gives tasks of their own needs none of these.
-    from auto_circuit.tasks import TASKS
+    from auto_circuit.tasks import TASK_DICT
 
-    return TASKS
+    return tuple(TASK_DICT.values())
