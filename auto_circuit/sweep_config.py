@@ -253,6 +253,7 @@ def check_tasks(plan: Plan, config: ExperimentConfig) -> None:
         with about(f"Task {task.key!r}"):
             for seed in config.seeds:
                 _check_task(task.with_seed(seed), plan, config)
+        if len(plan.tasks) > 1:  # one alone stays for the sweep; of several, one at a time
             task.free()
 
 

@@ -22,6 +22,8 @@ from auto_circuit.metrics.prune_metrics.answer_diff_percent import (
     LOGIT_DIFF_PERCENT_METRIC,
     measure_answer_diff_percent,
 )
+from auto_circuit.model_utils import load_model
+from auto_circuit.model_utils.load_model import load_transformer
 from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
@@ -294,6 +296,22 @@ def test_seeds_share_a_model_and_have_prompts_of_their_own(loaded: Task) -> None
     assert other.model.wrapped_model is loaded.model.wrapped_model
     assert other.read_prompts() == replace(loaded, seed=7).read_prompts()
     assert other.read_prompts() != loaded.read_prompts()
+
+
+def test_the_only_task_of_a_sweep_loads_its_model_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The checks before the first cell load it, too; a large model takes minutes."""
+    names = []
+
+    def load(name: str | Path, *args: Any) -> Any:
+        names.append(name)
+        return load_transformer(name, *args)
+
+    monkeypatch.setattr(load_model, "load_transformer", load)
+    config = replace(SMALL, algos=("Random",), n_seeds=2, out=tmp_path)
+    assert [run.seed for run in run_sweep(config)] == [42, 43]
+    assert len(names) == 1
 
 
 def test_a_run_is_data_without_a_model(loaded: Task) -> None:
