@@ -160,7 +160,9 @@ def test_the_error_names_what_needs_none() -> None:
     needs = {a.short_name: a.needs_wrong_answers for a in PRUNE_ALGOS}
     needs |= {metric.key: metric.needs_wrong_answers for metric in PRUNE_METRICS}
     assert not any(needs[name] for name in named if name in needs)
-    assert {"Clean KL Div", "Clean MSE", "Answer Prob", "ACDC"} <= named & needs.keys()
+    metrics = {"Clean KL Div", "Corrupt KL Div", "Clean MSE", "Correct Answer Percent"}
+    metrics |= {"Answer Logit", "Answer Prob", "Answer Logprob"}
+    assert metrics | {"ACDC"} <= named & needs.keys()
     assert not named & set(COMPARE_WITH_WRONG_ANSWERS)
     for algo in PRUNE_ALGOS:
         assert not (algo.short_name.endswith("(MSE)") and algo.needs_wrong_answers)
