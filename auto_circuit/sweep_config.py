@@ -253,7 +253,8 @@ def check_tasks(plan: Plan, config: ExperimentConfig) -> None:
         with about(f"Task {task.key!r}"):
             for seed in config.seeds:
                 _check_task(task.with_seed(seed), plan, config)
-        if len(plan.tasks) > 1:  # one alone stays for the sweep; of several, one at a time
+        # One alone stays for the sweep; of several, one is in memory at a time.
+        if len(plan.tasks) > 1:
             task.free()
 
 
