@@ -14,6 +14,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save
 
 from auto_circuit.circuit_files import write_document
+from auto_circuit.comparisons import (
+    comparison_lines,
+    comparison_table,
+    comparisons,
+)
 from auto_circuit.errors import ConfigError, about
 from auto_circuit.files import folder_written_whole
 from auto_circuit.metrics.mean_interval import MeanInterval
@@ -113,6 +118,9 @@ def write_results(
         _write_scores(results.runs, new / "scores")
         _as_table(results.rows).to_parquet(new / "measurements.parquet")
         results.summary.to_csv(new / "summary.csv", index=False)
+        comparison_table(comparisons(results)).to_csv(
+            new / "comparisons.csv", index=False
+        )
         _write_figures(results, metrics, names, new)
         for run in first_runs(results.runs):
             _write_circuits(run, names, new)
@@ -184,8 +192,14 @@ def _as_table(rows: Sequence[Any]) -> pandas.DataFrame:
 def print_summary(results: ExperimentResults, console: Console) -> None:
     """The summary as a table, and where the figures and circuits are."""
     console.print(_summary_table(results))
+    _print_comparisons(results, console)
     _print_folder(results.config.folder, console)
     _print_circuits(results, console)
+
+
+def _print_comparisons(results: ExperimentResults, console: Console) -> None:
+    for line in comparison_lines(comparisons(results)):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _summary_table(results: ExperimentResults) -> Table:

@@ -82,7 +82,7 @@ def summarize(
 
     values: dict[tuple[TaskKey, AlgoKey], list[Numbers]] = {}
     for run in runs:
-        for algo, numbers in _run_numbers(run, is_reversed).items():
+        for algo, numbers in run_numbers(run, is_reversed).items():
             values.setdefault((run.task, algo), []).append(numbers)
     names = {algo.key: algo.short_name for algo in algos}
     stems = {
@@ -98,7 +98,7 @@ def summarize(
     )
 
 
-def _run_numbers(run: TaskRun, is_reversed: bool) -> dict[AlgoKey, Numbers]:
+def run_numbers(run: TaskRun, is_reversed: bool) -> dict[AlgoKey, Numbers]:
     """The numbers of each algorithm of one run."""
     curves = _curves(run, LOGIT_DIFF_PERCENT_METRIC, is_reversed)
     areas = task_areas(curves, log_x=True)

@@ -2,7 +2,8 @@
 
 A *draw* is one task with the prompts that one seed picks; two algorithms that ran on it are
 a pair. Compared are the differences within draws, so that a draw whose prompts are hard for
-both of them tells nothing.
+both of them tells nothing. Tasks that read the same prompts with the same model (with and without
+token positions, say) share their draws: of their differences only the mean counts.
 
 **What a p-value is of.** The null hypothesis: on each of these tasks the two algorithms can be
 exchanged, so that swapping their numbers in any one draw makes a result that was as likely. Then
@@ -14,7 +15,9 @@ the one that was found, on either side. It is exact, for any distribution.
 of prompts from the task's file, and so evidence about *these* tasks. About other tasks they are
 none: what two algorithms owe to the task, all of its seeds share. `n_tasks_above` and
 `n_tasks_below` say whether the tasks agree. Where they do not, the differences are larger than
-chance within a task makes them, which makes p-values higher, not lower.
+chance within a task makes them, which makes p-values higher, not lower. What an algorithm draws
+at random by itself, it may draw alike for one seed on several tasks; draws of prompts then are
+not all that p-values of it hang on.
 
 **Few draws.** No p-value is below `smallest_p_value`, 2 / 2^n for n draws: with 5 draws none is
 below 0.06; and Holm's correction (`holm`) multiplies by up to the number of pairs of algorithms.
@@ -63,7 +66,8 @@ class Comparison:
     difference: the mean over draws of first minus second, in the number's unit. plus_minus:
         half the width of its 95 % interval (`mean_interval`): too wide, if anything, where
         tasks differ. NaN: not known.
-    n_draws: how many draws both have the number on; n_left_out: how many only one has it on.
+    n_draws: how many draws both have the number on. n_left_out: on how many tasks' seeds only
+        one of them has it.
     n_tasks: the tasks of these draws; on n_tasks_above the first's mean is above the second's,
         on n_tasks_below below it.
     p_value: of `sign_flip_p_value`; NaN without draws. p_holm: after Holm's correction over
@@ -98,17 +102,23 @@ class Comparison:
 
 
 @checked
-def compare_all(number: str, values: Mapping[str, Values]) -> list[Comparison]:
+def compare_all(
+    number: str,
+    values: Mapping[str, Values],
+    prompts: Mapping[TaskKey, str] | None = None,
+) -> list[Comparison]:
     """Every pair of algorithms, in their order, compared by a number; see the module.
 
     values: algorithm -> (task, seed) -> its number there. Draws on which one of a pair has
         none are left out of that pair.
+    prompts: task -> which prompts it reads with which model; tasks with the same ones share
+        their draws. None: each task has prompts of its own.
 
     All pairs of the list are one family for Holm's correction: if there is no difference
     at all, the chance that any of them is significant is at most 5 %.
     """
     found = [
-        _compare(number, (first, second), values[first], values[second])
+        _compare(number, (first, second), (values[first], values[second]), prompts or {})
         for first, second in combinations(values, 2)
     ]
     corrected = holm([one.p_value for one in found])
@@ -121,15 +131,21 @@ def compare_all(number: str, values: Mapping[str, Values]) -> list[Comparison]:
 
 
 def _compare(
-    number: str, names: tuple[str, str], first: Values, second: Values
+    number: str,
+    names: tuple[str, str],
+    values: tuple[Values, Values],
+    prompts: Mapping[TaskKey, str],
 ) -> Comparison:
-    first, second = _known(first), _known(second)
+    first, second = map(_known, values)
     by_task: dict[TaskKey, list[float]] = {}
-    for draw, value in first.items():
-        if draw in second:
-            by_task.setdefault(draw[0], []).append(_difference(value, second[draw]))
-    differences = [one for of_task in by_task.values() for one in of_task]
+    by_draw: dict[Draw, list[float]] = {}
+    for (task, seed), value in first.items():
+        if (task, seed) in second:
+            difference = _difference(value, second[task, seed])
+            by_task.setdefault(task, []).append(difference)
+            by_draw.setdefault((prompts.get(task, task), seed), []).append(difference)
     task_means = [fmean(of_task) for of_task in by_task.values()]
+    differences = [fmean(of_draw) for of_draw in by_draw.values()]
     mean = mean_interval(differences)
     return Comparison(
         *(number, *names, mean.mean, mean.plus_minus),

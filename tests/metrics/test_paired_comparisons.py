@@ -194,6 +194,25 @@ def test_algorithms_without_a_draw_in_common_are_no_test() -> None:
     assert compare_all("auroc", {}) == []
 
 
+def test_tasks_that_share_prompts_share_their_draws() -> None:
+    """Two graphs of one model on the same prompts are no independent evidence."""
+    values = {
+        "first": by_draw({"a": [1.0, 2.0], "a by token": [3.0, 4.0], "b": [5.0, 5.0]}),
+        "second": by_draw({"a": [0.0, 0.0], "a by token": [0.0, 8.0], "b": [0.0, 0.0]}),
+    }
+    (alone,) = compare_all("area", values)
+    assert alone.n_draws == 6 and alone.difference == pytest.approx(2)
+    (shared,) = compare_all("area", values, {"a": "of a", "a by token": "of a"})
+    # (1 + 3) / 2, (2 - 4) / 2, 5 and 5: of 16 ways, two by two, those without a 5 to be less.
+    differences = [2.0, -1.0, 5.0, 5.0]
+    assert shared.n_draws == 4 and shared.n_tasks == 3
+    assert shared.difference == statistics.mean(differences)
+    half_width = 3.182 * statistics.stdev(differences) / 2
+    assert shared.plus_minus == pytest.approx(half_width)
+    assert shared.p_value == sign_flip_p_value(differences) == 2 * 2 / 16
+    assert (shared.n_tasks_above, shared.n_tasks_below) == (2, 1)
+
+
 def test_rounding_is_no_difference() -> None:
     """The same formula, added up in another order, always on the same side."""
     first = by_draw({t: [0.7, 0.8, 0.9] for t in TASKS})
@@ -229,17 +248,17 @@ def simulate(task_effects: list[float], n_rounds: int) -> list[list[Comparison]]
 
 def test_without_a_difference_few_are_claimed() -> None:
     """At most 5 % of the tables claim anything; each test alone is as exact as it can be."""
-    n_rounds = 250
+    n_rounds = 120
     rounds = simulate([0.0] * 4, n_rounds)
     claims = sum(any(one.is_significant for one in found) for found in rounds)
     assert claims / n_rounds < 0.05 + 2 * (0.05 * 0.95 / n_rounds) ** 0.5
     below = sum(one.p_value <= 0.05 for found in rounds for one in found)
-    assert 0.03 < below / (3 * n_rounds) < 0.07
+    assert 0.02 < below / (3 * n_rounds) < 0.08
 
 
 def test_tasks_that_disagree_make_no_claim() -> None:
     """C is better on two tasks and as much worse on the others: no mean difference."""
-    n_rounds = 80
+    n_rounds = 60
     rounds = simulate([2.0, -2.0, 2.0, -2.0], n_rounds)
     claims = sum(any(one.is_significant for one in found) for found in rounds)
     assert claims / n_rounds < 0.05
