@@ -39,7 +39,9 @@ from auto_circuit.summary import (
     circuit_stem,
     experiment_results,
     first_runs,
+    mean_aurocs,
     mean_measurements,
+    seed_measurements,
     slug,
 )
 from auto_circuit.sweep import TaskRun, algos_of_seed, find_all_scores, iter_runs
@@ -51,7 +53,7 @@ from auto_circuit.sweep_config import (
     interrupted_folder,
 )
 from auto_circuit.tasks import Task
-from auto_circuit.types import AlgoKey, AlgoPruneScores
+from auto_circuit.types import AlgoKey, AlgoPruneScores, TaskMeasurements
 from auto_circuit.utils.custom_tqdm import tqdm
 
 if TYPE_CHECKING:  # rich, pandas and plotly take long to import
@@ -144,23 +146,30 @@ def _write_figures(
     names: dict[AlgoKey, str],
     folder: Path,
 ) -> None:
-    """A mean curve and its areas for each metric, and the ROCs of the first seed."""
+    """For each metric the mean curve with its interval, and its areas; the mean ROCs."""
     from auto_circuit.metrics.official_circuits.roc_plot import roc_plot
     from auto_circuit.metrics.prune_metrics.prune_metrics_plot import measurement_figs
 
-    nested = mean_measurements(results.rows)
-    figs = measurement_figs(nested, True, metrics=metrics, algo_names=names)
+    figs = measurement_figs(
+        mean_measurements(results.rows),
+        True,
+        metrics=metrics,
+        algo_names=names,
+        of_seeds=seed_measurements(results.rows),
+    )
     stems = [slug(metric.key) + kind for metric in metrics for kind in ("", "-area")]
     named = dict(zip(stems, figs, strict=True))
-    firsts = [run for run in results.runs if run.seed == results.config.seed and run.rocs]
-    if firsts:
-        areas = {
-            (run.task, algo): auroc
-            for run in firsts
-            for algo, auroc in run.aurocs.items()
-        }
-        rocs = {run.task: run.rocs for run in firsts}
-        named["roc"] = roc_plot(rocs, algo_names=names, areas=areas)
+    rocs: TaskMeasurements = {}
+    for run in results.runs:
+        for algo, points in run.rocs.items():
+            rocs.setdefault(run.task, {}).setdefault(algo, points)
+    if rocs:
+        named["roc"] = roc_plot(
+            rocs,
+            algo_names=names,
+            areas=mean_aurocs(results.runs),
+            of_seeds=[{run.task: run.rocs} for run in results.runs],
+        )
     for name, fig in named.items():
         fig.write_html(folder / f"{name}.html", include_plotlyjs="directory")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from auto_circuit.metrics.area_under_curve import accuracy_area, mean_curve, task_areas
-from auto_circuit.metrics.mean_interval import mean_interval
+from auto_circuit.metrics.mean_interval import MeanInterval, mean_interval
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     CORRECT_ANSWER_GREATER_THAN_INCORRECT_PERCENT_METRIC,
     LOGIT_DIFF_PERCENT_METRIC,
@@ -139,6 +139,14 @@ def _mean_numbers(of_seeds: Sequence[Numbers]) -> dict[str, float]:
     }
 
 
+def seed_measurements(rows: Sequence[MeasurementRow]) -> list[AblationMeasurements]:
+    """Each seed's measurements: ablation -> metric -> task -> algorithm -> [(edges, value)]."""
+    by_seed: dict[int | None, list[MeasurementRow]] = {}
+    for row in rows:
+        by_seed.setdefault(row.seed, []).append(row)
+    return [nest_rows(of_seed) for of_seed in by_seed.values()]
+
+
 def mean_measurements(rows: Sequence[MeasurementRow]) -> AblationMeasurements:
     """Ablation -> metric -> task -> algorithm -> [(edges, mean over seeds of the value)]."""
     by_seed: dict[int | None, list[MeasurementRow]] = {}
@@ -159,6 +167,15 @@ def mean_measurements(rows: Sequence[MeasurementRow]) -> AblationMeasurements:
         for curve, of_curve in curves.items()
         for n_edges, value in mean_curve(of_curve)
     )
+
+
+def mean_aurocs(runs: Sequence[TaskRun]) -> dict[tuple[TaskKey, AlgoKey], MeanInterval]:
+    """Task and algorithm -> the mean over seeds of its AUROC; of tasks with a known circuit."""
+    aurocs: dict[tuple[TaskKey, AlgoKey], list[float]] = {}
+    for run in runs:
+        for algo, auroc in run.aurocs.items():
+            aurocs.setdefault((run.task, algo), []).append(auroc)
+    return {key: mean_interval(values) for key, values in aurocs.items()}
 
 
 def first_runs(runs: Sequence[TaskRun]) -> list[TaskRun]:

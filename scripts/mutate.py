@@ -173,6 +173,7 @@ TORCH, USE = "utils/torch_state.py", "utils/module_use.py"
 KNOCKOUTS = "metrics/completeness_metrics/same_under_knockouts.py"
 FIGURES = "visualize.py"
 SWEEP, SWEEP_CONFIG, SUMMARY = "sweep.py", "sweep_config.py", "summary.py"
+AREA_FIGURE = "metrics/area_under_curve_plot.py"
 PAIRED, COMPARISONS = "metrics/paired_comparisons.py", "comparisons.py"
 LOADING = "model_utils/load_model.py"
 ROC, IOI = (
@@ -1263,6 +1264,18 @@ EXPERIMENT: tuple[Fault, ...] = (
         "in compare_all(number, by_algo, prompts)",
         "in compare_all(number, by_algo)",
         "test_comparisons.py"),
+    fault("bars are of the mean curve, not the mean of the seeds' areas", AREA_FIGURE,
+        "for measurements in of_seeds or [task_measurements]",
+        "for measurements in [task_measurements]",
+        "metrics/test_interval_figures.py"),
+    fault("error bars of seeds that lack a task", AREA_FIGURE,
+        "set(of_tasks[0]).intersection(*of_tasks)",
+        "set(of_tasks[0])",
+        "metrics/test_interval_figures.py"),
+    fault("a ROC's jump has one height", "metrics/official_circuits/roc_plot.py",
+        "max(at_x) if is_above else min(at_x)",
+        "max(at_x)",
+        "metrics/test_interval_figures.py"),
     fault("sizes that the graph does not have", SWEEP_CONFIG,
         "        if size > n_edges:\n",
         "        if False:\n",

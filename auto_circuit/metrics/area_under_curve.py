@@ -38,6 +38,7 @@ from warnings import warn
 
 from auto_circuit.checks import check_number, checked
 from auto_circuit.errors import ConfigError
+from auto_circuit.metrics.mean_interval import mean_interval
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     PRUNE_METRICS,
     PruneMetric,
@@ -211,6 +212,14 @@ def mean_curve(curves: Sequence[Measurements]) -> Measurements:
     return [
         (size, sum(_step_value(points, size) for points in curves) / len(curves))
         for size in sorted(sizes)
+    ]
+
+
+def curve_interval(curves: Sequence[Measurements]) -> Measurements:
+    """Half the width of the 95 % interval of `mean_curve`, at its sizes; NaN for one curve."""
+    return [
+        (size, mean_interval([_step_value(points, size) for points in curves]).plus_minus)
+        for size, _ in mean_curve(curves)
     ]
 
 

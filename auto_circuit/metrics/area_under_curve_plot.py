@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from warnings import warn
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from auto_circuit.checks import checked
-from auto_circuit.metrics.area_under_curve import task_areas
-from auto_circuit.types import COLOR_PALETTE, AlgoKey, TaskMeasurements
+from auto_circuit.metrics.area_under_curve import Areas, task_areas
+from auto_circuit.metrics.mean_interval import MeanInterval, mean_interval
+from auto_circuit.types import COLOR_PALETTE, AlgoKey, TaskKey, TaskMeasurements
 
 PANELS = {
     "kept": "How much of the task do small circuits do?<br>(area; higher is better)",
@@ -30,6 +32,7 @@ def average_auc_plot(
     *,
     title: str | None = None,
     algo_names: Mapping[AlgoKey, str] | None = None,
+    of_seeds: Sequence[TaskMeasurements] = (),
 ) -> go.Figure:
     """The mean over tasks of each algorithm's areas (`task_areas`): bars, tasks stacked.
 
@@ -40,6 +43,9 @@ def average_auc_plot(
 
     inverse: auto-circuit's, which turned the bars of falling metrics around. Shares of the
         way to the full model rise for them too, so it does nothing, with a warning.
+    of_seeds: each seed's curves, of which those of `task_measurements` are the mean. Bars are then
+        the mean of the seeds' areas, with the 95 % interval of the mean over tasks where an
+        algorithm has several seeds.
     """
     if inverse is not None:
         warn(
@@ -47,28 +53,30 @@ def average_auc_plot(
             "which rise for a metric that falls too. Leave it out.",
             stacklevel=3,
         )
-    areas = {
-        task: task_areas(by_algo, log_x, log_y, y_min)
-        for task, by_algo in task_measurements.items()
-    }
+    by_seed = [
+        {
+            task: task_areas(by_algo, log_x, log_y, y_min)
+            for task, by_algo in measurements.items()
+        }
+        for measurements in of_seeds or [task_measurements]
+    ]
     names = {
         algo: (algo_names or {}).get(algo, algo)
-        for by_algo in areas.values()
+        for by_algo in task_measurements.values()
         for algo in by_algo
     }
-    left_out = {
-        algo: None
-        for by_algo in areas.values()
-        for algo, of_algo in by_algo.items()
-        if math.isnan(of_algo.kept)
-    }
     fig = make_subplots(rows=1, cols=len(PANELS), subplot_titles=[*PANELS.values()])
+    left_out: dict[AlgoKey, None] = {}
     for col, which in enumerate(PANELS, start=1):
+        areas = {
+            task: _areas_of_seeds(task, by_algo, by_seed, which)
+            for task, by_algo in task_measurements.items()
+        }
         for task_idx, (task, by_algo) in enumerate(areas.items()):
+            means = {algo: fmean(of.values()) for algo, of in by_algo.items() if of}
+            left_out |= {algo: None for algo, mean in means.items() if math.isnan(mean)}
             drawn = {
-                names[algo]: getattr(of_algo, which)
-                for algo, of_algo in by_algo.items()
-                if not math.isnan(of_algo.kept)
+                names[algo]: mean for algo, mean in means.items() if not math.isnan(mean)
             }
             fig.add_bar(
                 x=list(drawn),
@@ -82,6 +90,10 @@ def average_auc_plot(
                 row=1,
                 col=col,
             )
+        intervals = _total_intervals(areas)
+        if intervals:
+            named = {names[algo]: mean for algo, mean in intervals.items()}
+            fig.add_trace(_error_bars(named, showlegend=col == 1), row=1, col=col)
     if left_out:
         missing = ", ".join(names[algo] for algo in left_out)
         title = f"{title or ''}<br><sub>No area for: {missing}</sub>"
@@ -89,3 +101,51 @@ def average_auc_plot(
     fig.update_yaxes(title_text="Mean over Tasks")
     fig.update_layout(title=title, barmode="relative", template="plotly_white")
     return fig
+
+
+def _areas_of_seeds(
+    task: TaskKey,
+    algos: Iterable[AlgoKey],
+    by_seed: Sequence[Mapping[TaskKey, Mapping[AlgoKey, Areas]]],
+    which: str,
+) -> dict[AlgoKey, dict[int, float]]:
+    """Algorithm -> number of the seed -> its area on a task."""
+    return {
+        algo: {
+            seed: getattr(areas[task][algo], which)
+            for seed, areas in enumerate(by_seed)
+            if algo in areas.get(task, {})
+        }
+        for algo in algos
+    }
+
+
+def _total_intervals(
+    areas: Mapping[TaskKey, Mapping[AlgoKey, Mapping[int, float]]],
+) -> dict[AlgoKey, MeanInterval]:
+    """The interval of each algorithm's whole bar, of seeds that it has on all of its tasks."""
+    intervals = {}
+    for algo in dict.fromkeys(algo for by_algo in areas.values() for algo in by_algo):
+        of_tasks = [by_algo[algo] for by_algo in areas.values() if algo in by_algo]
+        seeds = set(of_tasks[0]).intersection(*of_tasks)
+        totals = [sum(of[seed] for of in of_tasks) / len(areas) for seed in sorted(seeds)]
+        mean = mean_interval(totals)
+        if not math.isnan(mean.plus_minus):
+            intervals[algo] = mean
+    return intervals
+
+
+def _error_bars(intervals: Mapping[str, MeanInterval], showlegend: bool) -> go.Scatter:
+    half_widths = [interval.plus_minus for interval in intervals.values()]
+    return go.Scatter(
+        x=list(intervals),
+        y=[interval.mean for interval in intervals.values()],
+        error_y={"type": "data", "array": half_widths, "thickness": 1.5},
+        customdata=half_widths,
+        hovertemplate="%{x}: %{y:.4f} ± %{customdata:.4f}",
+        mode="markers",
+        marker={"color": "black", "size": 4},
+        name="mean over seeds, 95 % interval",
+        legendgroup="interval",
+        showlegend=showlegend,
+    )

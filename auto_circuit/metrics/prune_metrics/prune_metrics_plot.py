@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from auto_circuit.checks import checked
+from auto_circuit.metrics.area_under_curve import curve_interval
 from auto_circuit.metrics.area_under_curve_plot import average_auc_plot
+from auto_circuit.metrics.bands import BAND_NOTE, band_traces
 from auto_circuit.metrics.line_style import line_style
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     PRUNE_METRICS,
@@ -20,11 +23,14 @@ from auto_circuit.types import (
     AblationMeasurements,
     AlgoKey,
     Measurements,
+    TaskKey,
     TaskMeasurements,
 )
 
 ZERO_EDGES_X = 0.5
 """Where 0 edges are drawn on a logarithmic axis."""
+STEPS = "hv"
+"""Between two sizes one has the smaller circuit: see `area_under_curve`."""
 
 
 @checked
@@ -34,11 +40,14 @@ def measurement_figs(
     *,
     metrics: Sequence[PruneMetric] = PRUNE_METRICS,
     algo_names: Mapping[AlgoKey, str] | None = None,
+    of_seeds: Sequence[AblationMeasurements] = (),
 ) -> tuple[go.Figure, ...]:
     """A figure per ablation and metric: value against circuit size, a panel per task.
 
     auc_plots: after each, the areas of its curves (`average_auc_plot`).
     metrics: where metric keys are looked up. algo_names: legend labels (else the keys).
+    of_seeds: each seed's measurements, of which `measurements` are the mean: curves get a band
+        and bars error bars, their 95 % intervals, where there are several.
 
     Raises ConfigError for a metric key that is not in `metrics`.
     """
@@ -47,7 +56,10 @@ def measurement_figs(
         for metric_key, task_measurements in by_metric.items():
             metric = find_metric(metric_key, metrics)
             title = f"{metric.name}, {ablation_type} Ablation"
-            figs.append(edge_patching_plot(task_measurements, metric, title, algo_names))
+            seeds = [m.get(ablation_type, {}).get(metric_key, {}) for m in of_seeds]
+            figs.append(
+                edge_patching_plot(task_measurements, metric, title, algo_names, seeds)
+            )
             if auc_plots:
                 figs.append(
                     average_auc_plot(
@@ -57,6 +69,7 @@ def measurement_figs(
                         metric.y_min,
                         title=f"Area under Curve: {title}",
                         algo_names=algo_names,
+                        of_seeds=seeds,
                     )
                 )
     return tuple(figs)
@@ -68,12 +81,16 @@ def edge_patching_plot(
     metric: PruneMetric,
     title: str | None = None,
     algo_names: Mapping[AlgoKey, str] | None = None,
+    of_seeds: Sequence[TaskMeasurements] = (),
 ) -> go.Figure:
     """A metric against circuit size: a panel for each task, steps for each algorithm.
 
     An algorithm with a single point is a labelled cross. On a logarithmic axis 0 edges
     stand at 0.5, and values below the metric's `y_min` at `y_min`; hovering shows the
     true numbers. An algorithm has the same colour in every panel.
+
+    of_seeds: each seed's curves, of which the steps are the mean (`mean_curve`). Where there are
+        several, a band around the steps is the 95 % interval of the mean.
     """
     algos = list(
         dict.fromkeys(a for by_algo in task_measurements.values() for a in by_algo)
@@ -85,35 +102,75 @@ def edge_patching_plot(
         shared_yaxes=metric.y_axes_match,
     )
     in_legend: set[AlgoKey] = set()
-    for col, by_algo in enumerate(task_measurements.values(), start=1):
+    has_bands = False
+    for col, (task, by_algo) in enumerate(task_measurements.items(), start=1):
         for algo, points in by_algo.items():
+            style = line_style(algos.index(algo))
+            intervals = _intervals(points, task, algo, of_seeds)
+            bands = _band(intervals, metric, style["color"], algo)
+            has_bands |= bool(bands)
             name = (algo_names or {}).get(algo, algo)
-            trace = _trace(points, metric, name, **line_style(algos.index(algo)))
+            trace = _trace(intervals or sorted(points), metric, name, **style)
             trace.update(legendgroup=algo, showlegend=algo not in in_legend)
             in_legend.add(algo)
-            fig.add_trace(trace, row=1, col=col)
+            for one in (*bands, trace):
+                fig.add_trace(one, row=1, col=col)
     _style_axes(fig, task_measurements, metric)
+    if has_bands:
+        title = f"{title or ''}<br><sub>{BAND_NOTE}</sub>"
     fig.update_layout(title=title, template="plotly_white", hovermode="closest")
     return fig
 
 
+def _intervals(
+    points: Measurements,
+    task: TaskKey,
+    algo: AlgoKey,
+    of_seeds: Sequence[TaskMeasurements],
+) -> list[tuple[int | float, int | float, float]]:
+    """[(edges, mean, half the width of its interval)]; [] unless there are several seeds."""
+    curves = [m[task][algo] for m in of_seeds if algo in m.get(task, {})]
+    if len(curves) < 2:
+        return []
+    half_widths = dict(curve_interval(curves))
+    return [(x, y, half_widths.get(x, math.nan)) for x, y in sorted(points)]
+
+
+def _band(
+    intervals: Sequence[tuple[int | float, int | float, float]],
+    metric: PruneMetric,
+    color: str,
+    algo: AlgoKey,
+) -> list[go.Scatter]:
+    points = [
+        (_shown_x(x, metric), _shown_y(y - half, metric), _shown_y(y + half, metric))
+        for x, y, half in intervals
+    ]
+    return band_traces(points, color, algo, STEPS)
+
+
 def _trace(
-    points: Measurements, metric: PruneMetric, name: str, color: str, dash: str
+    points: Sequence[tuple[int | float, ...]],
+    metric: PruneMetric,
+    name: str,
+    color: str,
+    dash: str,
 ) -> go.Scatter:
-    points = sorted(points)
+    """points: (edges, value), or (edges, value, half the width of its interval)."""
     single = len(points) == 1
+    has_interval = bool(points) and len(points[0]) > 2
     return go.Scatter(
-        x=[_shown_x(x, metric) for x, _ in points],
-        y=[_shown_y(y, metric) for _, y in points],
+        x=[_shown_x(x, metric) for x, *_ in points],
+        y=[_shown_y(y, metric) for _, y, *_ in points],
         customdata=points,
-        hovertemplate="%{customdata[0]} edges: %{customdata[1]:.5g}",
+        hovertemplate="%{customdata[0]} edges: %{customdata[1]:.5g}"
+        + " ± %{customdata[2]:.2g}" * has_interval,
         name=name,
         mode="markers+text" if single else "lines+markers",
         text=[name] if single else None,
         textposition="top center",
         marker={"color": color, "symbol": "x" if single else "circle", "size": 6},
-        # Between two sizes one has the smaller circuit: see `area_under_curve`.
-        line={"color": color, "dash": dash, "shape": "hv"},
+        line={"color": color, "dash": dash, "shape": STEPS},
     )
 
 
