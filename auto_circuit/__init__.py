@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from auto_circuit.prune_algos.prune_algos import PruneAlgo as PruneAlgo
     from auto_circuit.prune_algos.prune_algos import find_prune_algo as find_prune_algo
     from auto_circuit.prune_algos.prune_algos import run_prune_algos as run_prune_algos
-    from auto_circuit.reports import run_experiment as run_experiment
+    from auto_circuit.runner import run_experiment as run_experiment
     from auto_circuit.sweep_config import ExperimentConfig as ExperimentConfig
     from auto_circuit.tasks import Task as Task
     from auto_circuit.tasks import find_task as find_task
@@ -59,7 +59,7 @@ _HOMES = {
     "metrics.prune_metrics.prune_metrics": ("PruneMetric", "find_metric"),
     "prune": ("run_circuits",),
     "prune_algos.prune_algos": ("PruneAlgo", "find_prune_algo", "run_prune_algos"),
-    "reports": ("run_experiment",),
+    "runner": ("run_experiment",),
     "sweep_config": ("ExperimentConfig",),
     "tasks": ("Task", "find_task"),
     "types": ("AblationType", "PatchType"),

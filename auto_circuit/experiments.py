@@ -13,7 +13,9 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,46 +23,82 @@ from auto_circuit.errors import AutoCircuitError, near_matches
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 
 if TYPE_CHECKING:  # they take most of the time in which `--help` answers
-    from auto_circuit.sweep_config import ExperimentConfig
+    from auto_circuit.sweep_config import ExperimentConfig, RunOptions
 
 DEFAULT = "sweep"
 """The experiment that is meant when the command line begins with an option."""
-INTERRUPTED = 130
-"""The exit code of a program that was interrupted from the keyboard (128 + SIGINT)."""
+INTERRUPTED, TERMINATED = 130, 143
+"""The exit codes of a program that was interrupted from the keyboard (128 + SIGINT), or
+terminated (128 + SIGTERM)."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the experiment that the command line describes.
 
     Whatever is wrong is one line, and no traceback: exit code 2 for a command line that
-    cannot be read, 1 for values and files that make no sense, 130 if it is interrupted.
+    cannot be read, 1 for values and files that make no sense and for cells that failed,
+    130 if it is interrupted, 143 if it is terminated.
     """
     if not sys.stderr.isatty():  # Hugging Face's progress bars; ours look for themselves
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        name, config = parse(sys.argv[1:] if args is None else args)
-        run(name, config)
+        with _terminated_like_interrupted():
+            is_complete = run(*parse(sys.argv[1:] if args is None else args))
     except AutoCircuitError as error:
         sys.exit(_one_line(f"{type(error).__name__}: {error}"))
+    except _Terminated as error:
+        print(_one_line(f"Terminated. {error}"), file=sys.stderr)
+        sys.exit(TERMINATED)
     except KeyboardInterrupt as error:
         print(_one_line(f"Interrupted. {error}"), file=sys.stderr)
         sys.exit(INTERRUPTED)
+    if not is_complete:
+        sys.exit(1)
 
 
-def run(name: str, config: ExperimentConfig) -> None:
-    """Run an experiment, write its results and print its table."""
+class _Terminated(KeyboardInterrupt):
+    """What the signal SIGTERM becomes."""
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Inside, the system's polite request to end is as good as Ctrl-C."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(name: str, config: ExperimentConfig, options: RunOptions) -> bool:
+    """Run an experiment, write its results and print its table. True if nothing failed."""
     from rich.console import Console
 
-    from auto_circuit import reports
+    from auto_circuit import progress, reports, runner
 
+    console = Console()
+    is_reversed = config.reverse_clean_corrupt
+    is_seen = console.is_terminal
+    watch = progress.Live(console) if is_seen else progress.Lines(console, is_reversed)
     if name == "robustness":
-        reports.print_robustness(config, reports.run_robustness(config), Console())
-    else:
-        reports.print_summary(reports.run_experiment(config), Console())
+        rows = runner.run_robustness(config, options, watch)
+        reports.print_robustness(config, rows, console)
+        return True
+    results = runner.run_experiment(config, options, watch)
+    reports.print_summary(results, console)
+    return not results.failed
 
 
-def parse(args: Sequence[str]) -> tuple[str, ExperimentConfig]:
-    """The experiment's name, and its configuration with the changes that `args` make.
+def parse(args: Sequence[str]) -> tuple[str, ExperimentConfig, RunOptions]:
+    """The experiment's name, its configuration with the changes that `args` make, and how
+    it runs.
 
     Exits with code 2 and one line for options and values that cannot be read, and with 0 for
     `--help`.
@@ -68,7 +106,7 @@ def parse(args: Sequence[str]) -> tuple[str, ExperimentConfig]:
     with _imports_without_collection():
         import tyro
 
-        from auto_circuit.named_experiments import DESCRIPTIONS, EXPERIMENTS
+        from auto_circuit.named_experiments import DESCRIPTIONS, EXPERIMENTS, Command
 
     words = list(args)
     if not words or words[0].startswith("-"):
@@ -82,9 +120,13 @@ def parse(args: Sequence[str]) -> tuple[str, ExperimentConfig]:
             )
             raise SystemExit(2)
         with contextlib.redirect_stderr(errors):
-            config = tyro.extras.overridable_config_cli(
-                {name: (DESCRIPTIONS[name], EXPERIMENTS[name]) for name in EXPERIMENTS},
+            command = tyro.extras.overridable_config_cli(
+                {
+                    name: (DESCRIPTIONS[name], Command(EXPERIMENTS[name]))
+                    for name in EXPERIMENTS
+                },
                 args=words,
+                config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as stop:
         if stop.code:
@@ -94,7 +136,7 @@ def parse(args: Sequence[str]) -> tuple[str, ExperimentConfig]:
         else:
             print(known_names())
         raise
-    return words[0], config
+    return words[0], command.config, command.options
 
 
 def known_names() -> str:

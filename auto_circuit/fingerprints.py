@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Set
+import re
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from types import FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch as t
@@ -28,6 +31,11 @@ from auto_circuit.errors import ConfigError
 OURS = "auto_circuit."
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt")
 """What a folder of a model's weights and tokenizer holds."""
+LIBRARIES = tuple(
+    Path(sysconfig.get_path(kind))
+    for kind in ("stdlib", "platstdlib", "purelib", "platlib")
+)
+"""Where functions do not change from one day to the next."""
 
 
 def described(value: Any) -> Any:
@@ -44,13 +52,15 @@ def described(value: Any) -> Any:
         return str(value)
     if isinstance(value, Enum):
         return f"{type(value).__name__}.{value.name}"
-    if isinstance(value, (Tensor, Module)):
-        return digest_of_tensors(_tensors_of(value))
+    if isinstance(value, Tensor):
+        return digest_of_tensors([("", value)])
+    if isinstance(value, Module):
+        return _described_module(value)
     if isinstance(value, (list, tuple, range)):
         return [described(item) for item in value]
     if isinstance(value, (Set, Mapping)):
         return _described_unordered(value)
-    if isinstance(value, (FunctionType, MethodType, type, partial)):
+    if isinstance(value, (BuiltinFunctionType, FunctionType, MethodType, type, partial)):
         return _described_function(value)
     if is_dataclass(value):
         values = {f.name: described(getattr(value, f.name)) for f in fields(value)}
@@ -70,6 +80,21 @@ def _described_unordered(value: Any) -> Any:
     return {"set": sorted((described(item) for item in value), key=str)}
 
 
+def _described_module(module: Module) -> dict[str, Any]:
+    """Its values, and its structure as it is printed."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    config = getattr(getattr(module, "original_model", module), "config", None)
+    shown = [repr(module), getattr(config, "to_json_string", str)()]
+    structure = re.sub("0x[0-9a-f]+", "", " ".join(shown))  # addresses
+    return {
+        "tensors": digest_of_tensors(tensors),
+        "structure": digest(structure.encode()),
+    }
+
+
+# ------------------------------------------------------------------------------ functions
+
+
 def _described_function(value: Any) -> Any:
     if isinstance(value, partial):
         parts = {"args": value.args, "keywords": value.keywords}
@@ -77,10 +102,15 @@ def _described_function(value: Any) -> Any:
     if isinstance(value, MethodType):
         return {"method": _name_of(value), "of": described(value.__self__)}
     found = {"function": _name_of(value)}
-    if not f"{value.__module__}.".startswith(OURS):
-        found["source"] = _source_digest(value)
-    closure = inspect.getclosurevars(value).nonlocals if _has_closure(value) else {}
-    return found | described_fields(closure)
+    is_ours = f"{value.__module__}.".startswith(OURS)
+    if not is_ours and not isinstance(value, BuiltinFunctionType):
+        found |= _described_source(value)
+    # What our own decorators enclose says nothing that the function's name does not say.
+    if isinstance(value, FunctionType) and not (
+        is_ours and hasattr(value, "__wrapped__")
+    ):
+        found |= described_fields(inspect.getclosurevars(value).nonlocals)
+    return found
 
 
 def described_fields(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,20 +118,65 @@ def described_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: described(value) for name, value in values.items()}
 
 
-def _has_closure(value: Any) -> bool:
-    return isinstance(value, FunctionType) and value.__closure__ is not None
-
-
 def _name_of(value: Any) -> str:
     return f"{value.__module__}.{value.__qualname__}"
 
 
-def _source_digest(value: Any) -> str:
-    """Of the file in which it stands: it may call others there. In a notebook, of its text."""
+def _described_source(value: Any) -> dict[str, Any]:
+    """The text of the user's files that it can reach; in a notebook, of what it calls."""
+    module = sys.modules.get(value.__module__)
+    if _file_of(module) is not None:
+        return {"source": sorted(map(_digest_of_file, _own_files(module)))}
+    if not isinstance(value, FunctionType):
+        return {"source": [_text_digest(value)]}
+    functions, values = _reached_in_notebook(value)
+    return {"source": [_text_digest(f) for f in functions], **described_fields(values)}
+
+
+def _file_of(module: ModuleType | None) -> Path | None:
+    name = getattr(module, "__file__", None)
+    return Path(name).resolve() if name and Path(name).is_file() else None
+
+
+def _own_files(module: ModuleType | None) -> list[Path]:
+    """Its file, and those of the user's own modules that it has imported from."""
+    found: dict[Path, None] = {}
+    todo = [module]
+    while todo:
+        one = todo.pop()
+        path = _file_of(one)
+        if path is None or path in found or not _is_own(path):
+            continue
+        found[path] = None
+        for value in vars(one).values():
+            name = value.__name__ if isinstance(value, ModuleType) else None
+            name = name or getattr(value, "__module__", None)
+            todo.append(sys.modules.get(name) if isinstance(name, str) else None)
+    return list(found)
+
+
+def _is_own(path: Path) -> bool:
+    ours = Path(__file__).resolve().parent
+    return not any(path.is_relative_to(folder) for folder in (*LIBRARIES, ours))
+
+
+def _reached_in_notebook(
+    function: FunctionType,
+) -> tuple[list[FunctionType], dict[str, Any]]:
+    """The functions of the notebook that it calls, and the values that these use."""
+    functions, values = [function], {}
+    for one in functions:  # it grows meanwhile
+        for name, value in inspect.getclosurevars(one).globals.items():
+            if not isinstance(value, FunctionType) or value.__module__ != one.__module__:
+                if not isinstance(value, ModuleType):
+                    values[name] = value
+            elif value not in functions:
+                functions.append(value)
+    return functions, dict(sorted(values.items()))
+
+
+def _text_digest(value: Any) -> str:
     try:
-        path = inspect.getsourcefile(value)
-        if path is not None and Path(path).is_file():
-            return digest(Path(path).read_bytes())
         return digest(inspect.getsource(value).encode())
     except (OSError, TypeError):
         code = getattr(value, "__code__", None)
@@ -118,15 +193,7 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _tensors_of(value: Tensor | Module) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield "", value
-    else:
-        yield from value.named_parameters()
-        yield from value.named_buffers()
-
-
-def digest_of_tensors(tensors: Iterator[tuple[str, Tensor]]) -> str:
+def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """A hash over names, shapes, types and values."""
     total = hashlib.sha256()
     for name, tensor in tensors:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
 from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO
 from auto_circuit.prune_algos.edge_attribution_patching import EDGE_ATTR_PATCH_PRUNE_ALGO
 from auto_circuit.prune_algos.prune_algos import PRUNE_ALGOS
-from auto_circuit.sweep_config import ExperimentConfig
+from auto_circuit.sweep_config import ExperimentConfig, RunOptions
 from auto_circuit.tasks import (
     POCKET_DOCSTRING_TASK,
     POCKET_GREATERTHAN_TASK,
@@ -14,6 +16,15 @@ from auto_circuit.tasks import (
     TRACR_REVERSE_TOKEN_CIRCUIT_TASK,
     TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK,
 )
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line says: an experiment, and how it runs."""
+
+    config: ExperimentConfig
+    options: RunOptions = RunOptions()
+
 
 NUMBERS = tuple(
     algo.short_name for algo in PRUNE_ALGOS if algo.short_name.endswith("(MSE)")

@@ -63,9 +63,11 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     "reports": (
         "print_robustness",
         "print_summary",
+        "write_results",
+    ),
+    "runner": (
         "run_experiment",
         "run_robustness",
-        "write_results",
     ),
     "summary": (
         "ExperimentResults",

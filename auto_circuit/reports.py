@@ -1,15 +1,17 @@
-"""What becomes of an experiment's data: files, tables on the screen, figures.
-
-`run_experiment` and `run_robustness` run an experiment and write its results.
-"""
+"""What becomes of an experiment's data: files, tables on the screen, figures."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 from safetensors.torch import save
 
@@ -19,8 +21,8 @@ from auto_circuit.comparisons import (
     comparison_table,
     comparisons,
 )
-from auto_circuit.errors import ConfigError, about
 from auto_circuit.files import folder_written_whole
+from auto_circuit.fingerprints import digest
 from auto_circuit.metrics.mean_interval import MeanInterval
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     LOGIT_DIFF_PERCENT_METRIC,
@@ -30,102 +32,149 @@ from auto_circuit.prune_algos.prune_algos import PruneAlgo, find_prune_algo
 from auto_circuit.robustness import (
     LEFT_OUT,
     RobustnessRow,
-    checked_choices,
-    robustness_rows,
     values_by_choice,
 )
+from auto_circuit.store import put_folder
 from auto_circuit.summary import (
     ExperimentResults,
     circuit_stem,
-    experiment_results,
     first_runs,
     mean_aurocs,
     mean_measurements,
     seed_measurements,
     slug,
 )
-from auto_circuit.sweep import TaskRun, algos_of_seed, find_all_scores, iter_runs
-from auto_circuit.sweep_config import (
-    ExperimentConfig,
-    Plan,
-    check_config,
-    check_tasks,
-    interrupted_folder,
-)
-from auto_circuit.tasks import Task
-from auto_circuit.types import AlgoKey, AlgoPruneScores, TaskMeasurements
-from auto_circuit.utils.custom_tqdm import tqdm
+from auto_circuit.sweep import MAX_DRAWN, TaskRun
+from auto_circuit.sweep_config import ExperimentConfig
+from auto_circuit.types import AlgoKey, TaskMeasurements
 
 if TYPE_CHECKING:  # rich, pandas and plotly take long to import
     import pandas
     from rich.console import Console
     from rich.table import Table
 
-MAX_DRAWN = 500
-"""The most edges in the picture of a circuit: of a larger one, the strongest."""
+REPORT_FILE = "report.json"
+"""What a results' folder is made of: the keys of its cells, and its files' checksums."""
+
+REPORT_VERSION = 1
+"""Raised when what is written of the same cells changes."""
+
+
+class ChangedReportWarning(UserWarning):
+    """A file of a results' folder is not as it was written; it is written again."""
 
 
 # ------------------------------------------------------------------------------- sweeps
-
-
-def run_experiment(config: ExperimentConfig) -> ExperimentResults:
-    """Run a sweep and write its results to `config.folder`.
-
-    Raises, before anything is computed, ConfigError for unknown names, numbers and devices that
-    make no sense, circuit sizes that a task's graph does not have, and a folder that cannot
-    be written; DataError for a prompt file that is not there, and for prompts and metrics that
-    do not fit a task's model. An error of an algorithm or a metric begins with the task, the
-    seed and the algorithm. If it is interrupted (KeyboardInterrupt), what is finished is
-    written beside that folder; the text says where.
-    """
-    plan = check_config(config)
-    check_tasks(plan, config)
-    runs: list[TaskRun] = []
-    try:
-        for run in iter_runs(plan, config):
-            runs.append(run)
-    except KeyboardInterrupt:
-        if not runs:
-            raise
-        folder = interrupted_folder(config)
-        _write(config, runs, plan, folder)
-        n_runs = len(plan.tasks) * config.n_seeds
-        raise KeyboardInterrupt(
-            f"{len(runs)} of {n_runs} runs were finished: {folder}"
-        ) from None
-    return _write(config, runs, plan, config.folder)
-
-
-def _write(
-    config: ExperimentConfig, runs: Sequence[TaskRun], plan: Plan, folder: Path
-) -> ExperimentResults:
-    results = experiment_results(config, runs, plan.algos)
-    write_results(results, plan.metrics, plan.algos, folder)
-    return results
 
 
 def write_results(
     results: ExperimentResults,
     metrics: Sequence[PruneMetric],
     algos: Sequence[PruneAlgo],
-    folder: Path,
+    is_forced: bool = False,
 ) -> None:
     """Write configuration, scores, measurements, circuits and figures; all or nothing.
 
-    What was in the folder stays until all has been written. Raises FileError.
+    To `results.config.address`. What was there stays until all has been written, and files
+    that are not ours stay then. Nothing is written if the same cells' results are there
+    already and undamaged, unless `is_forced`. Raises FileError.
     """
+    of = {"cells": list(results.cells), "failed": dict(results.failed)}
+
+    def fill(new: Path) -> None:
+        _write_files(results, metrics, algos, new)
+
+    _write_folder(results.config, of, fill, is_forced)
+
+
+def _write_files(
+    results: ExperimentResults,
+    metrics: Sequence[PruneMetric],
+    algos: Sequence[PruneAlgo],
+    new: Path,
+) -> None:
     names = {algo.key: algo.short_name for algo in algos}
-    with folder_written_whole(folder) as new:
-        (new / "config.json").write_text(results.config.json)
-        _write_scores(results.runs, new / "scores")
-        _as_table(results.rows).to_parquet(new / "measurements.parquet")
-        results.summary.to_csv(new / "summary.csv", index=False)
-        comparison_table(comparisons(results)).to_csv(
-            new / "comparisons.csv", index=False
-        )
-        _write_figures(results, metrics, names, new)
-        for run in first_runs(results.runs):
-            _write_circuits(run, names, new)
+    (new / "config.json").write_text(results.config.json)
+    _write_scores(results.runs, new / "scores")
+    _as_table(results.rows).to_parquet(new / "measurements.parquet")
+    results.summary.to_csv(new / "summary.csv", index=False)
+    comparison_table(comparisons(results)).to_csv(new / "comparisons.csv", index=False)
+    if results.failed:
+        (new / "failed.json").write_text(json.dumps(dict(results.failed), indent=2))
+    _write_figures(results, metrics, names, new)
+    for run in first_runs(results.runs):
+        _write_circuits(run, names, new)
+
+
+# ---------------------------------------------------------- what is in a results' folder
+
+
+def _write_folder(
+    config: ExperimentConfig,
+    of: Mapping[str, Any],
+    fill: Callable[[Path], None],
+    is_forced: bool = False,
+) -> None:
+    """Fill the folder of an experiment, and say what its results are `of`."""
+    of = {"report": REPORT_VERSION, **of}
+    if config.is_remote:
+        with tempfile.TemporaryDirectory() as folder:
+            fill(Path(folder))
+            _write_report_file(Path(folder), of)
+            put_folder(Path(folder), config.address)
+    elif is_forced or not _is_written(config.folder, of):
+        with folder_written_whole(config.folder) as new:
+            fill(new)
+            _write_report_file(new, of)
+            _keep_own_files(config.folder, new)
+
+
+def _write_report_file(folder: Path, of: Mapping[str, Any]) -> None:
+    files = {
+        str(path.relative_to(folder)): digest(path.read_bytes())
+        for path in _files_in(folder)
+    }
+    (folder / REPORT_FILE).write_text(json.dumps({**of, "files": files}, indent=1))
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _read_report_file(folder: Path) -> dict[str, Any]:
+    """{} if there is none, or it cannot be read."""
+    try:
+        report = json.loads((folder / REPORT_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def _is_written(folder: Path, of: Mapping[str, Any]) -> bool:
+    """Are the results of these cells there, as they were written?"""
+    report = _read_report_file(folder)
+    if {name: report.get(name) for name in of} != dict(of):
+        return False
+    for name, expected in report["files"].items():
+        path = folder / name
+        if not path.is_file() or digest(path.read_bytes()) != expected:
+            warn(
+                f"{path} is not as it was written; the folder is written again.",
+                ChangedReportWarning,
+                stacklevel=3,
+            )
+            return False
+    return True
+
+
+def _keep_own_files(old: Path, new: Path) -> None:
+    """The user's own files go into the new folder too."""
+    ours = {*_read_report_file(old).get("files", {}), REPORT_FILE}
+    for path in _files_in(old) if old.is_dir() else []:
+        name = str(path.relative_to(old))
+        if name not in ours and not (new / name).exists():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, new / name)
 
 
 def _write_scores(runs: Sequence[TaskRun], folder: Path) -> None:
@@ -182,7 +231,7 @@ def _write_circuits(run: TaskRun, names: dict[AlgoKey, str], folder: Path) -> No
         path = folder / circuit_stem(run.task, names[algo])
         path.parent.mkdir(parents=True, exist_ok=True)
         write_document(path.with_suffix(".json"), circuit.document)
-        fig = draw(circuit.drawing.strongest(MAX_DRAWN))
+        fig = draw(circuit.drawing)
         title = f"{run.task}, {names[algo]}: {fig.layout.title.text}"  # type: ignore[attr-defined]
         fig.update_layout(title={"text": title})
         # The same file as that of the figures above: it has 4 MB.
@@ -199,19 +248,30 @@ def _as_table(rows: Sequence[Any]) -> pandas.DataFrame:
 
 
 def print_summary(results: ExperimentResults, console: Console) -> None:
-    """The summary as a table, and where the figures and circuits are."""
-    console.print(_summary_table(results))
-    _print_comparisons(results, console)
-    _print_folder(results.config.folder, console)
-    _print_circuits(results, console)
+    """The summary as a table, where the figures and circuits are, and what failed."""
+    if results.runs:
+        console.print(summary_table(results))
+        for line in comparison_lines(comparisons(results)):
+            _say(console, line)
+        _print_folder(results.config, console)
+        _print_circuits(results, console)
+    for label, error in results.failed.items():
+        _say(console, f"Failed: {label}: {error}")
+    if results.failed:
+        n = len(results.failed) + len(results.cells)
+        _say(
+            console,
+            f"{len(results.failed)} of {n} cells failed; the same command computes these "
+            f"again, and nothing else: what is finished is in {results.config.store}",
+        )
 
 
-def _print_comparisons(results: ExperimentResults, console: Console) -> None:
-    for line in comparison_lines(comparisons(results)):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+def _say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _summary_table(results: ExperimentResults) -> Table:
+def summary_table(results: ExperimentResults) -> Table:
+    """The summary, for the screen."""
     from rich.table import Table
 
     one_seed = "Numbers without ± are those of one seed: other prompts give others."
@@ -268,18 +328,15 @@ def _shown_mean(mean: MeanInterval, digits: int, with_interval: bool) -> str:
     return shown
 
 
-def _print_folder(folder: Path, console: Console) -> None:
-    console.print(f"Results: {folder}", soft_wrap=True)
-    for path in sorted(folder.glob("*.html")):
+def _print_folder(config: ExperimentConfig, console: Console) -> None:
+    console.print(f"Results: {config.address}", soft_wrap=True)
+    for path in [] if config.is_remote else sorted(config.folder.glob("*.html")):
         console.print(f"  figure: {path}", soft_wrap=True)
 
 
 def _print_circuits(results: ExperimentResults, console: Console) -> None:
     """A line for each task and algorithm: its circuit's files, or why there are none."""
-
-    def say(line: str) -> None:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-
+    say = partial(_say, console)
     config = results.config
     if LOGIT_DIFF_PERCENT_METRIC.key not in config.metrics:
         say(f"No circuits: {LOGIT_DIFF_PERCENT_METRIC.key!r}, which picks them, is not in "
@@ -299,7 +356,7 @@ def _print_circuits(results: ExperimentResults, console: Console) -> None:
         if circuit is None:
             say(f"  {row['task']}, {row['algorithm']}: none but the whole graph, if that")
             continue
-        stem = config.folder / row["circuit"]
+        stem = f"{config.address}/{row['circuit']}"
         say(
             f"  {stem}.json, .html: {circuit.n_edges:,} of {circuit.n_graph_edges:,} "
             f"edges do {circuit.percent:.0f} %"
@@ -309,59 +366,20 @@ def _print_circuits(results: ExperimentResults, console: Console) -> None:
 # ---------------------------------------------------------------------------- robustness
 
 
-def run_robustness(config: ExperimentConfig) -> list[RobustnessRow]:
-    """Test the same circuits in other ways, and write how the verdicts change.
-
-    Raises, before anything is computed, as `run_experiment` does, and ConfigError for other
-    metrics than the logit difference's percentage, in which verdicts are stated, for sizes
-    that are no shares, and for several seeds. Interrupted, it writes as `run_experiment`.
-    """
-    plan = check_config(config)
-    if config.metrics != (LOGIT_DIFF_PERCENT_METRIC.key,) or config.circuit_sizes:
-        raise ConfigError(
-            "Robustness states verdicts in 'Logit Diff Percent', of circuits whose size is "
-            "a share of the graph: leave `metrics` and `circuit_sizes` out."
-        )
-    if config.n_seeds != 1:
-        raise ConfigError(f"Robustness has one seed; `n_seeds` is {config.n_seeds}.")
-    for task in plan.tasks:
-        with about(f"Task {task.key!r}"):
-            checked_choices(task, config, config.circuit_shares)
-    algos = algos_of_seed(plan, config, config.seed)
-
-    def find_scores(task: Task) -> AlgoPruneScores:
-        return {found.algo: found.scores for found in find_all_scores(task, algos)}
-
-    rows: list[RobustnessRow] = []
-    try:
-        for task in tqdm(
-            [replace(t, seed=config.seed) for t in plan.tasks], desc="Tasks"
-        ):
-            rows += robustness_rows(task, config, config.circuit_shares, find_scores)
-            task.free()
-    except KeyboardInterrupt:
-        if not rows:
-            raise
-        folder = interrupted_folder(config)
-        _write_robustness(config, rows, plan.algos, folder)
-        raise KeyboardInterrupt(f"What was finished: {folder}") from None
-    _write_robustness(config, rows, plan.algos, config.folder)
-    return rows
-
-
-def _write_robustness(
-    config: ExperimentConfig,
-    rows: Sequence[RobustnessRow],
-    algos: Sequence[PruneAlgo],
-    folder: Path,
+def write_robustness(
+    config: ExperimentConfig, rows: Sequence[RobustnessRow], algos: Sequence[PruneAlgo]
 ) -> None:
-    from auto_circuit.robustness_plot import robustness_fig
+    """Write configuration, rows and figure; all or nothing. Raises FileError."""
 
-    with folder_written_whole(folder) as new:
+    def fill(new: Path) -> None:
+        from auto_circuit.robustness_plot import robustness_fig
+
         (new / "config.json").write_text(config.json)
         _as_table(rows).to_parquet(new / "robustness.parquet")
         fig = robustness_fig(rows, {algo.key: algo.short_name for algo in algos})
         fig.write_html(new / "robustness.html", include_plotlyjs="directory")
+
+    _write_folder(config, {"rows": digest(repr(rows).encode())}, fill)
 
 
 def print_robustness(
@@ -398,4 +416,4 @@ def print_robustness(
         table.add_row(shown, value + ("*" if is_base else ""), *cells)
         last_choice = choice
     console.print(table)
-    _print_folder(config.folder, console)
+    _print_folder(config, console)

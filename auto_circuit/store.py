@@ -3,9 +3,9 @@
 A cell's key is a hash over everything that changes its result, so the same cell of two
 sweeps is computed once. On the disk a cell is
 
-    cells/<kind>/<key>-<checksum>.safetensors     tensors, if it has any
-    cells/<kind>/<key>-<checksum>.parquet         rows, if it has any
-    cells/<kind>/<key>.json                       the manifest, written last
+    <kind>/<key>-<checksum>.safetensors     tensors, if it has any
+    <kind>/<key>-<checksum>.parquet         rows, if it has any
+    <kind>/<key>.json                       the manifest, written last
 
 A data file is named by what is in it, and the manifest names the data files: whoever reads
 a manifest finds its very files, also when two processes write one cell at once. A cell
@@ -86,7 +86,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Where its manifest is, without `.json`."""
-        return f"cells/{self.kind}/{self.key}"
+        return f"{self.kind}/{self.key}"
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class LocalFolder:
                     self._tidy()
 
     def _tidy(self) -> None:
-        left = [*self.path.glob("cells/*/.partial-*"), *self.path.glob(f"{CLAIMS}/*")]
+        left = [*self.path.glob("*/.partial-*"), *self.path.glob(f"{CLAIMS}/*")]
         for path in left:
             path.unlink(missing_ok=True)
         with suppress(OSError):
@@ -325,6 +325,10 @@ class Store:
             )
             return None
 
+    def holds(self, cell: Cell) -> bool:
+        """Is something stored for the cell? Whether it is sound, only `read` can tell."""
+        return self.folder.read(f"{cell.name}.json") is not None
+
     def _read(self, cell: Cell) -> CellResult | None:
         content = self.folder.read(f"{cell.name}.json")
         if content is None:
@@ -332,11 +336,11 @@ class Store:
         manifest = _manifest(content, cell)
         data = {}
         for name, digest in manifest["files"].items():
-            part = self.folder.read(f"cells/{cell.kind}/{name}")
+            part = self.folder.read(f"{cell.kind}/{name}")
             if part is None:
                 raise DataError(f"the file {name} of {cell.name}.json is missing.")
             if hashlib.sha256(part).hexdigest() != digest:
-                raise DataError(f"the file cells/{cell.kind}/{name} is damaged.")
+                raise DataError(f"the file {cell.kind}/{name} is damaged.")
             data[Path(name).suffix] = part
         return CellResult(
             tensors=_tensors(data.get(".safetensors"), manifest["tensors"]),
@@ -351,7 +355,7 @@ class Store:
         for suffix, content in _contents(result).items():
             digest = hashlib.sha256(content).hexdigest()
             name = f"{cell.key}-{digest[:8]}{suffix}"
-            self.folder.write(f"cells/{cell.kind}/{name}", content)
+            self.folder.write(f"{cell.kind}/{name}", content)
             files[name] = digest
         manifest = {
             "kind": cell.kind,
@@ -369,7 +373,7 @@ class Store:
 
     def cells(self, kind: str) -> list[str]:
         """The keys of all cells of a kind, sorted."""
-        names = self.folder.names(f"cells/{kind}")
+        names = self.folder.names(kind)
         return [name.removesuffix(".json") for name in names if name.endswith(".json")]
 
     def claimed(self, cell: Cell) -> AbstractContextManager[bool]:
@@ -481,3 +485,14 @@ def _table(content: bytes) -> pandas.DataFrame:
     import pandas
 
     return pandas.read_parquet(io.BytesIO(content))
+
+
+# ------------------------------------------------------------------------- whole folders
+
+
+def put_folder(folder: Path, address: str) -> None:
+    """Copy the files of a folder to an address that fsspec knows. Raises FileError."""
+    place = _folder(address)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            place.write(path.relative_to(folder).as_posix(), path.read_bytes())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from auto_circuit.metrics.area_under_curve import accuracy_area, mean_curve, task_areas
@@ -34,11 +34,16 @@ Numbers = dict[str, int | float | None]
 
 @dataclass(frozen=True)
 class ExperimentResults:
-    """What an experiment found: each task's and seed's run, and a summary of them all."""
+    """What an experiment found: each task's and seed's run, and a summary of them all.
+
+    failed: what could not be computed -> the error. cells: the keys of what could.
+    """
 
     config: ExperimentConfig
     runs: list[TaskRun]
     summary: pandas.DataFrame
+    failed: Mapping[str, str] = field(default_factory=dict)
+    cells: tuple[str, ...] = ()
 
     @property
     def rows(self) -> list[MeasurementRow]:

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 SHARE = 0.8
 """A circuit does the task if it does this much of it, and all larger ones do."""
 
+MAX_DRAWN = 500
+"""The most edges in the picture of a circuit: of a larger one, the strongest."""
+
 
 # ------------------------------------------------------------------------------- results
 
@@ -75,7 +78,8 @@ class FoundCircuit:
     """The smallest tested circuit of some scores from which on all do 80 % of the task.
 
     The whole graph is none. percent: how much it does. n_graph_edges: of the whole graph.
-    document: what `save_circuit` would write. drawing: what its picture shows.
+    document: what `save_circuit` would write. drawing: what its picture shows, of at most
+    `MAX_DRAWN` edges.
     """
 
     n_edges: int
@@ -302,7 +306,9 @@ def _found_circuit(
         percent=dict(curve)[n_edges],
         n_graph_edges=task.model.n_edges,
         document=circuit_document(task.model, scores, task.key),
-        drawing=drawing(task.model, scores, seq_labels=task.test_loader.seq_labels),
+        drawing=drawing(
+            task.model, scores, seq_labels=task.test_loader.seq_labels
+        ).strongest(MAX_DRAWN),
     )
 
 

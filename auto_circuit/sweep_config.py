@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from auto_circuit.checks import (
     check_number,
     checked,
 )
-from auto_circuit.errors import ConfigError, about
+from auto_circuit.errors import ConfigError, ModelError, about, near_matches
 from auto_circuit.files import checked_file_name
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
@@ -43,6 +44,8 @@ from auto_circuit.types import AblationType, EdgeCounts, PatchType, TaskKey, Tes
 MAX_SEED = 2**32 - 1
 MAX_SEEDS = 31
 """More would run for days, and tell little more."""
+MIN_FREE_BYTES = 8 * 2**20
+"""Less room than this is too little for the results of any sweep."""
 
 
 @checked
@@ -83,8 +86,9 @@ class ExperimentConfig(Choices):
     those of one draw, without an interval."""
     device: str | None = None
     """Where models run, for example "cuda"; None: a GPU if there is one."""
-    out: Path = Path("results")
-    """The folder that holds the result folders."""
+    out: str | Path = "results"
+    """The folder that holds the result folders, and all that was ever computed for them; or an
+    address that fsspec knows, such as s3://bucket/results."""
 
     @property
     def json(self) -> str:
@@ -93,11 +97,25 @@ class ExperimentConfig(Choices):
         return json.dumps(fields, indent=2, default=_plain) + "\n"
 
     @property
+    def address(self) -> str:
+        """Where the results are: the same place for the same configuration."""
+        digest = hashlib.sha256(self.json.encode()).hexdigest()[:8]
+        return f"{str(self.out).rstrip('/')}/{self.name}-{digest}"
+
+    @property
     def folder(self) -> Path:
-        """Where the results are: the same folder for the same configuration."""
-        return (
-            self.out / f"{self.name}-{hashlib.sha256(self.json.encode()).hexdigest()[:8]}"
-        )
+        """The same as a folder of this machine."""
+        return Path(self.address.removeprefix("file://"))
+
+    @property
+    def is_remote(self) -> bool:
+        """Do the results go to another place than this machine's folders?"""
+        return "://" in str(self.out) and not str(self.out).startswith("file://")
+
+    @property
+    def store(self) -> str:
+        """Where all cells are, those of other experiments with the same `out` among them."""
+        return f"{str(self.out).rstrip('/')}/cells"
 
     @property
     def seeds(self) -> range:
@@ -112,6 +130,26 @@ class ExperimentConfig(Choices):
 
 def _plain(value: object) -> object:
     return value.name if isinstance(value, Enum) else str(value)
+
+
+@checked
+@dataclass(frozen=True)
+class RunOptions:
+    """How an experiment runs. It changes no result."""
+
+    force: bool = False
+    """Compute everything again, also what is stored."""
+    only: tuple[str, ...] = ()
+    """Names of the experiment's tasks and algorithms: compute only their cells, and take of
+    the others what is stored. A task and an algorithm: only the cells of both."""
+    workers: int = 0
+    """How many processes compute, with Ray. 0: this one does; with `ray_address`, as many as
+    there is room for."""
+    ray_address: str | None = None
+    """The address of a Ray cluster to compute on, such as auto or 10.0.0.1:6379."""
+    threads: int | None = None
+    """CPU threads of each process. None: as PyTorch chooses here. Another number can change
+    the last digits of results."""
 
 
 # ------------------------------------------------------------- checks, before any work
@@ -187,6 +225,20 @@ def _check_numbers(config: ExperimentConfig) -> None:
         check_number("circuit_shares", share, 0, 1)
 
 
+def check_options(options: RunOptions, plan: Plan) -> None:
+    """Raise ConfigError for numbers that make no sense and names that `plan` has not."""
+    check_count("workers", options.workers, 0)
+    if options.threads is not None:
+        check_count("threads", options.threads, 1)
+    known = [task.key for task in plan.tasks] + [algo.short_name for algo in plan.algos]
+    for name in options.only:
+        if name not in known:
+            raise ConfigError(
+                f"`only` names {name!r}, which is no task or algorithm of this experiment."
+                f"{near_matches(name, known)} It has {', '.join(map(repr, known))}."
+            )
+
+
 def _check_not_empty(config: ExperimentConfig) -> None:
     for field in ("tasks", "algos", "metrics"):
         names: tuple[str, ...] = getattr(config, field)
@@ -214,49 +266,61 @@ def _check_circuits_are_known(tasks: Sequence[Task], algos: Sequence[PruneAlgo])
 
 
 def _check_out_folder(config: ExperimentConfig) -> None:
-    """A folder can be made there, and there is room for something."""
+    """A folder can be made there, and there is room for the results."""
+    if config.is_remote:
+        return  # what can be said about it, `open_store` says
+    folder = config.folder
     try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=config.out) as file:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent) as file:
             file.write(bytes(1 << 16))
             file.flush()
             os.fsync(file.fileno())
+        n_free = shutil.disk_usage(folder.parent).free
     except (OSError, ValueError) as error:  # ValueError: NUL characters
         raise ConfigError(
             f"Results cannot be written to the folder {str(config.out)!r:.300} ({error}). "
             "Choose another one with `out`."
         ) from error
-    for folder in (config.folder, interrupted_folder(config)):
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(
-                f"Results cannot be written to the folder {folder}: there is a file of that "
-                "name. Move it away, or choose another `out`."
-            )
-
-
-def interrupted_folder(config: ExperimentConfig) -> Path:
-    """Where an interrupted experiment's finished part is."""
-    return config.folder.with_name(f"{config.folder.name}-interrupted")
+    if n_free < MIN_FREE_BYTES:
+        raise ConfigError(
+            f"Only {n_free / 2**20:.1f} MiB are free for results in {str(config.out)!r:.300}; "
+            f"figures alone take {MIN_FREE_BYTES / 2**20:.0f} MiB. Make room, or choose "
+            "another folder with `out`."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(
+            f"Results cannot be written to the folder {folder}: there is a file of that "
+            "name. Move it away, or choose another `out`."
+        )
 
 
 # ------------------------------------------------ checks of loaded tasks, before any cell
 
 
-def check_tasks(plan: Plan, config: ExperimentConfig) -> None:
+def check_tasks(plan: Plan, config: ExperimentConfig) -> list[ModelError]:
     """Load each task, and look at what is only known then, before the first one runs.
 
+    Returns the errors of models that cannot be had: their cells will fail, the others go on.
     Raises, of every error saying which task it is of, DataError for prompts that the model's
     tokenizer or graph has no place for and for metrics that cannot be measured on the model's
-    outputs, ConfigError for sizes that the graph does not have, ModelError for a model that
-    cannot be had.
+    outputs, ConfigError for sizes that the graph does not have, and ModelError if no model
+    at all can be had.
     """
+    errors = []
     for task in plan.tasks:
-        with about(f"Task {task.key!r}"):
-            for seed in config.seeds:
-                _check_task(task.with_seed(seed), plan, config)
+        try:
+            with about(f"Task {task.key!r}"):
+                for seed in config.seeds:
+                    _check_task(task.with_seed(seed), plan, config)
+        except ModelError as error:
+            errors.append(error)
         # One alone stays for the sweep; of several, one is in memory at a time.
         if len(plan.tasks) > 1:
             task.free()
+    if errors and len(errors) == len(plan.tasks):
+        raise errors[0]
+    return errors
 
 
 def _check_task(task: Task, plan: Plan, config: ExperimentConfig) -> None:

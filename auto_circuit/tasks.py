@@ -194,7 +194,7 @@ class Task:
         Raises DataError for a file that is not there, is not as it must be, or has too few
         prompts.
         """
-        file = read_prompt_file(self._dataset_path())
+        file = read_prompt_file(self.prompt_path)
         n_train, n_test = self._split_sizes
         missing = missing_prompts(file.prompts, (n_train, n_test))
         if missing is not None:
@@ -280,7 +280,7 @@ class Task:
         batch_sizes = per_split("batch_size", self.batch_size)
         split_sizes = self._split_sizes
         check_count("seed", self.seed, at_least=0)
-        path = self._dataset_path()
+        path = self.prompt_path
         read_prompt_file(path)  # what is wrong with it is said before the model loads
         model: Any = self._bare_model
         has_tokenizer = getattr(model, "tokenizer", None) is not None
@@ -296,7 +296,9 @@ class Task:
             random_seed=self.seed,
         )
 
-    def _dataset_path(self) -> Path:
+    @property
+    def prompt_path(self) -> Path:
+        """The prompt file. Raises DataError if it is not there, ConfigError for no name."""
         if not isinstance(self._dataset_name, (str, Path)):
             raise ConfigError(
                 f"The task {self.key!r} has `_dataset_name` {self._dataset_name!r:.100}; "

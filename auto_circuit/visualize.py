@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from importlib.util import find_spec
 from itertools import groupby
@@ -24,7 +24,7 @@ from auto_circuit.circuit_files import ScoredEdge, scored_edges
 from auto_circuit.errors import ConfigError, FileError, GraphError
 from auto_circuit.files import path_in_folder, write_text, written_whole
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
-from auto_circuit.types import DestNode, Edge, PruneScores, SrcNode
+from auto_circuit.types import Component, DestNode, Edge, PruneScores, SrcNode
 from auto_circuit.utils.component_links import component_srcs
 from auto_circuit.utils.patchable_model import PatchableModel
 
@@ -127,6 +127,53 @@ class Drawing:
             edges=tuple(sorted(ranked[:n_edges])),
             selection=f", the strongest of a circuit of {len(self.edges):,}",
         )
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data (JSON): `of_data` makes the same drawing of it.
+
+        "edges" are [index of the source in "nodes", of the destination, position, score].
+        """
+        nodes = sorted({node for edge, _ in self.edges for node in (edge.src, edge.dest)})
+        index = {node: i for i, node in enumerate(nodes)}
+        return {
+            "nodes": [asdict(node) for node in nodes],
+            "edges": [
+                [index[edge.src], index[edge.dest], edge.seq_idx, score]
+                for edge, score in self.edges
+            ],
+            "readers": dict(self.readers),
+            "layers": sorted(self.layers),
+            "labels": self.labels,
+            "n_graph_edges": self.n_graph_edges,
+            "selection": self.selection,
+        }
+
+    @classmethod
+    def of_data(cls, data: Mapping[str, Any]) -> Drawing:
+        """The drawing that `as_data` gave."""
+        nodes = [_node_of_data(node) for node in data["nodes"]]
+        edges = [
+            (Edge(nodes[src], nodes[dest], seq_idx), score)
+            for src, dest, seq_idx, score in data["edges"]
+        ]
+        labels = data["labels"]
+        return cls(
+            edges=tuple(edges),
+            readers=data["readers"],
+            layers=frozenset(data["layers"]),
+            labels=None if labels is None else tuple(labels),
+            n_graph_edges=data["n_graph_edges"],
+            selection=data["selection"],
+        )
+
+
+def _node_of_data(data: Mapping[str, Any]) -> Any:
+    component, heads = data["component"], data["heads"]
+    read = {
+        "component": None if component is None else Component(**component),
+        "heads": None if heads is None else tuple(heads),
+    }
+    return (SrcNode if "src_idx" in data else DestNode)(**{**data, **read})
 
 
 @checked

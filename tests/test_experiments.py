@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import pytest
 import torch as t
 from safetensors.torch import load, load_file
 
-from auto_circuit import experiments, reports, sweep
+from auto_circuit import experiments, runner, sweep, sweep_cells
 from auto_circuit.metrics.prune_metrics.prune_metrics import PRUNE_METRICS
 from auto_circuit.named_experiments import DESCRIPTIONS, EXPERIMENTS, ROBUSTNESS
 from auto_circuit.prune_algos.edge_attribution_patching import (
@@ -32,7 +33,7 @@ from auto_circuit.prune_algos.prune_algos import (
     PRUNE_ALGOS,
     PruneAlgo,
 )
-from auto_circuit.sweep_config import ExperimentConfig, check_config
+from auto_circuit.sweep_config import ExperimentConfig, RunOptions, check_config
 from auto_circuit.tasks import TASKS
 from tests.browser import check_shown
 from tests.test_reports import LONG_GRADIENT_ALGOS, QUICK_GRADIENT_ALGOS
@@ -69,7 +70,7 @@ def run_process(
 
 
 def score_files(folder: Path) -> dict[str, bytes]:
-    (results,) = folder.iterdir()
+    (results,) = folder.glob("pocket-*")
     return {path.name: path.read_bytes() for path in (results / "scores").iterdir()}
 
 
@@ -84,8 +85,11 @@ def test_a_small_sweep_in_two_processes(tmp_path: Path) -> None:
     random = [load(one[file])["Random/blocks.0.hook_mlp_in"] for file in sorted(one)]
     assert random[0].shape == random[1].shape and not t.equal(*random)
     assert "Pocket IOI" in printed[0] and "EAP" in printed[0]
-    (folder,) = (tmp_path / "1").iterdir()
+    cells, folder = sorted((tmp_path / "1").iterdir())
     assert re.fullmatch(r"pocket-[0-9a-f]{8}", folder.name)
+    assert sorted(path.name for path in cells.iterdir()) == [
+        *("measurements", "scores", "store.json")
+    ]
     assert {path.name for path in folder.iterdir()} == {
         "circuits",
         "config.json",
@@ -93,6 +97,7 @@ def test_a_small_sweep_in_two_processes(tmp_path: Path) -> None:
         "logit-diff-percent.html",
         "measurements.parquet",
         "plotly.min.js",
+        "report.json",
         "scores",
         "summary.csv",
     }
@@ -183,28 +188,44 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in re.sub(r"[\s│]+", " ", text)
 
 
+@pytest.mark.parametrize(
+    ("sent", "code", "word"),
+    [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")],
+)
 def test_interrupted_work_is_not_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sent: signal.Signals,
+    code: int,
+    word: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The second run is interrupted: the first one's results are written."""
-    scores, n_runs = sweep.find_all_scores, []
+    """In the third cell; the same command computes what is left, and nothing else."""
+    find_scores = sweep_cells.find_scores
+    n_runs: list[int] = []
 
     def interrupted(*args: Any) -> Any:
         n_runs.append(1)
-        if len(n_runs) > 1:
-            raise KeyboardInterrupt
-        return scores(*args)
+        if len(n_runs) == 2:
+            os.kill(os.getpid(), sent)
+        return find_scores(*args)
 
-    monkeypatch.setattr(sweep, "find_all_scores", interrupted)
+    monkeypatch.setattr(sweep_cells, "find_scores", interrupted)
+    args = [*SMALL, "--algos", "Random", "--circuit-sizes", "0", "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
-        args = ["--algos", "Random", "--circuit-sizes", "0", "--out", str(tmp_path)]
-        experiments.main([*SMALL, *args])
-    assert stop.value.code == 130
-    error = capsys.readouterr().err
-    (folder,) = tmp_path.iterdir()
-    assert f"Interrupted. 1 of 2 runs were finished: {folder}" in error
-    assert folder.name.endswith("-interrupted")
-    assert set(pd.read_parquet(folder / "measurements.parquet")["seed"]) == {42}
+        experiments.main(args)
+    assert stop.value.code == code
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line == (
+        f"{word}. 2 of 4 cells are finished, and kept in {tmp_path}/cells: the same command "
+        "goes on from there."
+    )
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    experiments.main(args)
+    assert len(n_runs) == 3
+    assert "2 of 4 cells were stored" in capsys.readouterr().out
+    (folder,) = tmp_path.glob("pocket-*")
+    assert set(pd.read_parquet(folder / "measurements.parquet")["seed"]) == {42, 43}
 
 
 @pytest.mark.parametrize("first", [[], ["robustness"]], ids=["sweep", "robustness"])
@@ -214,7 +235,7 @@ def test_an_early_interrupt_is_one_line(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reports, "check_config", interrupted)
+    monkeypatch.setattr(runner, "check_config", interrupted)
     with pytest.raises(SystemExit) as stop:
         experiments.main(first)
     assert stop.value.code == 130
@@ -302,10 +323,10 @@ def test_each_experiment_has_a_help_of_its_own(
 
 
 def test_options_change_the_named_experiment() -> None:
-    name, config = experiments.parse(["robustness", "--algos", "IEG"])
+    name, config, _ = experiments.parse(["robustness", "--algos", "IEG"])
     assert (name, config) == ("robustness", replace(ROBUSTNESS, algos=("IEG",)))
-    assert experiments.parse([]) == ("sweep", ExperimentConfig())
-    assert experiments.parse(["--seed", "3"]) == ("sweep", ExperimentConfig(seed=3))
+    assert experiments.parse([]) == ("sweep", ExperimentConfig(), RunOptions())
+    assert experiments.parse(["--seed", "3"])[1] == ExperimentConfig(seed=3)
 
 
 def test_names_that_experiments_had_are_still_there() -> None:

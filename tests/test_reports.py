@@ -22,7 +22,8 @@ from auto_circuit.prune_algos.mask_gradient import (
     LOGPROB_GRAD_PRUNE_ALGO,
 )
 from auto_circuit.prune_algos.prune_algos import PRUNE_ALGOS, find_prune_algo
-from auto_circuit.reports import print_summary, run_experiment
+from auto_circuit.reports import print_summary
+from auto_circuit.runner import run_experiment
 from auto_circuit.summary import mean_measurements, slug, summarize
 from auto_circuit.sweep import FoundScores, ScoreMeasurements, TaskRun
 from auto_circuit.sweep_config import ExperimentConfig

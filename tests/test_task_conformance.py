@@ -137,7 +137,7 @@ def prompts_and_tokenizer(task: Task, folder: Path) -> tuple[Any, str | Path]:
         path = folder / "prompts.json"
         write(small_tokenizer(), n_prompts=20).write(path, "small")
         return small_tokenizer(), path
-    prompts = json.loads(task._dataset_path().read_text())["prompts"]
+    prompts = json.loads(task.prompt_path.read_text())["prompts"]
     texts = [
         text
         for prompt in prompts

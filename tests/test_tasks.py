@@ -239,7 +239,7 @@ def test_files_that_need_a_tokenizer_of_the_hub_name_their_generator(name: str) 
     task = next(task for task in TASKS if task._dataset_name == name)
     command = re.escape(GENERATORS[name])
     with pytest.raises(DataError, match=f"not part of the repo.*with `python {command}"):
-        task._dataset_path()
+        _ = task.prompt_path
     script, *options = GENERATORS[name].split()
     done = subprocess.run(
         [sys.executable, REPO / script, "--help"], capture_output=True, text=True

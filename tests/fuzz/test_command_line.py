@@ -63,7 +63,7 @@ def test_any_words(first: list[str], words: list[str]) -> None:
     """An error of ours, an exit code of 2 after one line, or a configuration that is checked."""
     try:
         with only_our_errors():
-            _, config = experiments.parse([*first, *words])
+            _, config, options = experiments.parse([*first, *words])
             experiments.check_config(config)
     except SystemExit as stop:
         assert stop.code in ((0, 2) if {"-h", "--help"} & {*words} else (2,))

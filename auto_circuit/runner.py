@@ -1,0 +1,252 @@
+"""Running an experiment: check all, compute what is not stored, write the results.
+
+A straight line: the configuration's plan, its cells (`sweep_cells`), a store that has some of
+them, workers that compute the others (`run_cells`), and reports of them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch as t
+
+from auto_circuit.cells import Choice, InThisProcess, Outcome, Work, Workers, run_cells
+from auto_circuit.errors import AutoCircuitError, ConfigError, about
+from auto_circuit.fingerprints import described
+from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
+from auto_circuit.progress import Bar, Watch
+from auto_circuit.reports import write_results, write_robustness
+from auto_circuit.robustness import RobustnessRow, checked_choices, robustness_rows
+from auto_circuit.store import Cell, CellResult, Store, open_store
+from auto_circuit.summary import ExperimentResults, experiment_results
+from auto_circuit.sweep import algos_of_seed, find_all_scores
+from auto_circuit.sweep_cells import (
+    FinishedCells,
+    OpenTask,
+    SweepCell,
+    TaskInUse,
+    sweep_cells,
+    task_description,
+)
+from auto_circuit.sweep_config import (
+    ExperimentConfig,
+    Plan,
+    RunOptions,
+    check_config,
+    check_options,
+    check_tasks,
+)
+from auto_circuit.tasks import Task
+from auto_circuit.types import AlgoPruneScores
+
+AS_IT_COMES = RunOptions()
+
+
+# -------------------------------------------------------------------------------- sweeps
+
+
+def run_experiment(
+    config: ExperimentConfig,
+    options: RunOptions = AS_IT_COMES,
+    watch: Watch | None = None,
+) -> ExperimentResults:
+    """Run a sweep and write its results to `config.folder`; what is stored is not computed.
+
+    watch: is told of every cell; a bar, if None.
+
+    Raises, before anything is computed, ConfigError for unknown names, numbers and devices that
+    make no sense, circuit sizes that a task's graph does not have, a folder that cannot be
+    written, and a cluster that does not answer; DataError for a prompt file that is not there,
+    and for prompts and metrics that do not fit a task's model; ModelError if no model can be
+    had. A cell that fails is in `failed` of the results, with its error, and the others go
+    on. If it is interrupted (KeyboardInterrupt), what is finished stays in `config.store`.
+    """
+    plan = check_config(config)
+    check_options(options, plan)
+    store = open_store(config.store)
+    with _threads(options.threads), _workers(options) as workers:
+        cells = sweep_cells(plan, config)
+        choice = _choice(options, plan, cells)
+        missing = _missing(cells, store, choice)
+        tasks = [task for task in plan.tasks if task.key in {c.task for c in missing}]
+        check_tasks(plan._replace(tasks=tasks), config)
+        finished = FinishedCells(cells)
+
+        def results() -> ExperimentResults:
+            runs = finished.runs()
+            found = experiment_results(config, runs, plan.algos)
+            return replace(found, failed=finished.failed, cells=finished.keys)
+
+        works = [work for cell in cells for work in cell.works]
+        running = run_cells(works, store, choice, workers)
+        watch = watch or Bar()
+        with watch.watching(len(works)), _kept(config, finished.outcomes, len(works)):
+            for outcome in running:
+                finished.add(outcome)
+                watch.ended(outcome, results)
+    found = results()
+    if found.runs:
+        write_results(found, plan.metrics, plan.algos, is_forced=options.force)
+    return found
+
+
+def _missing(cells: Sequence[SweepCell], store: Store, choice: Choice) -> list[SweepCell]:
+    """Those that have to be computed."""
+    return [
+        cell
+        for cell in cells
+        if any(
+            choice.only(work.cell) and (choice.force or not store.holds(work.cell))
+            for work in cell.works
+        )
+    ]
+
+
+def _choice(options: RunOptions, plan: Plan, cells: Sequence[SweepCell]) -> Choice:
+    tasks = {task.key for task in plan.tasks} & {*options.only}
+    algos = {*options.only} - tasks
+    chosen = {
+        work.cell
+        for cell in cells
+        if (not tasks or cell.task in tasks)
+        and (not algos or algos & {cell.algo, cell.algo_name})
+        for work in cell.works
+    }
+    return Choice(only=chosen.__contains__, force=options.force)
+
+
+@contextmanager
+def _workers(options: RunOptions) -> Iterator[Workers]:
+    """Where cells are computed. Raises ConfigError, before any work, if it is nowhere."""
+    if not (options.workers or options.ray_address):
+        yield InThisProcess()
+        return
+    raise ConfigError("`workers` and `ray_address` need Ray.")
+
+
+@contextmanager
+def _threads(n: int | None) -> Iterator[None]:
+    before = t.get_num_threads()
+    t.set_num_threads(before if n is None else n)
+    try:
+        yield
+    finally:
+        t.set_num_threads(before)
+
+
+@contextmanager
+def _kept(
+    config: ExperimentConfig, outcomes: Mapping[str, Outcome], n_cells: int
+) -> Iterator[None]:
+    """An interruption says what is finished, and an error that it is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        n = sum(outcome.result is not None for outcome in outcomes.values())
+        error.args = (
+            f"{n} of {n_cells} cells are finished, and kept in {config.store}: the same "
+            "command goes on from there.",
+        )
+        raise
+
+
+# ---------------------------------------------------------------------------- robustness
+
+
+def run_robustness(
+    config: ExperimentConfig,
+    options: RunOptions = AS_IT_COMES,
+    watch: Watch | None = None,
+) -> list[RobustnessRow]:
+    """Test the same circuits in other ways, and write how the verdicts change.
+
+    Raises, before anything is computed, as `run_experiment` does, and ConfigError for other
+    metrics than the logit difference's percentage, in which verdicts are stated, for sizes
+    that are no shares, and for several seeds. Each task is one cell. A task that fails
+    raises AutoCircuitError when the others are finished.
+    """
+    plan = check_config(config)
+    check_options(options, plan)
+    _check_robustness(config)
+    store = open_store(config.store)
+    works = [_robustness_work(task, plan, config) for task in plan.tasks]
+    for task, work in zip(plan.tasks, works, strict=True):
+        if options.force or not store.holds(work.cell):
+            with about(f"Task {task.key!r}"):
+                checked_choices(task, config, config.circuit_shares)
+    watch = watch or Bar()
+    outcomes: dict[str, Outcome] = {}
+    with _threads(options.threads), _workers(options) as workers:
+        running = run_cells(works, store, Choice(force=options.force), workers)
+        with watch.watching(len(works)), _kept(config, outcomes, len(works)):
+            for outcome in running:
+                outcomes[outcome.cell.key] = outcome
+                watch.ended(outcome, None)
+    results = [outcomes[work.cell.key].result for work in works]
+    rows = [row for result in results if result is not None for row in _rows_of(result)]
+    if rows:
+        write_robustness(config, rows, plan.algos)
+    failed = [outcome for outcome in outcomes.values() if outcome.error]
+    if failed:
+        raise AutoCircuitError("; ".join(f"{o.cell.label}: {o.error}" for o in failed))
+    return rows
+
+
+def _check_robustness(config: ExperimentConfig) -> None:
+    if config.metrics != (LOGIT_DIFF_PERCENT_METRIC.key,) or config.circuit_sizes:
+        raise ConfigError(
+            "Robustness states verdicts in 'Logit Diff Percent', of circuits whose size is "
+            "a share of the graph: leave `metrics` and `circuit_sizes` out."
+        )
+    if config.n_seeds != 1:
+        raise ConfigError(f"Robustness has one seed; `n_seeds` is {config.n_seeds}.")
+
+
+def _robustness_work(task: Task, plan: Plan, config: ExperimentConfig) -> Work:
+    task = replace(task, seed=config.seed)
+    compute = _TestInOtherWays(plan, config)
+    what = {"task": task_description(task), **compute.description}
+    cell = Cell("robustness", what, f"{task.key}, seed {config.seed}: robustness")
+    return Work(cell, compute, uses=TaskInUse(task))
+
+
+@dataclass(frozen=True)
+class _TestInOtherWays:
+    plan: Plan
+    config: ExperimentConfig
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """All but the task that changes the result."""
+        choices = asdict(self.config)
+        names = ("token_positions", "nodes", "mean_of_ratios", "reverse_clean_corrupt")
+        algos = algos_of_seed(self.plan, self.config, self.config.seed)
+        return {
+            "algorithms": [[algo.key, described(algo.func)] for algo in algos],
+            "seed": self.config.seed,
+            "shares": described(self.config.circuit_shares),
+            **{name: choices[name] for name in names},
+            "ablation": described(self.config.ablation),
+            "patch_type": described(self.config.patch_type),
+        }
+
+    def __call__(self, opened: OpenTask) -> CellResult:
+        import pandas
+
+        config = self.config
+        algos = algos_of_seed(self.plan, config, config.seed)
+
+        def find_scores(task: Task) -> AlgoPruneScores:
+            return {found.algo: found.scores for found in find_all_scores(task, algos)}
+
+        task = opened.of_seed(config.seed)
+        rows = robustness_rows(task, config, config.circuit_shares, find_scores)
+        return CellResult(rows=pandas.DataFrame([asdict(row) for row in rows]))
+
+
+def _rows_of(result: CellResult) -> list[RobustnessRow]:
+    assert result.rows is not None
+    return [RobustnessRow(**row) for row in result.rows.to_dict("records")]

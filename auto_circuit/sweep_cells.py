@@ -1,0 +1,381 @@
+"""A sweep as cells: the scores of each task, algorithm and seed, and what is measured of them.
+
+A cell's key is made from all that changes its result (`fingerprints`): the model's weights,
+the prompts, the task's fields, the algorithm's options, the seed; for measurements also the
+metrics and the way of testing. What is stored is read; the rest is computed by
+`sweep.find_scores` and `sweep.measure_scores`, and stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from torch.nn import Module
+
+from auto_circuit.cells import Outcome, Work
+from auto_circuit.errors import ModelError, about
+from auto_circuit.fingerprints import (
+    described,
+    digest,
+    digest_of_folder,
+    version_of,
+)
+from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
+from auto_circuit.metrics.prune_metrics.prune_metrics import PruneMetric
+from auto_circuit.prune_algos.prune_algos import PruneAlgo
+from auto_circuit.store import Cell, CellResult
+from auto_circuit.sweep import (
+    FoundCircuit,
+    FoundScores,
+    ScoreMeasurements,
+    TaskRun,
+    algos_of_seed,
+    find_scores,
+    measure_scores,
+)
+from auto_circuit.sweep_config import ExperimentConfig, Plan
+from auto_circuit.tasks import Task
+from auto_circuit.types import AlgoKey, MeasurementRow, TaskKey
+
+if TYPE_CHECKING:
+    import pandas
+
+SCORES, MEASUREMENTS = "scores", "measurements"
+"""Kinds of cells."""
+
+NOT_OF_RESULTS = ("key", "name", "device", "seed", "_model_def", "_dataset_name")
+"""Fields of a Task that change no number, or that are described by what they stand for."""
+
+
+# ------------------------------------------------------------------------------ the graph
+
+
+@dataclass(frozen=True)
+class SweepCell:
+    """The two cells of one task, algorithm and seed."""
+
+    task: TaskKey
+    seed: int
+    algo: AlgoKey
+    algo_name: str
+    scores: Work
+    measurements: Work
+
+    @property
+    def works(self) -> tuple[Work, Work]:
+        """The scores, and what is measured of them."""
+        return self.scores, self.measurements
+
+
+def sweep_cells(plan: Plan, config: ExperimentConfig) -> list[SweepCell]:
+    """All cells of a sweep that was checked, in the order in which they are computed.
+
+    Algorithms that need true edges are left out on tasks without. Raises ConfigError for
+    a task, algorithm or metric of which two cannot be told apart (`described`).
+    """
+    cells = []
+    for task in plan.tasks:
+        with about(f"Task {task.key!r}"):
+            description = task_description(task)
+        for seed in config.seeds:
+            for algo in algos_of_seed(plan, config, seed):
+                if has_true_edges(task) or not algo.needs_true_edges:
+                    of_task = _OfTask(task, description, seed)
+                    cells.append(_sweep_cell(of_task, algo, plan.metrics, config))
+    return cells
+
+
+def has_true_edges(task: Task) -> bool:
+    """Are they known? A task that loads in a way of its own is asked when it has loaded."""
+    loads_itself = type(task).init_task is not Task.init_task
+    return task._true_edge_func is not None or (
+        loads_itself and task.true_edges is not None
+    )
+
+
+@dataclass(frozen=True)
+class _OfTask:
+    task: Task
+    description: Mapping[str, Any]
+    seed: int
+
+
+def _sweep_cell(
+    of_task: _OfTask,
+    algo: PruneAlgo,
+    metrics: Sequence[PruneMetric],
+    config: ExperimentConfig,
+) -> SweepCell:
+    task, seed = of_task.task, of_task.seed
+    with about(f"Algorithm {algo.short_name!r}"):
+        algo_description = described(algo.func)
+    label = f"{task.key}, seed {seed}, {algo.short_name}"
+    what = {"task": of_task.description, "seed": seed, "algorithm": algo_description}
+    scores = Cell(SCORES, what, f"{label}: scores")
+    measure = _Measure(algo, tuple(metrics), config, seed)
+    measured = Cell(
+        MEASUREMENTS,
+        {"scores": scores.key, **measure.description},
+        f"{label}: measurements",
+    )
+    uses = TaskInUse(task)
+    return SweepCell(
+        task=task.key,
+        seed=seed,
+        algo=algo.key,
+        algo_name=algo.short_name,
+        scores=Work(scores, _Find(algo, seed), uses=uses),
+        measurements=Work(measured, measure, (scores,), uses),
+    )
+
+
+# ---------------------------------------------------------------------------- computation
+
+
+@dataclass(frozen=True)
+class TaskInUse:
+    """Opens a task: its model loads when it is first needed, and goes at the end."""
+
+    task: Task
+
+    @contextmanager
+    def __call__(self) -> Iterator[OpenTask]:
+        opened = OpenTask(self.task)
+        try:
+            yield opened
+        finally:
+            opened.free()
+
+
+class OpenTask:
+    """A task at work: one model for all seeds, and the full model's outputs of the last one."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._of_seed: Task | None = None
+        self._full: FullModelOuts | None = None
+
+    def of_seed(self, seed: int) -> Task:
+        """The task with the prompts of a seed."""
+        if self._of_seed is None or self._of_seed.seed != seed:
+            self._full = None
+            self._of_seed = self._task.with_seed(seed)
+        return self._of_seed
+
+    def full_model_outs(self, seed: int) -> FullModelOuts:
+        """The full model's outputs on the test prompts of a seed."""
+        task = self.of_seed(seed)
+        if self._full is None:
+            self._full = FullModelOuts(task.model, task.test_loader)
+        return self._full
+
+    def free(self) -> None:
+        """Drop all that was loaded."""
+        self._of_seed = self._full = None
+        self._task.free()
+
+
+@dataclass(frozen=True)
+class _Find:
+    """The scores of an algorithm, which draws from the seed already."""
+
+    algo: PruneAlgo
+    seed: int
+
+    def __call__(self, opened: OpenTask) -> CellResult:
+        task = opened.of_seed(self.seed)
+        task.model  # loads now, so that no algorithm's time includes it  # noqa: B018
+        found = find_scores(task, self.algo)
+        return CellResult(found.scores, cost={"scoring_seconds": found.seconds})
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What is measured of the circuits that scores make."""
+
+    algo: PruneAlgo
+    metrics: tuple[PruneMetric, ...]
+    config: ExperimentConfig
+    seed: int
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """All that changes the measurements but the scores."""
+        config = self.config
+        return {
+            "metrics": [described(metric) for metric in self.metrics],
+            "ablation": described(config.ablation),
+            "patch_type": described(config.patch_type),
+            "reverse_clean_corrupt": config.reverse_clean_corrupt,
+            "sizes": described(config.test_edges),
+            "with_circuit": self.seed == config.seed,
+        }
+
+    def __call__(self, opened: OpenTask, scores: CellResult) -> CellResult:
+        task = opened.of_seed(self.seed)
+        found = FoundScores(
+            *(task.key, task.seed, self.algo.key, self.algo.short_name),
+            scores=dict(scores.tensors),
+            seconds=0.0,
+        )
+        full = opened.full_model_outs(self.seed)
+        measured = measure_scores(task, found, self.metrics, self.config, full)
+        return _result_of(measured)
+
+
+# ------------------------------------------------------------------------ results <-> data
+
+
+def _result_of(measured: ScoreMeasurements) -> CellResult:
+    import pandas
+
+    numbers: dict[str, Any] = {"roc": measured.roc, "auroc": measured.auroc}
+    if measured.circuit is not None:
+        circuit = measured.circuit
+        as_data = {f.name: getattr(circuit, f.name) for f in fields(circuit)}
+        numbers["circuit"] = as_data | {"drawing": circuit.drawing.as_data()}
+    rows = pandas.DataFrame(
+        [asdict(row) for row in measured.rows],
+        columns=[f.name for f in fields(MeasurementRow)],
+    )
+    return CellResult(rows=rows, numbers=numbers)
+
+
+def _measured_of(result: CellResult, cell: SweepCell) -> ScoreMeasurements:
+    assert result.rows is not None
+    rows = [
+        replace(row, task=cell.task, algo=cell.algo)
+        for row in measurement_rows(result.rows)
+    ]
+    circuit, roc = result.numbers.get("circuit"), result.numbers["roc"]
+    if circuit is not None:
+        from auto_circuit.visualize import Drawing
+
+        drawing = Drawing.of_data(circuit["drawing"])
+        circuit = FoundCircuit(**{**circuit, "drawing": drawing})
+    return ScoreMeasurements(
+        algo=cell.algo,
+        rows=tuple(rows),
+        circuit=circuit,
+        roc=None if roc is None else [(x, y) for x, y in roc],
+        auroc=result.numbers["auroc"],
+    )
+
+
+def measurement_rows(table: pandas.DataFrame) -> list[MeasurementRow]:
+    """The rows of a table, in which a number that is missing is NaN."""
+    return [_row(record) for record in table.to_dict("records")]
+
+
+def _row(record: Mapping[Any, Any]) -> MeasurementRow:
+    row: dict[str, Any] = {
+        name: None if name != "value" and value != value else value
+        for name, value in record.items()
+    }
+    for name in ("n_prompts", "seed"):
+        row[name] = None if row[name] is None else int(row[name])
+    return MeasurementRow(**row)
+
+
+@dataclass
+class FinishedCells:
+    """What a sweep's cells have given so far; it grows while the sweep runs."""
+
+    cells: Sequence[SweepCell]
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def add(self, outcome: Outcome) -> None:
+        """One more has come to its end."""
+        self.outcomes[outcome.cell.key] = outcome
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """The label of each that ended with an error -> the error."""
+        return {o.cell.label: o.error for o in self.outcomes.values() if o.error}
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of those that have a result."""
+        done = [key for key, o in self.outcomes.items() if o.result is not None]
+        return tuple(sorted(done))
+
+    def runs(self) -> list[TaskRun]:
+        """The run of each task and seed, of the algorithms that have been measured."""
+        runs: dict[tuple[TaskKey, int], list[SweepCell]] = {}
+        for cell in self.cells:
+            if self._result(cell.measurements) is not None:
+                runs.setdefault((cell.task, cell.seed), []).append(cell)
+        return [self._run(task, seed, cells) for (task, seed), cells in runs.items()]
+
+    def _run(self, task: TaskKey, seed: int, cells: Sequence[SweepCell]) -> TaskRun:
+        found, measured = [], []
+        for cell in cells:
+            scores, rows = self._result(cell.scores), self._result(cell.measurements)
+            assert scores is not None and rows is not None
+            seconds = float(scores.cost["scoring_seconds"])
+            named = (task, seed, cell.algo, cell.algo_name)
+            found.append(FoundScores(*named, dict(scores.tensors), seconds))
+            measured.append(_measured_of(rows, cell))
+        return TaskRun(task, seed, tuple(found), tuple(measured))
+
+    def _result(self, work: Work) -> CellResult | None:
+        outcome = self.outcomes.get(work.cell.key)
+        return None if outcome is None else outcome.result
+
+
+# -------------------------------------------------------------------- what a task is made of
+
+
+def task_description(task: Task) -> dict[str, Any]:
+    """All of a task that changes a result but its seed: weights and prompts by content."""
+    rest = {f.name: getattr(task, f.name) for f in fields(task)}
+    rest = {name: described(v) for name, v in rest.items() if name not in NOT_OF_RESULTS}
+    if type(task).init_task is not Task.init_task:
+        loaded = [task.model.wrapped_model, *_batches(task)]
+        return {"class": described(type(task)), "loaded": described(loaded), **rest}
+    prompts = digest(task.prompt_path.read_bytes())
+    return {"weights": _weights(task), "prompts": prompts, **rest}
+
+
+def _batches(task: Task) -> list[Any]:
+    batches = [*task.train_loader, *task.test_loader]
+    return [[b.clean, b.corrupt, b.answers, b.wrong_answers] for b in batches]
+
+
+def _weights(task: Task) -> Any:
+    from auto_circuit.model_utils.tracr_model_utils import TRACR_TASK_KEY
+
+    model = task._model_def
+    if isinstance(model, Module):
+        return described(model)
+    if model in get_args(TRACR_TASK_KEY):
+        return {"program": str(model), "tracr": version_of("tracr-pypi")}
+    if Path(model).is_dir():
+        return digest_of_folder(Path(model))
+    folder = _hub_folder(str(model)) or _downloaded(task)
+    return {"unavailable": str(model)} if folder is None else folder
+
+
+def _hub_folder(name: str) -> str | None:
+    """The digest of a hub model's files, if they are on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return digest_of_folder(Path(path).parent) if isinstance(path, str) else None
+
+
+def _downloaded(task: Task) -> Any:
+    """The digest of what loading the model brings; None if it cannot be had."""
+    try:
+        model = task._bare_model
+    except (ModelError, OSError):
+        return None  # its cells will say so, and nothing is stored
+    return _hub_folder(str(task._model_def)) or described(model)
