@@ -128,31 +128,30 @@ def test_the_difference_of_means_has_no_points() -> None:
 
 
 @pytest.mark.parametrize(
-    "circuit,n_edges",
+    ("circuit", "patch_type", "n_edges"),
     [
-        (IOI_CIRCUIT_TYPE.NODES, 6540),
-        (IOI_CIRCUIT_TYPE.EDGES, 771),
-        (IOI_CIRCUIT_TYPE.EDGES_MLP_0_ONLY, 242),
+        (IOI_CIRCUIT_TYPE.NODES, PatchType.EDGE_PATCH, 6540),
+        (IOI_CIRCUIT_TYPE.EDGES, PatchType.TREE_PATCH, 771),
+        (IOI_CIRCUIT_TYPE.EDGES_MLP_0_ONLY, PatchType.EDGE_PATCH, 242),
     ],
 )
 def test_published_sizes_without_positions(
-    circuit: IOI_CIRCUIT_TYPE, n_edges: int
+    circuit: IOI_CIRCUIT_TYPE, patch_type: PatchType, n_edges: int
 ) -> None:
-    for patch_type in PatchType:
-        result = study(
-            gpt2_shape(),
-            2,
-            False,
-            "BABA",
-            TEMPLATE_IDX,
-            factorized=True,
-            circuit=circuit,
-            ablation_type=AblationType.RESAMPLE,
-            tok_pos=False,
-            patch_type=patch_type,
-        )
-        assert result.n_edges == n_edges
-        assert len(result.percents) == 2
+    result = study(
+        gpt2_shape(),
+        2,
+        False,
+        "BABA",
+        TEMPLATE_IDX,
+        factorized=True,
+        circuit=circuit,
+        ablation_type=AblationType.RESAMPLE,
+        tok_pos=False,
+        patch_type=patch_type,
+    )
+    assert result.n_edges == n_edges
+    assert len(result.percents) == 2
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[1]
-# All tasks of the default sweep; its slow algorithms need nothing more from the wheel.
+# All tasks of the default sweep; its slow algorithms, and more seeds and sizes, need nothing
+# more from the wheel.
 SWEEP = ["-m", "auto_circuit.experiments", "--name", "wheel-check"]
-SWEEP += ["--algos", "Random", "EAP"]
+SWEEP += ["--algos", "Random", "EAP", "--n-seeds", "1", "--circuit-sizes", "0", "50"]
 
 pytestmark = pytest.mark.slow
 

@@ -86,7 +86,8 @@ def test_the_report_on_numbers(tmp_path: Path) -> None:
     of_numbers = TRACR_XPROPORTION
     algos = tuple(name for name in of_numbers.algos if name not in TRAININGS_OF_NUMBERS)
     assert len(algos) + len(TRAININGS_OF_NUMBERS) == len(of_numbers.algos)
-    results = run_experiment(replace(of_numbers, algos=algos, out=tmp_path))
+    config = replace(of_numbers, algos=algos, circuit_sizes=(0, 100), out=tmp_path)
+    results = run_experiment(config)
     aurocs = results.summary.set_index("algorithm")["auroc"]
     finders = set(algos) - {"Act Mag", "Random", "EAP (MSE)", "HISP (MSE)"}
     assert len(finders) == 8 and (aurocs[list(finders)] == 1.0).all()

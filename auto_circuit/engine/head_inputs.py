@@ -12,6 +12,7 @@ at all: the projection is applied to the scalar products of the gradients instea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch as t
@@ -112,6 +113,15 @@ def _add(
 # --------------------------------------------------------------------- without gradients
 
 
+def _base_out(
+    heads: HeadInputs, normed: Residual, base_outs: Sequence[Outputs] | None, i: int
+) -> Outputs:
+    """What a linear map makes of the input that no row changes."""
+    if base_outs is not None:
+        return base_outs[i]
+    return linear_forward(heads.linears[i][0], normed)
+
+
 def _with_changed_rows(
     heads: HeadInputs,
     normed: Residual,
@@ -120,13 +130,8 @@ def _with_changed_rows(
     changed: list[int],
 ) -> list[Outputs]:
     """The heads' outputs, where these have inputs of their own (the first of `inputs`)."""
-
-    def base_out(i: int) -> Outputs:
-        if base_outs is not None:
-            return base_outs[i]
-        return linear_forward(heads.linears[i][0], normed)
-
     inputs = _norm(heads, inputs)
+    base_out = partial(_base_out, heads, normed, base_outs)
     outs = []
     for i, ((linear, n_heads), rows) in enumerate(
         zip(heads.linears, heads.rows(), strict=True)

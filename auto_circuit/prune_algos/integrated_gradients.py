@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch as t
@@ -235,17 +236,18 @@ def _input_path_scores(
 @contextmanager
 def _input_replaced(model: PatchableModel, value: Tensor) -> Iterator[None]:
     """Inside, the first source writes `value`, and the engine's hooks see it."""
-
-    def replace(module: Module, args: Any, out: Tensor) -> Tensor:
-        return value.reshape(out.shape)
-
     start = model.plan.src_ports[0]
     assert start.srcs == slice(0, 1)
+    replace = partial(_replacement, value)
     handle = start.site.module.register_forward_hook(replace, prepend=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _replacement(value: Tensor, module: Module, args: Any, out: Tensor) -> Tensor:
+    return value.reshape(out.shape)
 
 
 # ------------------------------------------------------------------ moving activations

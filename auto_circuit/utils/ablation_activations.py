@@ -253,25 +253,33 @@ def record_src_outs(
 
     reuse: activations of an earlier call, whose memory may be taken if it fits.
     """
-    # Tokens outermost in memory: the layout in which the engine reads it fastest.
-    buffer = None if reuse is None else reuse.movedim(0, 2)
-
-    def record(srcs: slice, heads: Float[Tensor, "batch seq src d_model"]) -> None:
-        nonlocal buffer
-        batch, seq, _, d_model = heads.shape
-        shape = (batch, seq, model.plan.n_srcs, d_model)
-        if buffer is None or buffer.shape != shape:
-            buffer = model.pass_buffers.new(heads, shape)
-        buffer[:, :, srcs] = heads
-
+    recorder = _Recorder(model, reuse)
     with (
         unpatched(model, grad=False),
-        _recorded(model, record),
+        _recorded(model, recorder.record),
         last_position_only(model),
     ):
         model(inputs, **kwargs)
-    assert buffer is not None
-    return buffer.movedim(2, 0)
+    assert recorder.buffer is not None
+    return recorder.buffer.movedim(2, 0)
+
+
+class _Recorder:
+    """One tensor for what all sources write, made for the first one that does."""
+
+    def __init__(
+        self, model: PatchableModel, reuse: Float[Tensor, "src _ _ d_model"] | None
+    ) -> None:
+        self.model = model
+        # Tokens outermost in memory: the layout in which the engine reads it fastest.
+        self.buffer = None if reuse is None else reuse.movedim(0, 2)
+
+    def record(self, srcs: slice, heads: Float[Tensor, "batch seq src d_model"]) -> None:
+        batch, seq, _, d_model = heads.shape
+        shape = (batch, seq, self.model.plan.n_srcs, d_model)
+        if self.buffer is None or self.buffer.shape != shape:
+            self.buffer = self.model.pass_buffers.new(heads, shape)
+        self.buffer[:, :, srcs] = heads
 
 
 def _batches(dataloader: PromptDataLoader) -> Iterator[PromptPairBatch]:

@@ -369,14 +369,15 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
 
 @contextmanager
 def _recording(module: Module, outputs: list[Tensor]) -> Iterator[None]:
-    def record(module: Module, args: Any, out: Tensor) -> None:
-        outputs.append(out)
-
-    handle = module.register_forward_hook(record)
+    handle = module.register_forward_hook(partial(_record, outputs))
     try:
         yield
     finally:
         handle.remove()
+
+
+def _record(outputs: list[Tensor], module: Module, args: Any, out: Tensor) -> None:
+    outputs.append(out)
 
 
 def _check_fired_once(name: str, fired: list[Tensor], model: PatchableModel) -> None:

@@ -689,18 +689,19 @@ def last_position_only(model: PatchableModel) -> Iterator[None]:
         yield
         return
 
-    def cut(module: Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if UserHooks(unembed).ids():
-            return args  # they mean all positions
-        # Contiguous: torch would otherwise multiply the examples one by one.
-        return (args[0][:, -1:].contiguous(), *args[1:])
-
     with in_use(model.wrapped_model, model):
-        handle = unembed.register_forward_pre_hook(cut)
+        handle = unembed.register_forward_pre_hook(_cut_to_last_position)
         try:
             yield
         finally:
             handle.remove()
+
+
+def _cut_to_last_position(unembed: Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if UserHooks(unembed).ids():
+        return args  # they mean all positions
+    # Contiguous: torch would otherwise multiply the examples one by one.
+    return (args[0][:, -1:].contiguous(), *args[1:])
 
 
 @contextmanager

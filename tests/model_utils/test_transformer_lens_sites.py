@@ -66,7 +66,6 @@ def outputs_and_gradients(model: PatchableModel, kind: str) -> list[Tensor]:
     return [patch, outputs.detach(), *without_gradients, *gradients]
 
 
-@pytest.mark.parametrize("kind", ["none", "any", "few", "most"])
 @pytest.mark.parametrize("separate_qkv", [True, False], ids=["qkv", "head"])
 @pytest.mark.parametrize("seq_len", [None, SEQ], ids=["all", "positions"])
 @pytest.mark.parametrize(
@@ -76,26 +75,24 @@ def test_heads_by_weights_are_those_of_the_switches(
     make: Callable[[], Any],
     seq_len: int | None,
     separate_qkv: bool,
-    kind: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    kinds = ("none", "any", "few", "most")
     bridge = make().to(t.float64)
     args = (bridge, True, None, seq_len, separate_qkv)
-    by_weights = outputs_and_gradients(patchable_model(*args), kind)
+    model = patchable_model(*args)
+    by_weights = [outputs_and_gradients(model, kind) for kind in kinds]
     without_weights(monkeypatch)
     model = patchable_model(*args)
     assert all(port.heads is None for port in model.plan.dest_ports)
-    by_switches = outputs_and_gradients(model, kind)
-    assert len(by_weights) == 4 + len(model.patch_masks)
-    # Of circuits of few edges, most edges have no gradient at all.
-    n_not_zero = sum(bool(tensor.any()) for tensor in by_weights)
-    assert n_not_zero > len(by_weights) / 2
     # Llama's norm computes in float32, whatever it is given.
-    atol = 1e-6 if make is llama else 1e-12
-    for ours, theirs in zip(by_weights, by_switches, strict=True):
-        t.testing.assert_close(
-            ours, theirs, atol=atol, rtol=1e-5 if make is llama else 0.0
-        )
+    atol, rtol = (1e-6, 1e-5) if make is llama else (1e-12, 0.0)
+    for kind, ours in zip(kinds, by_weights, strict=True):
+        assert len(ours) == 4 + len(model.patch_masks)
+        # Of circuits of few edges, most edges have no gradient at all.
+        assert sum(bool(tensor.any()) for tensor in ours) > len(ours) / 2
+        theirs = outputs_and_gradients(model, kind)
+        t.testing.assert_close(ours, theirs, atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])

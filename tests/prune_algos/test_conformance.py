@@ -50,6 +50,7 @@ SHORT = {
     "circuit_sizes": (5, 10),
     "n_candidates": 50,
     "all_edges_up_to": 0,
+    "tao_exps": (-6, -2),
 }
 # A forward pass for each edge: not on the largest graphs.
 ONE_BY_ONE = ("ACDC", "MSE ACDC", "Exact Edge Patching", "MSE Exact Edge Patching")

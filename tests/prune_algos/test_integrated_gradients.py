@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from auto_circuit.prune_algos.integrated_gradients import (
     clean_corrupt_prune_scores,
     input_integrated_gradients_prune_scores,
 )
+from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.types import AblationType, PruneScores, SrcNode
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model, set_all_masks
@@ -40,6 +44,12 @@ inputs, activations = (
     input_integrated_gradients_prune_scores,
     activation_integrated_gradients_prune_scores,
 )
+
+
+def brief(algo: PruneAlgo) -> Callable[..., PruneScores]:
+    """The algorithm with few points on the path: enough for what holds of any number."""
+    has_points = "integrated_grad_samples" in inspect.signature(algo.func).parameters
+    return partial(algo.func, integrated_grad_samples=2) if has_points else algo.func
 
 
 def flat(model: PatchableModel, scores: PruneScores) -> Tensor:
@@ -203,7 +213,7 @@ def test_activation_scores_add_up_to_each_sources_effect(
         model,
         token_loader(4, 4),
         None,
-        integrated_grad_samples=30,
+        integrated_grad_samples=12,
         share_passes=share_passes,
     )
     by_group: dict[str, list[SrcNode]] = {}
@@ -219,8 +229,8 @@ def test_activation_scores_add_up_to_each_sources_effect(
 
 def test_sharing_passes_changes_only_heads() -> None:
     model, loader = make(), token_loader(4, 2)
-    shared = flat(model, activations(model, loader, None))
-    alone = flat(model, activations(model, loader, None, share_passes=False))
+    few = partial(activations, model, loader, None, integrated_grad_samples=3)
+    shared, alone = flat(model, few()), flat(model, few(share_passes=False))
     is_head = t.tensor([edge.src.head_idx is not None for edge in model.edges])
     t.testing.assert_close(shared[~is_head], alone[~is_head])
     assert not t.allclose(shared[is_head], alone[is_head], rtol=1e-3)
@@ -252,31 +262,31 @@ def test_on_a_linear_model_scores_are_the_exact_effects(algo: Any) -> None:
 @pytest.mark.parametrize("algo", ALGOS, ids=lambda algo: algo.short_name)
 @pytest.mark.parametrize("seq_len", [None, 5], ids=["all", "positions"])
 def test_batches_positions_and_state(algo: Any, seq_len: int | None) -> None:
-    model = make(seq_len=seq_len)
+    model, func = make(seq_len=seq_len), brief(algo)
     before = state_snapshot(model)
-    small, large = (algo.func(model, token_loader(5, size), None) for size in (2, 5))
+    small, large = (func(model, token_loader(5, size), None) for size in (2, 5))
     assert state_snapshot(model) == before
     assert model.patch_session is None
     for name, scores in small.items():
         assert scores.shape == model.patch_masks[name].shape
         t.testing.assert_close(scores, large[name], rtol=1e-4, atol=1e-6)
     if seq_len is not None:
-        summed = algo.func(make(), token_loader(5, 5), None)
+        summed = func(make(), token_loader(5, 5), None)
         for name, scores in summed.items():
             t.testing.assert_close(large[name].sum(0), scores, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("algo", ALGOS, ids=lambda algo: algo.short_name)
 def test_other_graphs_and_ablations(algo: Any) -> None:
-    loader = token_loader(4, 2)
+    loader, func = token_loader(4, 2), brief(algo)
     models = [
         patchable_model(gpt2(), False, "last_seq", separate_qkv=True),
         patchable_model(gemma2(), True, "last_seq", separate_qkv=False),
     ]
     for model in models:
-        resample = flat(model, algo.func(model, loader, None))
+        resample = flat(model, func(model, loader, None))
         for ablation in (AblationType.ZERO, AblationType.TOKENWISE_MEAN_CORRUPT):
-            scores = flat(model, algo.func(model, loader, None, ablation_type=ablation))
+            scores = flat(model, func(model, loader, None, ablation_type=ablation))
             assert scores.isfinite().all() and (scores != 0).any()
             assert not t.allclose(scores, resample)
 

@@ -43,8 +43,8 @@ CIRCUIT = (
 )
 # Long enough for a graph of 25 edges.
 SETTINGS: dict[str, Any] = {
-    "n_steps": 300,
-    "epochs": 150,
+    "n_steps": 150,
+    "epochs": 75,
     "circuit_sizes": (len(CIRCUIT),),
     "target_sparsity": 0.8,
     "integrated_grad_samples": 5,

@@ -126,7 +126,7 @@ def test_acdc_is_the_plain_loop_on_the_pocket_model() -> None:
     """Every eighth edge. Prints how many edges each loop tests per second."""
     task = replace(POCKET_IOI_TASK, batch_size=(3, 1), batch_count=(1, 1))
     edges = list(task.model.edges)[::8]
-    for threshold in (1e-4, 1e-3, 1e-2):
+    for threshold in (1e-4, 1e-2):
         start = time.perf_counter()
         removed = removed_edges(task.model, task.train_loader, threshold, edges=edges)
         middle = time.perf_counter()
@@ -319,7 +319,9 @@ def test_the_quick_variant_is_acdc_on_small_graphs() -> None:
     model, loader = micro_model(), micro_loader([0.1, 0.2], 2)
     exps = {"tao_exps": (-3, -2), "tao_bases": (1,)}
     expected = acdc_prune_scores(model, loader, None, **exps)
-    whole = acdc_after_eap_prune_scores(model, loader, None, 4, all_edges_up_to=13)
+    whole = acdc_after_eap_prune_scores(
+        model, loader, None, 4, all_edges_up_to=13, edges_at_once=3
+    )
     assert len({float(score) for v in whole.values() for score in v.flatten()}) > 1
     for name, scores in whole.items():
         t.testing.assert_close(scores, expected[name])

@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 import torch as t
 
-from auto_circuit.metrics.area_under_curve import area_share
 from auto_circuit.metrics.prune_metrics.answer_diff_percent import (
     measure_answer_diff_percent,
 )
@@ -29,9 +28,8 @@ from auto_circuit.tasks import (
     POCKET_TASKS,
     Task,
 )
-from auto_circuit.types import Measurements, PatchType, PruneScores
+from auto_circuit.types import PatchType, PruneScores
 from auto_circuit.utils.backward_modifiers import gim_backward, relp_backward
-from auto_circuit.utils.edge_counts import edge_counts_util
 from auto_circuit.utils.patchable_model import PatchableModel
 
 pytestmark = pytest.mark.slow
@@ -42,22 +40,16 @@ MANY_PROMPTS_TASK = replace(
 )
 
 
-def percents(task: Task, scores: PruneScores, sizes: list[int] | None) -> Measurements:
-    """The logit difference of circuits, in % of the model's: [(edges, percent)]."""
-    counts = sizes or edge_counts_util(task.model.edges, prune_scores=scores)
-    outs = run_circuits(
-        task.model, task.test_loader, counts, scores, PatchType.TREE_PATCH
-    )
-    return measure_answer_diff_percent(task.model, task.test_loader, outs)
-
-
-# ------------------------------------------------------------------- small circuits
-
-
 def small_circuit(scores: PruneScores) -> float:
     """The logit difference of the circuit of 2 % of the edges, in % of the model's."""
-    size = MANY_PROMPTS_TASK.model.n_edges // 50
-    ((n_edges, percent),) = percents(MANY_PROMPTS_TASK, scores, [size])
+    task = MANY_PROMPTS_TASK
+    size = task.model.n_edges // 50
+    outs = run_circuits(
+        task.model, task.test_loader, [size], scores, PatchType.TREE_PATCH
+    )
+    ((n_edges, percent),) = measure_answer_diff_percent(
+        task.model, task.test_loader, outs
+    )
     assert n_edges == size == 30
     return percent
 
@@ -132,16 +124,6 @@ def test_matryoshka_attribution_finds_a_small_circuit() -> None:
     assert small_circuit(algo.func(task.model, task.train_loader, None)) >= 80
 
 
-@pytest.mark.parametrize("task", POCKET_TASKS, ids=lambda task: task.key)
-def test_matryoshka_attribution_beats_edge_attribution_patching(task: Task) -> None:
-    areas = {}
-    for name in ("EAP", "MAttr quick"):
-        scores = find_prune_algo(name).func(task.model, task.train_loader, None)
-        areas[name] = area_share(percents(task, scores, None), log_x=True)
-    print(f"{task.key}: area under the faithfulness curve {areas}")
-    assert areas["MAttr quick"] > areas["EAP"]
-
-
 # ------------------------------------------------------- estimates and exact effects
 
 
@@ -167,6 +149,7 @@ GRADIENT_METHODS: dict[str, Callable[..., PruneScores]] = {
 
 # They pick the edges whose exact effects are compared, besides the sample.
 FINDERS = tuple(GRADIENT_METHODS)[:6]
+N_SAMPLED = 400
 
 
 def test_modified_gradients_are_near_the_exact_effects() -> None:
@@ -212,9 +195,9 @@ def test_integrated_gradients_are_nearer_to_the_exact_effects(task: Task) -> Non
         )
         for name, func in GRADIENT_METHODS.items()
     }
-    # All, or a random sample, and those that any method takes to be the largest.
+    # A random sample, and those that any method takes to be the largest.
     generator = t.Generator().manual_seed(0)
-    sample = t.randperm(len(edges), generator=generator)[:1519].tolist()
+    sample = t.randperm(len(edges), generator=generator)[:N_SAMPLED].tolist()
     largest = [estimates[n].abs().topk(60).indices.tolist() for n in FINDERS]
     idxs = sorted({*sample, *sum(largest, [])})
     some = [edges[idx] for idx in idxs]

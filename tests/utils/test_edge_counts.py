@@ -34,6 +34,13 @@ def test_logarithmic_sizes_are_below_the_number_of_edges() -> None:
     assert counts == [*range(1, 10), *range(10, 100, 10)]
 
 
+def test_coarse_sizes_are_some_of_the_logarithmic_ones() -> None:
+    counts = edge_counts_util(range(60), EdgeCounts.COARSE)
+    assert counts == [0, 1, 2, 5, 10, 20, 50, 60]
+    of_50 = edge_counts_util(range(50), EdgeCounts.COARSE, zero_edges=False)
+    assert of_50 == [1, 2, 5, 10, 20, 50]
+
+
 def test_lists_have_numbers_and_shares() -> None:
     assert edge_counts_util(EDGES, [0.0, 0.5, 1.0]) == [0, 6, 13]
     assert edge_counts_util(EDGES, [5, 1]) == [1, 5]
