@@ -66,8 +66,9 @@ class ExperimentConfig(Choices):
     metrics: tuple[str, ...] = ("Clean KL Div", "Logit Diff", "Logit Diff Percent")
     """Keys of metrics (see auto_circuit/metrics/prune_metrics/prune_metrics.py). Areas are of
     'Logit Diff Percent'; of accuracy, with 'Correct Answer Greater Than Incorrect Percent'."""
-    edge_counts: EdgeCounts = EdgeCounts.LOGARITHMIC
-    """Which circuit sizes are tested: LOGARITHMIC (1..9, 10, 20, ...), ALL or GROUPS."""
+    edge_counts: EdgeCounts = EdgeCounts.COARSE
+    """Which circuit sizes are tested: COARSE (1, 2, 5, 10, 20, 50, ...), LOGARITHMIC (1..9,
+    10, 20, ...), ALL or GROUPS."""
     circuit_sizes: tuple[int, ...] = ()
     """Exactly these numbers of edges, instead of `edge_counts`."""
     circuit_shares: tuple[float, ...] = ()

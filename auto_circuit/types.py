@@ -56,6 +56,7 @@ class EdgeCounts(_TitledEnum):
     ALL = 1
     LOGARITHMIC = 2
     GROUPS = 3
+    COARSE = 4
 
 
 TestEdges = EdgeCounts | list[int | float] | list[int] | list[float]

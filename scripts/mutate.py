@@ -640,8 +640,8 @@ NUMBERS: tuple[Fault, ...] = (
         "return math.floor(float(count) * n_edges + 1e-6)",
         "return math.ceil(float(count) * n_edges)"),
     fault("logarithmic sizes without 9, 90, 900", "utils/edge_counts.py",
-        "for digit in range(1, 10)]",
-        "for digit in range(1, 9)]"),
+        "_logarithmic_counts(n_edges, range(1, 10))",
+        "_logarithmic_counts(n_edges, range(1, 9))"),
     fault("a known circuit's size is not tested", "utils/edge_counts.py",
         "        counts.add(_checked_count(true_edge_count, n_edges, "
         "\"`true_edge_count`\"))",
@@ -1351,8 +1351,8 @@ EXPERIMENT: tuple[Fault, ...] = (
         "edge.set_prune_score(scores, max(config.thresholds))",
         f"{ACDC}::test_the_quick_variant_is_acdc_on_small_graphs"),
     fault("edges outside of the candidates stay", "prune_algos/acdc_after_eap.py",
-        "model, batch, threshold, edges=candidates, only_edges=True",
-        "model, batch, threshold, edges=candidates, only_edges=False",
+        "only_edges=True",
+        "only_edges=False",
         f"{ACDC}::test_edges_that_are_no_candidates_are_patched_from_the_beginning"),
 )
 

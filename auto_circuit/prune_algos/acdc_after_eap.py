@@ -40,16 +40,19 @@ class AcdcAfterEapConfig(AlgoConfig):
     thresholds: each is the rise of KL(model || circuit), in nats, below which an edge goes.
     all_edges_up_to: in a graph of no more edges than this, all are candidates: then it is
         ACDC itself.
+    edges_at_once: see `AcdcConfig`. The result is the same.
     """
 
     n_candidates: int = 200
     thresholds: Sequence[int | float] = (1e-3, 1e-2)
     all_edges_up_to: int = 0
+    edges_at_once: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", tuple(self.thresholds))
         check_count("n_candidates", self.n_candidates)
         check_count("all_edges_up_to", self.all_edges_up_to, at_least=0)
+        check_count("edges_at_once", self.edges_at_once)
         check_thresholds(self.thresholds)
 
 
@@ -82,9 +85,15 @@ def acdc_after_eap_prune_scores(
     for edge in candidates:
         edge.set_prune_score(scores, math.inf)
     for threshold in sorted(config.thresholds, reverse=True):
-        for edge in take_edges_out(
-            model, batch, threshold, edges=candidates, only_edges=True
-        ):
+        removed = take_edges_out(
+            model,
+            batch,
+            threshold,
+            edges_at_once=config.edges_at_once,
+            edges=candidates,
+            only_edges=True,
+        )
+        for edge in removed:
             edge.set_prune_score(scores, threshold)
     return scores
 
@@ -109,7 +118,7 @@ QUICK_ACDC_PRUNE_ALGO = PruneAlgo(
     _short_name="ACDC quick",
     func=bound(
         acdc_after_eap_prune_scores,
-        AcdcAfterEapConfig(n_candidates=200, all_edges_up_to=2000),
+        AcdcAfterEapConfig(n_candidates=200, all_edges_up_to=2000, edges_at_once=4),
     ),
     needs_wrong_answers=True,
 )

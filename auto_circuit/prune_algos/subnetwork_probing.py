@@ -496,7 +496,7 @@ QUICK_SUBNETWORK_TREE_PROBING_PRUNE_ALGO = PruneAlgo(
         subnetwork_probing_prune_scores,
         SubnetworkProbingConfig(
             learning_rate=0.2,
-            epochs=32,
+            epochs=16,
             regularize_lambda=20,
             first_logit=-2.5,
             circuit_size=30,

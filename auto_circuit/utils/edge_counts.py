@@ -12,6 +12,7 @@ from auto_circuit.ranking import desc_prune_scores
 from auto_circuit.types import EdgeCounts, PruneScores, TestEdges
 
 LOGARITHMIC_FROM = 200
+COARSE_DIGITS = (1, 2, 5)
 MAX_GROUPS = 100
 
 
@@ -28,9 +29,11 @@ def edge_counts_util(
 
     edges: all edges of the graph; only their number counts (`range(n)` will do).
     test_counts: EdgeCounts.ALL: every size. LOGARITHMIC: 1..9, 10, 20, .. 90, 100,
-        200, .. below the number of edges. GROUPS: the sizes at which a group of equal
-        |score| is complete, best first. A list: numbers of edges (int) and shares of
-        all edges in [0, 1] (float; 1 is one edge, 1.0 all of them), rounded down.
+        200, .. below the number of edges. COARSE: of these, 1, 2, 5, 10, 20, 50, ..,
+        which are about evenly apart on a logarithmic axis. GROUPS: the sizes at which a
+        group of equal |score| is complete, best first. A list: numbers of edges (int)
+        and shares of all edges in [0, 1] (float; 1 is one edge, 1.0 all of them),
+        rounded down.
         None: GROUPS if there are few different scores (fewer than 100, and than half
         the edges), else LOGARITHMIC above 200 edges, else ALL.
     zero_edges, all_edges: are 0 and the number of all edges tested? True puts it in, False
@@ -92,14 +95,16 @@ def _rule_counts(
     if test_counts == EdgeCounts.ALL:
         return range(n_edges + 1)
     if test_counts == EdgeCounts.LOGARITHMIC:
-        return _logarithmic_counts(n_edges)
+        return _logarithmic_counts(n_edges, range(1, 10))
+    if test_counts == EdgeCounts.COARSE:
+        return _logarithmic_counts(n_edges, COARSE_DIGITS)
     return _group_counts(n_edges, prune_scores)
 
 
-def _logarithmic_counts(n_edges: int) -> list[int]:
-    """All numbers below n_edges that are one digit and zeros."""
+def _logarithmic_counts(n_edges: int, digits: Sequence[int]) -> list[int]:
+    """All numbers below n_edges that are one of these digits and zeros."""
     n_decades = len(str(n_edges))
-    counts = [digit * 10**d for d in range(n_decades) for digit in range(1, 10)]
+    counts = [digit * 10**d for d in range(n_decades) for digit in digits]
     return [count for count in counts if count < n_edges]
 
 
