@@ -453,7 +453,7 @@ def _at(nested: Mapping[str, Any], edge: Edge) -> Any:
 
 
 def _mib_graph(model: PatchableModel) -> _MibGraph:
-    _check_mib_can_hold(model)
+    check_mib_can_hold(model)
     bridge: Any = model.wrapped_model
     config = bridge.cfg
     dests = {name: dest for dest in model.dests for name in _mib_names(dest)}
@@ -478,7 +478,13 @@ def _mib_graph(model: PatchableModel) -> _MibGraph:
     )
 
 
-def _check_mib_can_hold(model: PatchableModel) -> None:
+@checked
+def check_mib_can_hold(model: PatchableModel) -> None:
+    """Raise ConfigError for a graph that the MIB format cannot hold.
+
+    That is one with positions, unfactorized, without separate q/k/v or MLPs, or with heads
+    that are not sources (Gemma 2).
+    """
     problem = None
     mlps = [src.component for src in model.srcs if src.kind == "mlp"]
     if not model.is_transformer:

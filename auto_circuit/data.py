@@ -696,6 +696,32 @@ def load_datasets_from_json(
     return train_loader, test_loader
 
 
+@checked
+def loader_of_prompts(
+    prompts: Sequence[Prompt],
+    model: Any,
+    prepend_bos: bool = True,
+    batch_size: int = 32,
+    device: t.device | str = "cpu",
+) -> PromptDataLoader:
+    """A loader of prompts that were read already, in their order.
+
+    model: has the tokenizer. prepend_bos: put its BOS token first, if it has one. Shorter
+    prompts are padded on the left.
+
+    Raises DataError as `load_datasets_from_json` does.
+    """
+    batch_size = check_count("batch_size", batch_size, at_most=MAX_BATCH_SIZE)
+    if not prompts:
+        raise DataError("There are no prompts to load.")
+    device = check_device("device", device)
+    with t.device("cpu"):
+        encoded = encode_texts(prompts, model, prepend_bos, pad=True)
+    check_pairs_differ(encoded)
+    dataset = _dataset(encoded.to(device), slice(None), 0)
+    return PromptDataLoader(dataset, None, 0, batch_size=batch_size)
+
+
 def default_prepend_bos(model: Any | None) -> bool:
     """Does the model's `to_tokens` put a BOS token first?
 

@@ -17,13 +17,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from auto_circuit.errors import AutoCircuitError, near_matches
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 
 if TYPE_CHECKING:  # they take most of the time in which `--help` answers
-    from auto_circuit.sweep_config import ExperimentConfig, RunOptions
+    from auto_circuit.sweep_config import RunOptions
 
 DEFAULT = "sweep"
 """The experiment that is meant when the command line begins with an option."""
@@ -77,13 +77,20 @@ def _terminated_like_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run(name: str, config: ExperimentConfig, options: RunOptions) -> bool:
-    """Run an experiment, write its results and print its table. True if nothing failed."""
+def run(name: str, config: Any, options: RunOptions) -> bool:
+    """Run an experiment, write its results and print its table. True if nothing failed.
+
+    config: an ExperimentConfig, or that of one of the PROGRAMS.
+    """
     from rich.console import Console
 
     from auto_circuit import progress, reports, runner
+    from auto_circuit.named_experiments import PROGRAMS
 
     console = Console()
+    if name in PROGRAMS:
+        PROGRAMS[name].run(config, console)
+        return True
     is_reversed = config.reverse_clean_corrupt
     is_seen = console.is_terminal
     watch = progress.Live(console) if is_seen else progress.Lines(console, is_reversed)
@@ -96,7 +103,7 @@ def run(name: str, config: ExperimentConfig, options: RunOptions) -> bool:
     return not results.failed
 
 
-def parse(args: Sequence[str]) -> tuple[str, ExperimentConfig, RunOptions]:
+def parse(args: Sequence[str]) -> tuple[str, Any, RunOptions]:
     """The experiment's name, its configuration with the changes that `args` make, and how
     it runs.
 
@@ -106,27 +113,31 @@ def parse(args: Sequence[str]) -> tuple[str, ExperimentConfig, RunOptions]:
     with _imports_without_collection():
         import tyro
 
-        from auto_circuit.named_experiments import DESCRIPTIONS, EXPERIMENTS, Command
+        from auto_circuit.named_experiments import (
+            DESCRIPTIONS,
+            EXPERIMENTS,
+            PROGRAMS,
+            Command,
+        )
+        from auto_circuit.sweep_config import RunOptions
 
+    known: dict[str, tuple[str, Any]] = {
+        name: (DESCRIPTIONS[name], Command(EXPERIMENTS[name])) for name in EXPERIMENTS
+    } | {name: (program.description, program.config) for name, program in PROGRAMS.items()}
     words = list(args)
     if not words or words[0].startswith("-"):
         words.insert(0, DEFAULT)
     errors = io.StringIO()
     try:
-        if words[0] not in EXPERIMENTS:
+        if words[0] not in known:
             errors.write(
-                f"There is no experiment {words[0]!r}.{near_matches(words[0], EXPERIMENTS)} "
-                f"Known: {', '.join(EXPERIMENTS)}; without a name, it is {DEFAULT!r}."
+                f"There is no experiment {words[0]!r}.{near_matches(words[0], known)} "
+                f"Known: {', '.join(known)}; without a name, it is {DEFAULT!r}."
             )
             raise SystemExit(2)
         with contextlib.redirect_stderr(errors):
             command = tyro.extras.overridable_config_cli(
-                {
-                    name: (DESCRIPTIONS[name], Command(EXPERIMENTS[name]))
-                    for name in EXPERIMENTS
-                },
-                args=words,
-                config=(tyro.conf.OmitArgPrefixes,),
+                known, args=words, config=(tyro.conf.OmitArgPrefixes,)
             )
     except SystemExit as stop:
         if stop.code:
@@ -136,18 +147,21 @@ def parse(args: Sequence[str]) -> tuple[str, ExperimentConfig, RunOptions]:
         else:
             print(known_names())
         raise
-    return words[0], command.config, command.options
+    if isinstance(command, Command):
+        return words[0], command.config, command.options
+    return words[0], command, RunOptions()
 
 
 def known_names() -> str:
     """The names of experiments, tasks, algorithms and metrics, for the end of `--help`."""
     from auto_circuit.metrics.prune_metrics.prune_metrics import PRUNE_METRICS
-    from auto_circuit.named_experiments import DESCRIPTIONS
+    from auto_circuit.named_experiments import DESCRIPTIONS, PROGRAMS
     from auto_circuit.prune_algos.prune_algos import PRUNE_ALGOS
     from auto_circuit.tasks import TASKS
 
     lines = ["Experiments:"]
-    for name, text in DESCRIPTIONS.items():
+    texts = {name: program.description for name, program in PROGRAMS.items()}
+    for name, text in {**DESCRIPTIONS, **texts}.items():
         lines += _wrapped([f"{name}:", *text.split()], " ")
     for title, names in {
         "Tasks": [task.key for task in TASKS],

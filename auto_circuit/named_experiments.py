@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
+from auto_circuit.mib import MibConfig
 from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO
 from auto_circuit.prune_algos.edge_attribution_patching import EDGE_ATTR_PATCH_PRUNE_ALGO
 from auto_circuit.prune_algos.prune_algos import PRUNE_ALGOS
@@ -16,6 +19,9 @@ from auto_circuit.tasks import (
     TRACR_REVERSE_TOKEN_CIRCUIT_TASK,
     TRACR_XPROPORTION_TOKEN_CIRCUIT_TASK,
 )
+
+if TYPE_CHECKING:  # it takes long to import
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -95,3 +101,34 @@ ranking is at 0.998, not at 1.""",
 algorithms that compare numbers.""",
 }
 """The same names -> what `--help` says of them."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a first word of the command line does that is no sweep.
+
+    config: what its options change. description: what `--help` says. run: (config, console)
+    -> None; imports what only a run needs.
+    """
+
+    config: Any
+    description: str
+    run: Callable[[Any, Console], None]
+
+
+def _run_mib(config: MibConfig, console: Console) -> None:
+    from auto_circuit.mib_report import run_and_print
+
+    run_and_print(config, console)
+
+
+PROGRAMS: dict[str, Program] = {
+    "mib": Program(
+        MibConfig(),
+        """The circuit track of the benchmark MIB: CPR, CMD, accuracy area and weighted edge
+counts of one model and task for each algorithm, and the folder to submit. Prompts come from the
+Hugging Face hub, or with --data from a folder with the files of the task's data set.""",
+        _run_mib,
+    ),
+}
+"""Name -> program."""

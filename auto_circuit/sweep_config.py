@@ -267,25 +267,28 @@ def _check_circuits_are_known(tasks: Sequence[Task], algos: Sequence[PruneAlgo])
 
 
 def _check_out_folder(config: ExperimentConfig) -> None:
-    """A folder can be made there, and there is room for the results."""
-    if config.is_remote:
-        return  # what can be said about it, `open_store` says
-    folder = config.folder
+    if not config.is_remote:  # else `open_store` says what can be said about it
+        check_out_folder(config.folder)
+
+
+def check_out_folder(folder: Path) -> None:
+    """Raise ConfigError unless the results' folder can be made, with room for what is in it."""
+    out = folder.parent
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.parent) as file:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
             file.write(bytes(1 << 16))
             file.flush()
             os.fsync(file.fileno())
-        n_free = shutil.disk_usage(folder.parent).free
+        n_free = shutil.disk_usage(out).free
     except (OSError, ValueError) as error:  # ValueError: NUL characters
         raise ConfigError(
-            f"Results cannot be written to the folder {str(config.out)!r:.300} ({error}). "
+            f"Results cannot be written to the folder {str(out)!r:.300} ({error}). "
             "Choose another one with `out`."
         ) from error
     if n_free < MIN_FREE_BYTES:
         raise ConfigError(
-            f"Only {n_free / 2**20:.1f} MiB are free for results in {str(config.out)!r:.300}; "
+            f"Only {n_free / 2**20:.1f} MiB are free for results in {str(out)!r:.300}; "
             f"figures alone take {MIN_FREE_BYTES / 2**20:.0f} MiB. Make room, or choose "
             "another folder with `out`."
         )

@@ -24,14 +24,16 @@ Source: Mueller et al. 2025, MIB (arXiv 2504.13151).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch as t
+from jaxtyping import Float
+from torch import Tensor
 
 from auto_circuit.checks import check_number, checked
-from auto_circuit.circuits import circuit_of_scores
+from auto_circuit.circuits import Circuit, circuit_of_scores
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.metrics.circuit_outs import iter_circuit_outs
@@ -41,7 +43,14 @@ from auto_circuit.metrics.circuit_pruning import (
 )
 from auto_circuit.metrics.edge_ranks import Ranking
 from auto_circuit.metrics.edge_ranks import edge_ranks as edge_ranks
+from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
+from auto_circuit.metrics.prune_metrics.prompt_stats import (
+    PromptVals,
+    batch_vals,
+    warn_of_nan,
+)
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
+    CORRECT_ANSWER_GREATER_THAN_INCORRECT_PERCENT_METRIC,
     LOGIT_DIFF_METRIC,
     PruneMetric,
 )
@@ -49,11 +58,11 @@ from auto_circuit.precision import ROUNDING
 from auto_circuit.types import (
     AblationType,
     BatchOutputs,
-    CircuitOutputs,
     Measurements,
     PruneScores,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.torch_state import in_own_state
 
 MIB_BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The shares of all edges at which MIB measures."""
@@ -68,6 +77,8 @@ class FaithfulnessPoint:
         has no bounds.
     weighted_edge_count: the edges that are no dead ends, at most n_edges; None if they
         were not counted.
+    accuracy: the share of prompts, in %, whose correct answer is above all wrong ones; None
+        if that was not measured.
     """
 
     share: float
@@ -75,6 +86,7 @@ class FaithfulnessPoint:
     value: float
     faithfulness: float
     weighted_edge_count: float | None = None
+    accuracy: float | None = None
 
 
 FaithfulnessCurve = Sequence[FaithfulnessPoint]
@@ -110,34 +122,167 @@ def faithfulness_curve(
     GraphError for scores of another graph or NaN, DataError if the metric is the same,
     within rounding, for the full model and for nothing. Cost: a forward pass per budget.
     """
+    curves = faithfulness_curves(
+        model,
+        dataloader,
+        prune_scores,
+        (ranking,),
+        metric,
+        ablation_type,
+        budgets,
+        selection,
+    )
+    return curves[ranking]
+
+
+@checked
+@in_own_state(grad=False)
+def faithfulness_curves(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    prune_scores: PruneScores,
+    rankings: Sequence[Ranking] = ("signed", "absolute"),
+    metric: PruneMetric = LOGIT_DIFF_METRIC,
+    ablation_type: AblationType = AblationType.RESAMPLE,
+    budgets: Sequence[float] = MIB_BUDGETS,
+    selection: Selection = "best",
+    accuracy: bool = False,
+) -> dict[Ranking, list[FaithfulnessPoint]]:
+    """Ranking -> `faithfulness_curve`, for less than one at a time costs.
+
+    accuracy: measure the circuits' accuracy too, on the same outputs.
+
+    The outputs of one batch are in memory at a time (those of all batches for a metric
+    without a `prompt_func`). Raises as `faithfulness_curve` does, and DataError for prompts
+    without wrong answers, which accuracy compares with.
+    """
     _check_budgets(budgets)
-    metric.check_prompts(dataloader)
+    extra = CORRECT_ANSWER_GREATER_THAN_INCORRECT_PERCENT_METRIC if accuracy else None
+    for one in (metric, extra):
+        if one is not None:
+            one.check_prompts(dataloader)
     prune_scores = model.check_scores(prune_scores)
-    ranks = selection_ranks(model, prune_scores, selection, ranking)
     n_edges = model.n_edges
-    sizes = {share: int(share * n_edges) for share in sorted(budgets)}
-    circuits = {
-        size: circuit_of_scores(model, ranks, size).connected()
-        for size in (0, *sizes.values(), n_edges)
+    shares = {share: int(share * n_edges) for share in sorted(budgets)}
+    circuits: dict[_Place, Circuit] = {}
+    for ranking in rankings:
+        ranks = selection_ranks(model, prune_scores, selection, ranking)
+        for size in (0, *shares.values(), n_edges):
+            place = _place(ranking, size, n_edges)
+            if place not in circuits:
+                circuits[place] = circuit_of_scores(model, ranks, size).connected()
+    measured = _measure(
+        model,
+        dataloader,
+        circuits,
+        [one for one in (metric, extra) if one],
+        ablation_type,
+    )
+    return {
+        ranking: [
+            _point(share, _place(ranking, size, n_edges), circuits, measured)
+            for share, size in shares.items()
+        ]
+        for ranking in rankings
     }
-    outs: CircuitOutputs = {size: {} for size in circuits}
-    by_idx = list(outs.values())
+
+
+_Place = tuple[str, int]
+"""(ranking, number of edges); no ranking for the circuits of no edges and of all."""
+
+
+def _place(ranking: Ranking, size: int, n_edges: int) -> _Place:
+    return ("" if size in (0, n_edges) else ranking, size)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """values: for each metric, circuit -> value. n_edges: of the graph. rounding: by how
+    much values may be off."""
+
+    values: Sequence[Mapping[_Place, float]]
+    n_edges: int
+    rounding: float
+
+
+def _measure(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    circuits: Mapping[_Place, Circuit],
+    metrics: Sequence[PruneMetric],
+    ablation_type: AblationType,
+) -> _Measured:
+    """Run each circuit once, and look at its outputs while they are there."""
+    places = list(circuits)
+    full = FullModelOuts(model, dataloader)
+    vals: list[dict[_Place, list[float]]] = [{p: [] for p in places} for _ in metrics]
+    held: dict[_Place, BatchOutputs] = {place: {} for place in places}
+    with_nan: dict[_Place, None] = {}
+    rounding = 0.0
     all_outs = iter_circuit_outs(model, dataloader, [*circuits.values()], ablation_type)
     for batch, idx, out in all_outs:
-        by_idx[idx][batch.key] = out
-    values = dict(metric.measure(model, dataloader, outs))
-    rounding = _rounding_error(outs[n_edges])
-    return [
-        FaithfulnessPoint(
-            share=share,
-            n_edges=size,
-            value=float(values[size]),
-            faithfulness=faithfulness(values[size], values[0], values[n_edges], rounding),
-            # Without dead ends each edge weighs 1.
-            weighted_edge_count=float(circuits[size].n_edges),
-        )
-        for share, size in sizes.items()
-    ]
+        place = places[idx]
+        if place[1] == model.n_edges and not rounding:
+            rounding = _rounding_error(out)
+        for metric, of_metric in zip(metrics, vals, strict=True):
+            if metric.prompt_func is None:
+                held[place][batch.key] = out
+                continue
+            of_batch = batch_vals(metric.prompt_func, out, batch, full).tolist()
+            of_metric[place] += of_batch
+            if any(map(math.isnan, of_batch)) and bool(out.isnan().any()):
+                with_nan[place] = None
+    warn_of_nan([size for _, size in with_nan], len(places))
+    return _Measured(
+        [
+            (
+                _values_of_held(metric, model, dataloader, held)
+                if metric.prompt_func is None
+                else {p: PromptVals(p[1], of_metric[p]).mean for p in places}
+            )
+            for metric, of_metric in zip(metrics, vals, strict=True)
+        ],
+        model.n_edges,
+        rounding,
+    )
+
+
+def _values_of_held(
+    metric: PruneMetric,
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    held: Mapping[_Place, BatchOutputs],
+) -> dict[_Place, float]:
+    """A metric that is no mean over prompts: it takes the circuits of one ranking."""
+    values: dict[_Place, float] = {}
+    for ranking in {ranking for ranking, _ in held}:
+        outs = {size: out for (of, size), out in held.items() if of in ("", ranking)}
+        found = dict(metric.measure(model, dataloader, outs))
+        values |= {
+            place: float(found[place[1]])
+            for place in held
+            if place[0] in ("", ranking) and place not in values
+        }
+    return values
+
+
+def _point(
+    share: float,
+    place: _Place,
+    circuits: Mapping[_Place, Circuit],
+    measured: _Measured,
+) -> FaithfulnessPoint:
+    values, *others = measured.values
+    ends = values["", 0], values["", measured.n_edges]
+    return FaithfulnessPoint(
+        share=share,
+        n_edges=place[1],
+        value=values[place],
+        faithfulness=faithfulness(values[place], *ends, measured.rounding),
+        # Without dead ends each edge weighs 1.
+        weighted_edge_count=float(circuits[place].n_edges),
+        accuracy=others[0][place] if others else None,
+    )
 
 
 @checked
@@ -196,9 +341,8 @@ def faithfulness(
     return float((value - nothing) / (full_model - nothing))
 
 
-def _rounding_error(full_outs: BatchOutputs) -> float:
+def _rounding_error(out: Float[Tensor, "batch *pos vocab"]) -> float:
     """By how much a metric of these outputs may be off because they are rounded."""
-    out = next(iter(full_outs.values()))
     return 8 * t.finfo(out.dtype).eps * float(out.abs().nanmedian())
 
 

@@ -97,7 +97,15 @@ def prompt_vals(
         )
         for n_edges, outs in circuit_outs.items()
     ]
-    _warn_of_nan(found, circuit_outs)
+    suspects = [vals.n_edges for vals in found if any(map(math.isnan, vals.vals))]
+    warn_of_nan(
+        [
+            n_edges
+            for n_edges in suspects
+            if any(bool(out.isnan().any()) for out in circuit_outs[n_edges].values())
+        ],
+        len(found),
+    )
     return found
 
 
@@ -123,17 +131,14 @@ def batch_vals(
     return vals if vals.is_floating_point() else vals.double()
 
 
-def _warn_of_nan(found: list[PromptVals], circuit_outs: CircuitOutputs) -> None:
-    """One warning if values are NaN because outputs are, and not because of a metric."""
-    suspects = [vals.n_edges for vals in found if any(map(math.isnan, vals.vals))]
-    bad = [
-        n_edges
-        for n_edges in suspects
-        if any(bool(out.isnan().any()) for out in circuit_outs[n_edges].values())
-    ]
+def warn_of_nan(bad: Sequence[int], n_circuits: int) -> None:
+    """One warning if values are NaN because outputs are, and not because of a metric.
+
+    bad: the sizes of those circuits. n_circuits: of how many.
+    """
     if bad:
         warn(
-            f"The outputs of {len(bad)} of {len(found)} circuits hold NaN (not a number), "
+            f"The outputs of {len(bad)} of {n_circuits} circuits hold NaN (not a number), "
             f"so their values are NaN; the first has {bad[0]} edges. Does the model itself "
             "give NaN on these prompts, or does it overflow in half precision?",
             NotANumberWarning,

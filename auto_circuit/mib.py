@@ -1,0 +1,314 @@
+"""The circuit track of the MIB benchmark: from a frozen configuration to data.
+
+For one model and task, each algorithm scores the edges on prompts of the split train; the
+circuits that its scores make are measured on another split, at ten sizes (`MIB_BUDGETS`):
+by signed score for CPR and the accuracy area, by |score| for CMD. Which prompts count, and
+what they are compared with, says `mib_prompts`; what CPR and CMD are, `faithfulness`.
+
+The graph is the benchmark's: edges, with a key and a value for every query head; what is
+patched in are the counterfactuals' activations ("patching"). Prompts begin with the
+tokenizer's BOS token, if it has one.
+
+Source: Mueller et al. 2025, MIB (arXiv 2504.13151), and the track's repository
+(hannamw/MIB-circuit-track: run_attribution.py, run_evaluation.py, README.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch as t
+
+from auto_circuit.checks import check_count, check_device, checked
+from auto_circuit.circuit_files import check_mib_can_hold
+from auto_circuit.data import PromptDataLoader, loader_of_prompts
+from auto_circuit.errors import AutoCircuitError, ConfigError, about
+from auto_circuit.files import checked_file_name
+from auto_circuit.metrics.area_under_curve import accuracy_area
+from auto_circuit.metrics.edge_ranks import Ranking
+from auto_circuit.metrics.faithfulness import (
+    FaithfulnessPoint,
+    circuit_model_distance,
+    circuit_performance_ratio,
+    faithfulness_curves,
+)
+from auto_circuit.mib_prompts import (
+    MibPair,
+    MibPrompts,
+    Split,
+    find_mib_task,
+    mib_prompts,
+    read_mib_pairs,
+)
+from auto_circuit.prune_algos.prune_algos import PruneAlgo, find_prune_algo
+from auto_circuit.sweep import FoundScores, find_scores
+from auto_circuit.sweep_config import MAX_SEED, check_out_folder
+from auto_circuit.tasks import Task
+from auto_circuit.utils.custom_tqdm import tqdm
+from auto_circuit.utils.graph_utils import patchable_model
+
+MIB_MODELS = {
+    "gpt2": "gpt2",
+    "qwen2.5": "Qwen/Qwen2.5-0.5B",
+    "gemma2": "google/gemma-2-2b",
+    "llama3": "meta-llama/Llama-3.1-8B",
+}
+"""The benchmark's names of its models -> names on the Hugging Face hub."""
+
+OTHER_NAMES = {"gpt2-small": "gpt2", "openai-community/gpt2": "gpt2"}
+"""Other names of the same models -> the benchmark's."""
+
+Dtype = Literal["float32", "float64", "bfloat16", "float16"]
+
+
+@checked
+@dataclass(frozen=True)
+class MibConfig:
+    """One run of the benchmark: a model, a task, and the algorithms that are compared."""
+
+    model: str = "gpt2"
+    """A hub name, a local folder, or one of the benchmark's: gpt2, qwen2.5, gemma2, llama3."""
+    task: str = "ioi"
+    """ioi, mcqa, arithmetic (arithmetic_addition), arithmetic_subtraction, arc (arc_easy) or
+    arc_challenge."""
+    algos: tuple[str, ...] = ("Random", "EAP", "EAP-IG inputs")
+    """Names of prune algorithms (see auto_circuit/prune_algos/prune_algos.py)."""
+    data: Path | None = None
+    """The folder with the files of the task's data set; None: the Hugging Face hub."""
+    split: Split = "validation"
+    """On which prompts circuits are measured; they are found on those of train."""
+    counterfactual: str | None = None
+    """The field of the prompts that are patched from; None: the benchmark's."""
+    n_train: int | None = None
+    """On how many prompts circuits are found; None: as the benchmark does (1000 for ioi, all
+    for mcqa, 100 for the others)."""
+    n_test: int | None = None
+    """On how many prompts circuits are measured; None: on all."""
+    batch_size: int = 20
+    """How many prompts are run at once."""
+    dtype: Dtype = "float32"
+    """The type of the weights. The benchmark's own runs have bfloat16 for all but gpt2."""
+    file_format: Literal["json", "pt"] = "json"
+    """The format of the submission's files."""
+    seed: int = 42
+    """All that algorithms draw at random."""
+    device: str | None = None
+    """Where models run, for example "cuda"; None: a GPU if there is one."""
+    out: Path = Path("results")
+    """The folder that holds the result folders."""
+
+    @property
+    def json(self) -> str:
+        """All that determines the results, as text (the place of `out` does not)."""
+        fields = {key: value for key, value in asdict(self).items() if key != "out"}
+        return json.dumps(fields, indent=2, default=str) + "\n"
+
+    @property
+    def cell(self) -> str:
+        """The benchmark's name of task and model: "arithmetic-addition_llama3"."""
+        return f"{find_mib_task(self.task).name.replace('_', '-')}_{self.model_name}"
+
+    @property
+    def model_name(self) -> str:
+        """The benchmark's name of the model; of another model, the last part of its name."""
+        if self.model in MIB_MODELS:
+            return self.model
+        names = {hub_name: name for name, hub_name in MIB_MODELS.items()} | OTHER_NAMES
+        path = Path(self.model)
+        return names.get(self.model) or path.name or path.resolve().name
+
+    @property
+    def folder(self) -> Path:
+        """Where the results are: the same folder for the same configuration."""
+        digest = hashlib.sha256(self.json.encode()).hexdigest()[:8]
+        return self.out / f"mib-{self.cell}-{digest}"
+
+
+@dataclass(frozen=True)
+class MibResult:
+    """What one algorithm found, and how faithful its circuits are.
+
+    signed, absolute: the curves of the two rankings, of the first also the accuracy.
+    """
+
+    found: FoundScores
+    signed: tuple[FaithfulnessPoint, ...]
+    absolute: tuple[FaithfulnessPoint, ...]
+
+    @property
+    def cpr(self) -> float:
+        """The circuit performance ratio: higher is better."""
+        return circuit_performance_ratio(self.signed)
+
+    @property
+    def cmd(self) -> float:
+        """The circuit-model distance: 0 is best."""
+        return circuit_model_distance(self.absolute)
+
+    @property
+    def accuracy_area(self) -> float:
+        """The mean accuracy over logarithmic circuit sizes, in % (see `accuracy_area`)."""
+        # In a small graph, several shares are one size.
+        by_size = {p.n_edges: p.accuracy for p in self.signed if p.accuracy is not None}
+        return accuracy_area(list(by_size.items()))
+
+
+@dataclass(frozen=True)
+class MibFailure:
+    """An algorithm that raised an error."""
+
+    name: str
+    error: str
+
+
+@dataclass(frozen=True)
+class LoadedMib:
+    """A task of the benchmark, loaded. train, test: its prompts, and the rows left out."""
+
+    task: Task
+    algos: tuple[PruneAlgo, ...]
+    train: MibPrompts
+    test: MibPrompts
+
+
+class _MibTask(Task):
+    """A task whose model and loaders are set by who makes it."""
+
+    def init_task(self) -> None:
+        """There is nothing left to load."""
+
+
+@checked
+def check_mib_config(config: MibConfig) -> list[PruneAlgo]:
+    """The algorithms that a configuration names. No model and no prompts are needed.
+
+    Raises ConfigError for names, numbers, a device and a folder that make no sense.
+    """
+    find_mib_task(config.task)
+    if not config.model:
+        raise ConfigError("`model` is empty; give a hub name or a local folder.")
+    checked_file_name("model", config.model_name)
+    algos = [find_prune_algo(name) for name in config.algos]
+    if not algos or len(set(algos)) < len(algos):
+        raise ConfigError(
+            f"`algos` is {list(config.algos)}; expected at least one algorithm, each once."
+        )
+    for algo in algos:
+        if algo.needs_true_edges:
+            raise ConfigError(
+                f"{algo.short_name!r} needs true edges, and the benchmark's tasks have "
+                "none. Name another algorithm, such as 'EAP'."
+            )
+    for field in ("n_train", "n_test"):
+        if getattr(config, field) is not None:
+            check_count(field, getattr(config, field))
+    check_count("batch_size", config.batch_size)
+    check_count("seed", config.seed, 0, MAX_SEED)
+    if config.device is not None:
+        check_device("device", config.device)
+    check_out_folder(config.folder)
+    return algos
+
+
+@checked
+def load_mib(config: MibConfig) -> LoadedMib:
+    """The task that a configuration names, ready for its algorithms.
+
+    Raises, before anything is computed, ConfigError as `check_mib_config` does and for a
+    model whose graph is not the benchmark's; DataError for prompts that cannot be had, are
+    not as they must be (with file, row and field) or do not fit the model; ModelError for a
+    model that cannot be had.
+    """
+    algos = check_mib_config(config)
+    task = find_mib_task(config.task)
+    pairs = [
+        read_mib_pairs(task, split, config.data, config.counterfactual)
+        for split in ("train", config.split)
+    ]
+    from auto_circuit.model_utils.load_model import load_transformer  # takes seconds
+
+    device = t.device(config.device or ("cuda" if t.cuda.is_available() else "cpu"))
+    name = MIB_MODELS.get(config.model, config.model)
+    bridge = load_transformer(name, device, getattr(t, config.dtype))
+    model = patchable_model(
+        bridge, factorized=True, slice_output="last_seq", separate_qkv=True, ungroup=True
+    )
+    check_mib_can_hold(model)
+    n_train = config.n_train
+    n_pairs = len(pairs[0])
+    if n_train is None and task.n_train is not None and task.n_train <= n_pairs:
+        n_train = task.n_train
+    splits = []
+    for split, of_split, n_prompts in (
+        ("train", pairs[0], n_train),
+        (config.split, pairs[1], config.n_test),
+    ):
+        with about(f"Split {split!r} of {task.name!r}"):
+            splits.append(_split(of_split, n_prompts, bridge, config.batch_size, device))
+    (train, train_loader), (test, test_loader) = splits
+    loaded: Any = _MibTask(
+        key=f"MIB {task.name}",
+        name=f"MIB {task.name}",
+        batch_size=config.batch_size,
+        batch_count=1,
+        token_circuit=False,
+        _model_def=bridge,
+        _dataset_name=task.repository,
+        ungroup=True,
+        seed=config.seed,
+    )
+    loaded._model, loaded._true_edges = model, None
+    loaded._train_loader, loaded._test_loader = train_loader, test_loader
+    return LoadedMib(loaded, tuple(algos), train, test)
+
+
+def _split(
+    pairs: Sequence[MibPair],
+    n_prompts: int | None,
+    bridge: Any,
+    batch_size: int,
+    device: t.device,
+) -> tuple[MibPrompts, PromptDataLoader]:
+    found = mib_prompts(pairs, bridge.tokenizer, n_prompts)
+    return found, loader_of_prompts(found.prompts, bridge, True, batch_size, device)
+
+
+@checked
+def run_mib(config: MibConfig) -> list[MibResult | MibFailure]:
+    """Each algorithm's result. Raises as `load_mib` does; writes and prints nothing."""
+    return list(iter_mib(load_mib(config)))
+
+
+@checked
+def iter_mib(loaded: LoadedMib) -> Iterator[MibResult | MibFailure]:
+    """The results of a loaded task, one algorithm after the other.
+
+    An algorithm that raises an error is a MibFailure, and the next one follows.
+    """
+    for algo in tqdm(loaded.algos, desc=loaded.task.key):
+        try:
+            yield mib_result(loaded, algo)
+        except (AutoCircuitError, RuntimeError, ArithmeticError, MemoryError) as error:
+            yield MibFailure(
+                algo.short_name,
+                f"{type(error).__name__}: {' '.join(str(error).split())}",
+            )
+
+
+@checked
+def mib_result(loaded: LoadedMib, algo: PruneAlgo) -> MibResult:
+    """One algorithm's scores, on the train prompts, and the curves of its circuits."""
+    task = loaded.task
+    algo.check_prompts(task.train_loader)
+    found = find_scores(task, algo.with_seed(task.seed))
+    with about(f"{task.key}, algorithm {algo.short_name!r}"):
+        rankings: tuple[Ranking, Ranking] = ("signed", "absolute")
+        curves = faithfulness_curves(
+            task.model, task.test_loader, found.scores, rankings, accuracy=True
+        )
+    return MibResult(found, tuple(curves["signed"]), tuple(curves["absolute"]))
