@@ -123,7 +123,9 @@ def parse(args: Sequence[str]) -> tuple[str, Any, RunOptions]:
 
     known: dict[str, tuple[str, Any]] = {
         name: (DESCRIPTIONS[name], Command(EXPERIMENTS[name])) for name in EXPERIMENTS
-    } | {name: (program.description, program.config) for name, program in PROGRAMS.items()}
+    } | {
+        name: (program.description, program.config) for name, program in PROGRAMS.items()
+    }
     words = list(args)
     if not words or words[0].startswith("-"):
         words.insert(0, DEFAULT)

@@ -30,12 +30,12 @@ from auto_circuit.metrics.edge_ranks import Ranking
 from auto_circuit.metrics.faithfulness import FaithfulnessPoint
 from auto_circuit.mib import (
     LoadedMib,
-    MibConfig,
     MibFailure,
     MibResult,
     iter_mib,
     load_mib,
 )
+from auto_circuit.mib_config import MibConfig
 from auto_circuit.types import PruneScores
 
 if TYPE_CHECKING:  # it takes long to import

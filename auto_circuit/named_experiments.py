@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
-from auto_circuit.mib import MibConfig
+from auto_circuit.mib_config import MibConfig
 from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO
 from auto_circuit.prune_algos.edge_attribution_patching import EDGE_ATTR_PATCH_PRUNE_ALGO
 from auto_circuit.prune_algos.prune_algos import PRUNE_ALGOS

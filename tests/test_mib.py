@@ -32,11 +32,11 @@ from auto_circuit.circuit_files import load_mib_circuit
 from auto_circuit.errors import AutoCircuitError, ConfigError, DataError
 from auto_circuit.mib import (
     LoadedMib,
-    MibConfig,
     MibResult,
     load_mib,
     run_mib,
 )
+from auto_circuit.mib_config import MibConfig
 from auto_circuit.mib_prompts import (
     MIB_TASKS,
     MibPair,
