@@ -42,7 +42,7 @@ from auto_circuit.utils.graph_utils import patchable_model
 from tests.browser import check_shown
 from tests.models import gpt2
 
-TASK = replace(POCKET_IOI_TOKEN_TASK, batch_size=8, batch_count=1)
+TASK = replace(POCKET_IOI_TOKEN_TASK, batch_size=4, batch_count=1)
 BASE = Choices(token_positions=True)
 SHARES = (1.0, 0.01, 0.002)
 
@@ -71,7 +71,7 @@ def test_the_unpatched_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return {**eap(task), "Again": eap(task)["EAP"]}
 
     monkeypatch.setattr(FullModelOuts, "_run", count)
-    robustness_rows(replace(TASK, batch_count=2), BASE, (0.01,), two)
+    robustness_rows(replace(TASK, batch_size=1, batch_count=2), BASE, (0.01,), two)
     assert len(runs) == 2  # batches of clean prompts
 
 
