@@ -209,7 +209,7 @@ QUICK_EDGE_PRUNING_PRUNE_ALGO = PruneAlgo(
     func=bound(
         edge_pruning_prune_scores,
         EdgePruningConfig(
-            n_steps=96,
+            n_steps=128,
             learning_rate=0.3,
             multiplier_learning_rate=40,
             warmup_share=0.5,
