@@ -131,14 +131,15 @@ class Drawing:
     def as_data(self) -> dict[str, Any]:
         """Plain data (JSON): `of_data` makes the same drawing of it.
 
-        "edges" are [index of the source in "nodes", of the destination, position, score].
+        "edges" are [index of the source in "nodes", of the destination, position, score],
+        a score that is infinite as "inf" or "-inf", which JSON has no numbers for.
         """
         nodes = sorted({node for edge, _ in self.edges for node in (edge.src, edge.dest)})
         index = {node: i for i, node in enumerate(nodes)}
         return {
             "nodes": [asdict(node) for node in nodes],
             "edges": [
-                [index[edge.src], index[edge.dest], edge.seq_idx, score]
+                [index[edge.src], index[edge.dest], edge.seq_idx, _plain(score)]
                 for edge, score in self.edges
             ],
             "readers": dict(self.readers),
@@ -153,7 +154,7 @@ class Drawing:
         """The drawing that `as_data` gave."""
         nodes = [_node_of_data(node) for node in data["nodes"]]
         edges = [
-            (Edge(nodes[src], nodes[dest], seq_idx), score)
+            (Edge(nodes[src], nodes[dest], seq_idx), float(score))
             for src, dest, seq_idx, score in data["edges"]
         ]
         labels = data["labels"]
@@ -165,6 +166,10 @@ class Drawing:
             n_graph_edges=data["n_graph_edges"],
             selection=data["selection"],
         )
+
+
+def _plain(score: float) -> float | str:
+    return score if math.isfinite(score) else str(score)
 
 
 def _node_of_data(data: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from auto_circuit.visualize import (
     JOIN_COLOR,
     NEGATIVE_COLOR,
     POSITIVE_COLOR,
+    Drawing,
     draw_seq_graph,
+    drawing,
     net_viz,
 )
 from tests.browser import check_shown
@@ -264,6 +267,16 @@ def test_infinite_scores_are_as_wide_as_the_widest() -> None:
     sankey: Any = net_viz(model, scored_edges(model, scores))
     assert [link[0] for link in links(sankey).values()] == [3.0, 3.0, 1.0]
     assert sankey.link.customdata[0][1] == "score +inf"
+
+
+def test_a_drawing_goes_through_json() -> None:
+    """ACDC's scores too, of which some are infinite: JSON has no number for that."""
+    model = micro_model()
+    names = {"B0.0->B1.0": math.inf, "B0.1->B1.0": -3.5}
+    circuit = drawing(model, model.circuit_prune_scores(edge_dict=names))
+    assert {repr(edge): score for edge, score in circuit.edges} == names
+    text = json.dumps(circuit.as_data(), allow_nan=False)
+    assert Drawing.of_data(json.loads(text)) == circuit
 
 
 def test_masks_are_drawn_without_scores() -> None:
