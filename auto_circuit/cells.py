@@ -90,6 +90,7 @@ class Worker:
     def __init__(self) -> None:
         self._uses: Use | None = None
         self._open: Any = None
+        self._error: Exception | None = None
         self._closing = ExitStack()
 
     def result(self, work: Work, needed: Sequence[CellResult]) -> CellResult | Failure:
@@ -104,15 +105,21 @@ class Worker:
         return replace(result, cost={**_cost(seconds), **result.cost})
 
     def _opened(self, uses: Use) -> Any:
+        """What the work uses; what could not be opened is not tried again for each work."""
         if self._uses is None or self._uses != uses:
             self.close()
-            self._open = self._closing.enter_context(uses())
             self._uses = uses
+            try:
+                self._open = self._closing.enter_context(uses())
+            except Exception as error:
+                self._error = error
+        if self._error is not None:
+            raise self._error
         return self._open
 
     def close(self) -> None:
         """Close what is open."""
-        self._uses = self._open = None
+        self._uses = self._open = self._error = None
         self._closing.close()
 
 

@@ -42,7 +42,6 @@ from auto_circuit.files import (
     write_bytes,
     write_text,
 )
-from auto_circuit.model_utils.transformer_lens_utils import has_parallel_attention
 from auto_circuit.ranking import circuit_mask, score_in_dtype, score_tensors
 from auto_circuit.types import DestNode, Edge, HeadInput, PruneScores, SrcNode
 from auto_circuit.utils.patchable_model import PatchableModel, split_edge_name
@@ -453,6 +452,9 @@ def _at(nested: Mapping[str, Any], edge: Edge) -> Any:
 
 
 def _mib_graph(model: PatchableModel) -> _MibGraph:
+    # TransformerLens takes seconds to import: only when there is a model of its.
+    from auto_circuit.model_utils.transformer_lens_utils import has_parallel_attention
+
     check_mib_can_hold(model)
     bridge: Any = model.wrapped_model
     config = bridge.cfg

@@ -32,7 +32,7 @@ OURS = "auto_circuit."
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt")
 """What a folder of a model's weights and tokenizer holds."""
 LIBRARIES = tuple(
-    Path(sysconfig.get_path(kind))
+    Path(sysconfig.get_path(kind)).resolve()
     for kind in ("stdlib", "platstdlib", "purelib", "platlib")
 )
 """Where functions do not change from one day to the next."""
@@ -105,11 +105,15 @@ def _described_function(value: Any) -> Any:
     is_ours = f"{value.__module__}.".startswith(OURS)
     if not is_ours and not isinstance(value, BuiltinFunctionType):
         found |= _described_source(value)
+    if not is_ours and isinstance(value, FunctionType):
+        found["defaults"] = described([value.__defaults__, value.__kwdefaults__])
     # What our own decorators enclose says nothing that the function's name does not say.
     if isinstance(value, FunctionType) and not (
         is_ours and hasattr(value, "__wrapped__")
     ):
-        found |= described_fields(inspect.getclosurevars(value).nonlocals)
+        enclosed = inspect.getclosurevars(value).nonlocals
+        # One that calls itself encloses itself.
+        found |= described_fields({k: v for k, v in enclosed.items() if v is not value})
     return found
 
 
@@ -148,11 +152,16 @@ def _own_files(module: ModuleType | None) -> list[Path]:
         if path is None or path in found or not _is_own(path):
             continue
         found[path] = None
-        for value in vars(one).values():
-            name = value.__name__ if isinstance(value, ModuleType) else None
-            name = name or getattr(value, "__module__", None)
-            todo.append(sys.modules.get(name) if isinstance(name, str) else None)
+        todo += [_module_of(value) for value in vars(one).values()]
     return list(found)
+
+
+def _module_of(value: Any) -> ModuleType | None:
+    kind = type(value)  # some objects answer `isinstance` with a warning
+    if issubclass(kind, ModuleType):
+        return value
+    is_code = issubclass(kind, (FunctionType, type))
+    return sys.modules.get(value.__module__) if is_code else None
 
 
 def _is_own(path: Path) -> bool:

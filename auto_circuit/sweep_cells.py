@@ -138,7 +138,7 @@ def _sweep_cell(
 
 @dataclass(frozen=True)
 class TaskInUse:
-    """Opens a task: its model loads when it is first needed, and goes at the end."""
+    """Opens a task: its model loads, and goes at the end."""
 
     task: Task
 
@@ -146,6 +146,7 @@ class TaskInUse:
     def __call__(self) -> Iterator[OpenTask]:
         opened = OpenTask(self.task)
         try:
+            opened.of_seed(self.task.seed)
             yield opened
         finally:
             opened.free()
@@ -347,17 +348,19 @@ def _batches(task: Task) -> list[Any]:
 
 
 def _weights(task: Task) -> Any:
-    from auto_circuit.model_utils.tracr_model_utils import TRACR_TASK_KEY
-
     model = task._model_def
     if isinstance(model, Module):
         return described(model)
-    if model in get_args(TRACR_TASK_KEY):
-        return {"program": str(model), "tracr": version_of("tracr-pypi")}
     if Path(model).is_dir():
         return digest_of_folder(Path(model))
-    folder = _hub_folder(str(model)) or _downloaded(task)
-    return {"unavailable": str(model)} if folder is None else folder
+    if (of_files := _hub_folder(str(model))) is not None:
+        return of_files
+    # It imports TransformerLens, which takes seconds.
+    from auto_circuit.model_utils.tracr_model_utils import TRACR_TASK_KEY
+
+    if model in get_args(TRACR_TASK_KEY):
+        return {"program": str(model), "tracr": version_of("tracr-pypi")}
+    return _downloaded(task) or {"unavailable": str(model)}
 
 
 def _hub_folder(name: str) -> str | None:
