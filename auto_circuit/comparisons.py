@@ -117,8 +117,8 @@ def comparison_lines(found: Sequence[Comparison]) -> list[str]:
     if not found:
         return []
     lines = [
-        "Which differences mean something (on these tasks, if prompts were drawn anew: each "
-        "task and seed is a draw; ± half of the 95 % interval; p of paired sign flips):"
+        "Which differences mean something, on these tasks and if prompts were drawn anew "
+        "(paired by task and seed; ± half of the 95 % interval; p of sign flips):"
     ]
     too_few: dict[str, list[str]] = {}
     for number, group in groupby(found, lambda one: one.number):
