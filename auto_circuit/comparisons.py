@@ -146,7 +146,7 @@ def _clear_line(name: str, pairs: Sequence[Comparison]) -> str:
     after = f" after Holm over {pairs[0].n_compared} pairs"
     shown = [
         f"{_names(one)[1]} ({_effect(one)}, {_p(one)}{after * (place == 0)}"
-        f"{_where(one, than)})"
+        f"{_where(one, than)}{_left_out(one)})"
         for place, one in enumerate(pairs)
     ]
     return f"  {known.title}: {name} is {than} {_some(shown)}"
@@ -158,7 +158,7 @@ def _open_lines(of_number: Sequence[Comparison]) -> list[str]:
     if not pairs:
         return []
     shown = [
-        "{} and {}".format(*_names(one)) + f" ({_effect(one)}, {_p(one)})"
+        "{} and {}".format(*_names(one)) + f" ({_effect(one)}, {_p(one)}{_left_out(one)})"
         for one in pairs
     ]
     title = COMPARED[pairs[0].number].title
@@ -227,6 +227,10 @@ def _where(one: Comparison, than: str) -> str:
     n_above, n_below = one.n_tasks_above, one.n_tasks_below
     n_agree = n_above if one.difference > 0 else n_below
     return f"; {than} on {n_agree} of {one.n_tasks} tasks" * (n_agree < one.n_tasks)
+
+
+def _left_out(one: Comparison) -> str:
+    return f"; {one.n_left_out} unpaired left out" * bool(one.n_left_out)
 
 
 def _some(shown: Iterable[str]) -> str:

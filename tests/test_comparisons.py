@@ -15,7 +15,7 @@ from auto_circuit.comparisons import (
     comparisons,
     prompts_of,
 )
-from auto_circuit.metrics.paired_comparisons import Comparison, compare_all
+from auto_circuit.metrics.paired_comparisons import Comparison, Values, compare_all
 from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
 from auto_circuit.prune_algos.prune_algos import find_prune_algo
 from auto_circuit.reports import print_summary, write_results
@@ -131,6 +131,25 @@ def test_tasks_that_disagree_are_said_to() -> None:
     assert "EAP is above Act Mag" in line and line.endswith("; above on 2 of 3 tasks)")
 
 
+def test_draws_that_only_one_has_are_said_to_be_left_out() -> None:
+    """In lines of what is told apart and of what is not."""
+    levels = {"EAP": 0.5, "Act Mag": 0.25, "Random": 0.251}
+    values: dict[str, Values] = {
+        name: {
+            (task, seed): None if (name, seed) == ("EAP", 0) else level + 0.01 * noise
+            for task in "ab"
+            for seed in range(8)
+            for noise in ((seed % 3) * (name == "Random") - 0.5,)
+        }
+        for name, level in levels.items()
+    }
+    lines = comparison_lines(compare_all("area", values))
+    (clear,) = (line for line in lines if "Area: EAP is above" in line)
+    assert clear.count("; 2 unpaired left out)") == 2
+    (other,) = (line for line in lines if "Random" in line and "EAP" not in line)
+    assert "unpaired" not in other
+
+
 def test_small_differences_are_not_shown_as_none() -> None:
     values = {
         name: {("a", seed): level + seed for seed in range(12)}
@@ -172,9 +191,11 @@ def test_they_are_in_the_report(four_tasks: list[TaskRun], tmp_path: Path) -> No
     text = console.export_text()
     assert "  Area: EAP is above Act Mag (+0.201 ± 0.001, p = 0.0029" in text
     algos = [find_prune_algo(name) for name in ("Act Mag", "EAP")]
-    alone = results_of([run_of("Pocket IOI", 42, {"Act Mag": 1.0, "EAP": 2.0})])
-    write_results(alone, [LOGIT_DIFF_PERCENT_METRIC], algos, tmp_path / "written")
-    read = pd.read_csv(tmp_path / "written" / "comparisons.csv")
+    alone = results_of(
+        [run_of("Pocket IOI", 42, {"Act Mag": 1.0, "EAP": 2.0})], out=tmp_path
+    )
+    write_results(alone, [LOGIT_DIFF_PERCENT_METRIC], algos)
+    read = pd.read_csv(alone.config.folder / "comparisons.csv")
     assert list(read.columns) == [field.name for field in fields(Comparison)]
     table = comparison_table(comparisons(alone))
     assert read["difference"].tolist() == table["difference"].tolist()
