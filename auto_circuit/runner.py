@@ -7,7 +7,7 @@ them, workers that compute the others (`run_cells`), and reports of them all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from auto_circuit.errors import AutoCircuitError, ConfigError, about
 from auto_circuit.fingerprints import described
 from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
 from auto_circuit.progress import Bar, Watch
+from auto_circuit.ray_workers import RayOptions, RayWorkers
 from auto_circuit.reports import write_results, write_robustness
 from auto_circuit.robustness import RobustnessRow, checked_choices, robustness_rows
 from auto_circuit.store import Cell, CellResult, Store, open_store
@@ -67,7 +68,7 @@ def run_experiment(
     plan = check_config(config)
     check_options(options, plan)
     store = open_store(config.store)
-    with _threads(options.threads), _workers(options) as workers:
+    with _threads(options.threads), _workers(options, config.device) as workers:
         cells = sweep_cells(plan, config)
         choice = _choice(options, plan, cells)
         missing = _missing(cells, store, choice)
@@ -119,12 +120,20 @@ def _choice(options: RunOptions, plan: Plan, cells: Sequence[SweepCell]) -> Choi
 
 
 @contextmanager
-def _workers(options: RunOptions) -> Iterator[Workers]:
+def _workers(options: RunOptions, device: str | None) -> Iterator[Workers]:
     """Where cells are computed. Raises ConfigError, before any work, if it is nowhere."""
     if not (options.workers or options.ray_address):
         yield InThisProcess()
         return
-    raise ConfigError("`workers` and `ray_address` need Ray.")
+    if device is not None and device.startswith("cuda:"):
+        raise ConfigError(
+            f"`device` is {device!r}; with workers, each of which sees the GPUs that it was "
+            "given alone, expected 'cuda' or 'cpu'."
+        )
+    n_gpus = 0 if device == "cpu" else None
+    where = RayOptions(options.workers or None, options.ray_address, gpus=n_gpus)
+    with closing(RayWorkers(where)) as workers:
+        yield workers
 
 
 @contextmanager
@@ -179,7 +188,7 @@ def run_robustness(
                 checked_choices(task, config, config.circuit_shares)
     watch = watch or Bar()
     outcomes: dict[str, Outcome] = {}
-    with _threads(options.threads), _workers(options) as workers:
+    with _threads(options.threads), _workers(options, config.device) as workers:
         running = run_cells(works, store, Choice(force=options.force), workers)
         with watch.watching(len(works)), _kept(config, outcomes, len(works)):
             for outcome in running:

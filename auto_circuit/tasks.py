@@ -224,6 +224,10 @@ class Task:
         for name in [name for name in self.__dict__ if name not in names]:
             del self.__dict__[name]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied or sent to another process: it loads there when it is first used."""
+        return {field.name: self.__dict__[field.name] for field in fields(self)}
+
     @cached_property
     def _bare_model(self) -> Module:
         if isinstance(self._model_def, Module):

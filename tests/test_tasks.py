@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -69,6 +70,18 @@ def test_keys_are_different() -> None:
 def test_a_task_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         POCKET_IOI_TASK.batch_size = 3  # type: ignore[misc]
+
+
+def test_a_task_is_sent_unloaded() -> None:
+    """By name, not with its weights, also after it has loaded."""
+    task = replace(POCKET_TASKS[0], key="sent")
+    n_edges = task.model.n_edges
+    sent = pickle.dumps(task)
+    assert len(sent) < 5000
+    again = pickle.loads(sent)
+    assert again == task and "_model" in task.__dict__
+    assert not {"_model", "_bare_model", "_loaders"} & again.__dict__.keys()
+    assert again.model.n_edges == n_edges
 
 
 def test_a_model_object_or_a_folder() -> None:
