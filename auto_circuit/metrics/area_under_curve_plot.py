@@ -66,41 +66,44 @@ def average_auc_plot(
         for algo in by_algo
     }
     fig = make_subplots(rows=1, cols=len(PANELS), subplot_titles=[*PANELS.values()])
-    left_out: dict[AlgoKey, None] = {}
+    left_out: dict[str, None] = {}
     for col, which in enumerate(PANELS, start=1):
         areas = {
             task: _areas_of_seeds(task, by_algo, by_seed, which)
             for task, by_algo in task_measurements.items()
         }
         for task_idx, (task, by_algo) in enumerate(areas.items()):
-            means = {algo: fmean(of.values()) for algo, of in by_algo.items() if of}
-            left_out |= {algo: None for algo, mean in means.items() if math.isnan(mean)}
-            drawn = {
-                names[algo]: mean for algo, mean in means.items() if not math.isnan(mean)
+            means = {
+                names[algo]: fmean(of.values()) for algo, of in by_algo.items() if of
             }
-            fig.add_bar(
-                x=list(drawn),
-                y=[area / len(areas) for area in drawn.values()],
-                customdata=list(drawn.values()),
-                hovertemplate="%{x}: %{customdata:.4f}",
-                name=task,
-                legendgroup=task,
-                showlegend=col == 1,
-                marker={"color": COLOR_PALETTE[task_idx % len(COLOR_PALETTE)]},
-                row=1,
-                col=col,
-            )
+            left_out |= {name: None for name, mean in means.items() if math.isnan(mean)}
+            color = COLOR_PALETTE[task_idx % len(COLOR_PALETTE)]
+            bar = _bar(means, len(areas), task, color)
+            fig.add_trace(bar.update(showlegend=col == 1), row=1, col=col)
         intervals = _total_intervals(areas)
         if intervals:
             named = {names[algo]: mean for algo, mean in intervals.items()}
             fig.add_trace(_error_bars(named, showlegend=col == 1), row=1, col=col)
     if left_out:
-        missing = ", ".join(names[algo] for algo in left_out)
-        title = f"{title or ''}<br><sub>No area for: {missing}</sub>"
+        title = f"{title or ''}<br><sub>No area for: {', '.join(left_out)}</sub>"
     fig.update_xaxes(title_text="Algorithm")
     fig.update_yaxes(title_text="Mean over Tasks")
     fig.update_layout(title=title, barmode="relative", template="plotly_white")
     return fig
+
+
+def _bar(means: Mapping[str, float], n_tasks: int, task: TaskKey, color: str) -> go.Bar:
+    """A task's part of each algorithm's bar; none for those without an area."""
+    drawn = {name: mean for name, mean in means.items() if not math.isnan(mean)}
+    return go.Bar(
+        x=list(drawn),
+        y=[mean / n_tasks for mean in drawn.values()],
+        customdata=list(drawn.values()),
+        hovertemplate="%{x}: %{customdata:.4f}",
+        name=task,
+        legendgroup=task,
+        marker={"color": color},
+    )
 
 
 def _areas_of_seeds(
