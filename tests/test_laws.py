@@ -118,7 +118,7 @@ def test_each_single_edge_is_an_independent_path_patch(
     name: str, separate_qkv: bool, seq_len: int | None
 ) -> None:
     model = make(name, True, separate_qkv, seq_len)
-    edges = list(model.edges)[:: 1 if seq_len is None else 4]
+    edges = list(model.edges)[:: 1 if seq_len is None else 9]
     clean, corrupt = CLEAN[:1], CORRUPT[:1]
     patch = src_ablations(model, corrupt)
     with t.no_grad():

@@ -27,11 +27,11 @@ from auto_circuit.tasks import (
 from auto_circuit.utils.tensor_ops import batch_avg_answer_diff, indices_vals
 
 REPO = Path(__file__).parents[1]
-N_PROMPTS = 500
+N_PROMPTS = 250
 
 
 def last_logits(task: Task) -> tuple[t.Tensor, list[t.Tensor], list[t.Tensor]]:
-    """(logits, answers, wrong answers) of every prompt of a task's file."""
+    """(logits, answers, wrong answers) of half of the prompts of a task's file."""
     model = load_tl_model(POCKET_MODEL)
     path = repo_path_to_abs_path(f"datasets/{task._dataset_name}.json")
     loader, _ = load_datasets_from_json(

@@ -213,7 +213,7 @@ def test_activation_scores_add_up_to_each_sources_effect(
         model,
         token_loader(4, 4),
         None,
-        integrated_grad_samples=12,
+        integrated_grad_samples=8,
         share_passes=share_passes,
     )
     by_group: dict[str, list[SrcNode]] = {}
@@ -264,21 +264,21 @@ def test_on_a_linear_model_scores_are_the_exact_effects(algo: Any) -> None:
 def test_batches_positions_and_state(algo: Any, seq_len: int | None) -> None:
     model, func = make(seq_len=seq_len), brief(algo)
     before = state_snapshot(model)
-    small, large = (func(model, token_loader(5, size), None) for size in (2, 5))
+    small, large = (func(model, token_loader(3, size), None) for size in (2, 3))
     assert state_snapshot(model) == before
     assert model.patch_session is None
     for name, scores in small.items():
         assert scores.shape == model.patch_masks[name].shape
         t.testing.assert_close(scores, large[name], rtol=1e-4, atol=1e-6)
     if seq_len is not None:
-        summed = func(make(), token_loader(5, 5), None)
+        summed = func(make(), token_loader(3, 3), None)
         for name, scores in summed.items():
             t.testing.assert_close(large[name].sum(0), scores, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("algo", ALGOS, ids=lambda algo: algo.short_name)
 def test_other_graphs_and_ablations(algo: Any) -> None:
-    loader, func = token_loader(4, 2), brief(algo)
+    loader, func = token_loader(3, 3), brief(algo)
     models = [
         patchable_model(gpt2(), False, "last_seq", separate_qkv=True),
         patchable_model(gemma2(), True, "last_seq", separate_qkv=False),

@@ -43,8 +43,8 @@ CIRCUIT = (
 )
 # Long enough for a graph of 25 edges.
 SETTINGS: dict[str, Any] = {
-    "n_steps": 150,
-    "epochs": 75,
+    "n_steps": 100,
+    "epochs": 40,
     "circuit_sizes": (len(CIRCUIT),),
     "target_sparsity": 0.8,
     "integrated_grad_samples": 5,

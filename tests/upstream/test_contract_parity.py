@@ -142,20 +142,13 @@ def their_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-SLOW = (
-    "mask_gradients",
-    "integrated_gradients",
-    "metrics",
-    "predefined_metrics",
-    "circuits",
-    "subnetwork_probing",
-    "circuit_probing",
-    "acdc",
-)
+# Seconds each; without --runslow the others, on one graph.
+SLOW = ("circuits", "subnetwork_probing")
 NAMES = [
-    pytest.param(f"{graph}/{case}", marks=() if graph == "gpt2/qkv" else pytest.mark.slow)
+    pytest.param(f"{graph}/{case}", marks=() if is_fast else pytest.mark.slow)
     for graph, cases in RANDOM_MODEL_CASES.items()
     for case in cases
+    for is_fast in (graph == "gpt2/qkv" and case not in SLOW,)
 ]
 
 

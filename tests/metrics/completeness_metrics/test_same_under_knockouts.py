@@ -174,9 +174,11 @@ def test_measure_errors() -> None:
 # ------------------------------------------------------------------------ training
 
 
-@pytest.mark.parametrize(("target", "penalty"), [("kl_div", 3e-5), ("logit_diff", 0.02)])
+@pytest.mark.parametrize(
+    ("target", "penalty", "epochs"), [("kl_div", 3e-5, 12), ("logit_diff", 0.02, 25)]
+)
 def test_trained_knockouts_are_worse_than_random_ones(
-    target: Any, penalty: float
+    target: Any, penalty: float, epochs: int
 ) -> None:
     task = transformer_task()
     algo_ps = LOGIT_DIFF_GRAD_PRUNE_ALGO.func(task.model, task.train_loader, None)
@@ -185,7 +187,7 @@ def test_trained_knockouts_are_worse_than_random_ones(
         {"Transformer": {"EAP": algo_ps, "Other": algo_ps}},
         ["EAP"],
         0.3,
-        25,
+        epochs,
         penalty,
         target,
         circuit_size=CIRCUIT_SIZE,
