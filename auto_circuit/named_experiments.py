@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
 from auto_circuit.mib_config import MibConfig
+from auto_circuit.paper_config import PaperConfig
 from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO
 from auto_circuit.prune_algos.edge_attribution_patching import EDGE_ATTR_PATCH_PRUNE_ALGO
 from auto_circuit.prune_algos.prune_algos import PRUNE_ALGOS
@@ -122,6 +123,12 @@ def _run_mib(config: MibConfig, console: Console) -> None:
     run_and_print(config, console)
 
 
+def _run_paper(config: PaperConfig, console: Console) -> None:
+    from auto_circuit.paper_report import run_and_print
+
+    run_and_print(config, console)
+
+
 PROGRAMS: dict[str, Program] = {
     "mib": Program(
         MibConfig(),
@@ -129,6 +136,13 @@ PROGRAMS: dict[str, Program] = {
 counts of one model and task for each algorithm, and the folder to submit. Prompts come from the
 Hugging Face hub, or with --data from a folder with the files of the task's data set.""",
         _run_mib,
+    ),
+    "paper": Program(
+        PaperConfig(),
+        """The tables and figures of Miller et al. 2024 for the published tasks: how the verdict on
+their published circuits changes with the six choices of a test, and with graph and ablation
+together; how single prompts spread; how well algorithms find the circuit of a compiled model.""",
+        _run_paper,
     ),
 }
 """Name -> program."""

@@ -387,11 +387,18 @@ def print_robustness(
 ) -> None:
     """The verdicts as a table, and where the figure is."""
     shares = " / ".join(f"{100 * share:g}" for share in sorted(config.circuit_shares))
+    caption = f"Circuits of {shares} % of the edges. * The experiment's own choices."
+    console.print(verdict_table(rows, caption))
+    _print_folder(config, console)
+
+
+def verdict_table(rows: Sequence[RobustnessRow], caption: str) -> Table:
+    """The verdicts: a row for each value of a choice, a column for each circuit."""
     from rich.table import Table
 
     table = Table(
         title="Verdicts: % of the task that the same circuit does in other tests",
-        caption=f"Circuits of {shares} % of the edges. * The experiment's own choices.",
+        caption=caption,
     )
     table.add_column("Choice")
     table.add_column("Value")
@@ -405,7 +412,7 @@ def print_robustness(
             table.add_section()
         cells = [
             " / ".join(
-                f"{row.verdict:.0f}"
+                f"{round(row.verdict, 0) + 0.0:.0f}"  # no minus before a zero
                 for row in rows
                 if (row.task, row.algo, row.choice, row.value) == (*column, choice, value)
             )
@@ -415,5 +422,4 @@ def print_robustness(
         shown = choice if choice != last_choice else ""
         table.add_row(shown, value + ("*" if is_base else ""), *cells)
         last_choice = choice
-    console.print(table)
-    _print_folder(config, console)
+    return table

@@ -185,7 +185,7 @@ def robustness_rows(
     """
     base, alike = checked_choices(task, choices, shares)
     varied = variations(base)
-    if _is_padded(alike):
+    if is_padded(alike):
         varied = [v for v in varied if not v.choices.token_positions]
     if task.autoencoder_input is not None:
         varied = [v for v in varied if not v.choices.nodes]
@@ -252,7 +252,7 @@ def checked_choices(
     )
     alike = chosen_task(task, replace(base, token_positions=False))
     LOGIT_DIFF_PERCENT_METRIC.check_prompts(alike.test_loader)
-    if base.token_positions and _is_padded(alike):
+    if base.token_positions and is_padded(alike):
         raise ConfigError(
             f"The prompts of task {task.key!r} have different lengths, so positions "
             "cannot be told apart. Set `token_positions` to False (--token-positions "
@@ -261,8 +261,9 @@ def checked_choices(
     return base, alike
 
 
-def _is_padded(task: Task) -> bool:
-    """Do its prompts differ in length?"""
+@checked
+def is_padded(task: Task) -> bool:
+    """Do a task's prompts differ in length?"""
     return any(
         mask is not None
         for loader in (task.train_loader, task.test_loader)

@@ -1,0 +1,84 @@
+"""The figure of one circuit's tests in several graphs, with the spread of its prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from auto_circuit.checks import checked
+from auto_circuit.paper import GridRow, grid_values
+from auto_circuit.robustness_plot import LINE_COLOR, ROW_HEIGHT
+
+
+@checked
+def grid_fig(rows: Sequence[GridRow]) -> go.Figure:
+    """How much of the task a circuit does, in % of the logit difference, in each test.
+
+    A panel for each task, a line for each test: a dot is the ratio of means, a diamond the
+    mean of ratios, and a bar goes from the first to the third quartile of the prompts' own
+    percentages. The dotted line is what the model itself does.
+    """
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    tests = [", ".join(value) for value in grid_values(rows)]
+    titles = {row.task: f"{row.task}, {row.circuit}" for row in rows}
+    fig = make_subplots(
+        rows=1,
+        cols=max(1, len(tasks)),
+        subplot_titles=list(titles.values()),
+        shared_yaxes=True,
+    )
+    for col, task in enumerate(tasks, start=1):
+        of_task = [row for row in rows if row.task == task]
+        for trace in _traces(of_task, in_legend=col == 1):
+            fig.add_trace(trace, row=1, col=col)
+        place: dict[str, Any] = {"row": 1, "col": col}
+        fig.add_vline(x=100, line={"color": LINE_COLOR, "dash": "dot"}, **place)
+    fig.update_xaxes(title_text="% of the logit difference")
+    fig.update_yaxes(
+        categoryorder="array",
+        categoryarray=tests,
+        range=[len(tests) - 0.5, -0.5],
+        gridcolor="rgb(240, 240, 240)",
+    )
+    fig.update_layout(
+        template="plotly_white",
+        title="The same circuit in other graphs, and with other ablations",
+        height=220 + ROW_HEIGHT * len(tests),
+    )
+    return fig
+
+
+def _traces(rows: Sequence[GridRow], in_legend: bool) -> list[go.Scatter]:
+    common: dict[str, Any] = {
+        "y": [f"{row.unit}, {row.positions}, {row.ablation}" for row in rows],
+        "mode": "markers",
+        "showlegend": in_legend,
+    }
+    return [
+        go.Scatter(
+            x=[row.median for row in rows],
+            error_x={
+                "type": "data",
+                "array": [row.q3 - row.median for row in rows],
+                "arrayminus": [row.median - row.q1 for row in rows],
+            },
+            name="median and quartiles of prompts",
+            marker={"color": "rgb(150, 150, 150)", "symbol": "line-ns-open", "size": 10},
+            **common,
+        ),
+        go.Scatter(
+            x=[row.ratio_of_means for row in rows],
+            name="ratio of means",
+            marker={"color": "rgb(30, 90, 170)", "size": 9},
+            **common,
+        ),
+        go.Scatter(
+            x=[row.mean_of_ratios for row in rows],
+            name="mean of ratios",
+            marker={"color": "rgb(200, 80, 30)", "symbol": "diamond", "size": 9},
+            **common,
+        ),
+    ]
