@@ -55,8 +55,9 @@ SHORT = {
 # A forward pass for each edge: not on the largest graphs.
 ONE_BY_ONE = ("ACDC", "MSE ACDC", "Exact Edge Patching", "MSE Exact Edge Patching")
 ONE_BY_ONE_GRAPHS = ("small", "gpt2", "nodes", "micro positions")
-# On the small graph every algorithm is tested without --runslow, but for these.
-SLOW = ("MSE ACDC",)
+# On the small graph every algorithm is tested without --runslow, but for those that are
+# another one with a squared error.
+SLOW = tuple(algo.key for algo in PRUNE_ALGOS if algo.key.startswith("MSE "))
 on_all_algos = pytest.mark.parametrize("algo", PRUNE_ALGOS, ids=lambda algo: algo.key)
 
 

@@ -202,7 +202,9 @@ def source_patched(model: PatchableModel, srcs: list[SrcNode]) -> float:
 
 
 @pytest.mark.parametrize("share_passes", [True, False])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "pythia"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", pytest.param("pythia", marks=pytest.mark.slow)]
+)
 def test_activation_scores_add_up_to_each_sources_effect(
     name: str, share_passes: bool
 ) -> None:

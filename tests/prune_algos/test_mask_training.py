@@ -88,7 +88,7 @@ def test_a_circuit_of_the_right_size_is_learned(tree: bool) -> None:
     graph = model()
     training = train_subnetwork(
         graph,
-        token_loader(),
+        token_loader(5, 5),
         epochs=60,
         circuit_size=20,
         regularize_lambda=1,
