@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +250,15 @@ def test_an_address_where_something_else_is(monkeypatch: pytest.MonkeyPatch) -> 
             RayWorkers(RayOptions(address=address))
 
 
+def test_a_gpu_of_another_worker() -> None:
+    from auto_circuit.runner import _workers
+    from auto_circuit.sweep_config import RunOptions
+
+    with pytest.raises(ConfigError, match="`device` is 'cuda:1'; with workers,"):
+        with _workers(RunOptions(workers=2), "cuda:1"):
+            pass
+
+
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'auto-circuit\[ray\]'"):
@@ -307,23 +316,25 @@ def test_a_sweep_on_two_workers(cluster: Cluster, tmp_path: Path) -> None:
     """The same files as in one process."""
     # Here, since every worker imports this module.
     from auto_circuit.runner import run_experiment
-    from auto_circuit.sweep_config import ExperimentConfig, RunOptions
+    from auto_circuit.sweep_cells import sweep_cells
+    from auto_circuit.sweep_config import ExperimentConfig, RunOptions, check_config
 
     config = ExperimentConfig(
-        tasks=("Pocket IOI", "Pocket Greaterthan"),
+        tasks=("Pocket IOI",),
         algos=("Random", "EAP"),
         metrics=("Logit Diff Percent",),
-        circuit_sizes=(1, 10, 100),
+        circuit_sizes=(1, 100),
         n_seeds=1,
-        out=tmp_path / "serial",
+        out=tmp_path / "ray",
     )
-    serial = run_experiment(config)
-    elsewhere = replace(config, out=tmp_path / "ray")
-    found = run_experiment(elsewhere, RunOptions(workers=2))
-    assert not found.failed and len(found.cells) == 8
-    stored = [data_files(tmp_path / name) for name in ("serial", "ray")]
-    assert len(stored[0]) >= 8 and stored[0] == stored[1]
-    assert [run.measured for run in found.runs] == [run.measured for run in serial.runs]
+    found = run_experiment(config, RunOptions(workers=2))
+    assert not found.failed and len(found.cells) == 4
+    cells = sweep_cells(check_config(config), config)
+    works = [work for cell in cells for work in cell.works]
+    list(run_cells(works, open_store(tmp_path / "serial")))
+    expected = data_files(tmp_path / "serial")
+    assert len(expected) == 4
+    assert expected.items() <= data_files(tmp_path / "ray").items()
 
 
 @pytest.mark.slow
@@ -367,6 +378,30 @@ def test_cells_that_fail_and_workers_that_die(cluster: Cluster, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_more_workers_than_there_is_room_for(cluster: Cluster) -> None:
+    with pytest.raises(ConfigError, match="no room for 50 workers: Ray has 2 CPUs"):
+        RayWorkers(RayOptions(n=50))
+    with pytest.raises(ConfigError, match="is connected to Ray at .*, not at other:1"):
+        RayWorkers(RayOptions(address="other:1"))
+
+
+@pytest.mark.slow
+def test_an_interruption_ends_the_workers(cluster: Cluster, tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "begun.txt")
+    works = [Work(Cell("x", {"i": i}, f"{i}"), Wait(60.0, lines)) for i in range(3)]
+
+    def interrupt() -> None:
+        wait_until(lambda: len(lines.all()) == 2, 300)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        list(run_cells(works, open_store(tmp_path / "store"), workers=two_workers()))
+    pids = [int(pid) for pid in lines.all()]
+    assert len(pids) == 2 and wait_until(lambda: not any(map(is_alive, pids)))
+
+
+@pytest.mark.slow
 def test_a_machine_that_goes_away(cluster: Cluster, tmp_path: Path) -> None:
     other = cluster.add_node(num_cpus=2)
     lines = Lines(tmp_path / "begun.txt")
@@ -387,30 +422,6 @@ def test_a_machine_that_goes_away(cluster: Cluster, tmp_path: Path) -> None:
     assert [o.error for o in outcomes] == [""] * 4
     assert len(was_at_work) == 2 and len(set(was_at_work)) == 2
     assert len(lines.all()) == 5  # one of the two that were at work was begun anew
-
-
-@pytest.mark.slow
-def test_an_interruption_ends_the_workers(cluster: Cluster, tmp_path: Path) -> None:
-    lines = Lines(tmp_path / "begun.txt")
-    works = [Work(Cell("x", {"i": i}, f"{i}"), Wait(60.0, lines)) for i in range(3)]
-
-    def interrupt() -> None:
-        wait_until(lambda: len(lines.all()) == 2, 300)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        list(run_cells(works, open_store(tmp_path / "store"), workers=two_workers()))
-    pids = [int(pid) for pid in lines.all()]
-    assert len(pids) == 2 and wait_until(lambda: not any(map(is_alive, pids)))
-
-
-@pytest.mark.slow
-def test_more_workers_than_there_is_room_for(cluster: Cluster) -> None:
-    with pytest.raises(ConfigError, match="no room for 50 workers: Ray has 2 CPUs"):
-        RayWorkers(RayOptions(n=50))
-    with pytest.raises(ConfigError, match="is connected to Ray at .*, not at other:1"):
-        RayWorkers(RayOptions(address="other:1"))
 
 
 # ------------------------------------------------------------------------------- on this machine
