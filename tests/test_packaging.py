@@ -133,5 +133,5 @@ def test_wheel_runs_the_sweep_in_an_empty_folder(
     wheel_python: Path, tmp_path: Path
 ) -> None:
     run(wheel_python, *SWEEP, cwd=tmp_path)
-    (results,) = (tmp_path / "results").iterdir()
+    (results,) = (tmp_path / "results").glob("wheel-check-*")
     assert (results / "config.json").is_file()
