@@ -30,6 +30,7 @@ PRINTED = {
     "Add an algorithm": r"",
     "Backwards": r"",
     "Heads that share an input": r"",
+    "A sweep in Python": r"",
     "What you keep": r"torch.Size\(\[16, 385\]\) 2 of 1,519 edges",
 }
 
