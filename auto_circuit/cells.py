@@ -284,8 +284,13 @@ class _Run:
                 return Outcome(work.cell, error=result.error)
             try:
                 self.store.write(work.cell, result)
-            except (TypeError, ValueError) as error:  # what is no data, such as NaN in JSON
-                return Outcome(work.cell, error=f"it cannot be stored: {_one_line(error)}")
+            except (
+                TypeError,
+                ValueError,
+            ) as error:  # what is no data, such as NaN in JSON
+                return Outcome(
+                    work.cell, error=f"it cannot be stored: {_one_line(error)}"
+                )
         return Outcome(work.cell, result, is_new=True)
 
     def _ended(self, outcome: Outcome) -> Outcome:

@@ -1191,7 +1191,7 @@ EXPERIMENT: tuple[Fault, ...] = (
     fault("the seed does not reach the tasks", SWEEP,
         "yield run_task(task.with_seed(seed), algos",
         "yield run_task(task, algos",
-        "test_experiments.py::test_a_small_sweep_in_two_processes"),
+        "test_sweep.py::test_the_only_task_of_a_sweep_loads_its_model_once"),
     fault("a seed too few", SWEEP_CONFIG,
         "range(self.seed, self.seed + self.n_seeds)",
         "range(self.seed, self.seed + max(1, self.n_seeds - 1))",

@@ -109,7 +109,7 @@ def test_damage_is_found_and_named(
 ) -> None:
     store = open_store(tmp_path)
     store.write(CELL, RESULT)
-    (path,) = (tmp_path / "cells" / "scores").glob(f"*{suffix}")
+    (path,) = (tmp_path / "scores").glob(f"*{suffix}")
     if damage is None:
         path.unlink()
     else:
@@ -128,14 +128,14 @@ def test_another_cells_files_are_not_taken_for_it(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     other = Cell("scores", {"seed": 1})
     store.write(other, RESULT)
-    folder = tmp_path / "cells" / "scores"
+    folder = tmp_path / "scores"
     (folder / f"{other.key}.json").rename(folder / f"{CELL.key}.json")
     with pytest.warns(DamagedCellWarning, match="another cell"):
         assert store.read(CELL) is None
 
 
 def test_files_of_others_stay(tmp_path: Path) -> None:
-    notes = tmp_path / "cells" / "scores" / "notes.txt"
+    notes = tmp_path / "scores" / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
     store = open_store(tmp_path)
@@ -174,7 +174,7 @@ def test_a_claim_keeps_others_out(tmp_path: Path) -> None:
 
 def test_who_is_alone_takes_away_what_killed_processes_left(tmp_path: Path) -> None:
     first, second = open_store(tmp_path), open_store(tmp_path)
-    litter = tmp_path / "cells" / "scores" / ".partial-0123"
+    litter = tmp_path / "scores" / ".partial-0123"
     litter.parent.mkdir(parents=True)
     with first.at_work():
         litter.touch()
@@ -216,7 +216,7 @@ def test_a_writer_that_dies_leaves_no_half_cell(tmp_path: Path, n_objects: int) 
 
     class Dying(LocalFolder):
         def write(self, name: str, content: bytes) -> None:
-            if len(list((tmp_path / "cells").rglob("*.*"))) == n_objects:
+            if len(list((tmp_path / "scores").rglob("*.*"))) == n_objects:
                 raise _BreaksOff
             super().write(name, content)
 
