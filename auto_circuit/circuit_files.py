@@ -189,16 +189,41 @@ def load_circuit(
     GraphError for one made for another model, for edges that the graph does not have and
     for scores that its numbers cannot hold, FileError for what cannot be read.
     """
-    content = read_json(path)
+    document = checked_document(path, read_json(path))
+    return document_scores(path, document, model, any_model_name)
+
+
+@checked
+def checked_document(path: Path | str, content: Any) -> dict[str, Any]:
+    """What `circuit_document` gave, read back from `path`.
+
+    Raises DataError for what is malformed, damaged or of another version.
+    """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(
             f'{path} is not a circuit file: its "format" is not {FORMAT!r}. Files of '
             "the MIB circuit track are read by `load_mib_circuit`."
         )
     _check_version(path, content)
-    _check_fingerprint(path, content.get("model"), model, any_model_name)
-    named = _named_scores(path, content.get("edges"))
-    return _scores_by_name(path, model, named)
+    return content
+
+
+@checked
+def document_scores(
+    path: Path | str,
+    document: dict[str, Any],
+    model: PatchableModel,
+    any_model_name: bool = False,
+) -> PruneScores:
+    """The scores in a document that was read from `path`: see `load_circuit`."""
+    _check_fingerprint(path, document.get("model"), model, any_model_name)
+    return _scores_by_name(path, model, document_edges(path, document))
+
+
+@checked
+def document_edges(path: Path | str, document: dict[str, Any]) -> dict[str, float]:
+    """Edge's name -> score, as the document names them. Raises DataError."""
+    return _named_scores(path, document.get("edges"))
 
 
 def _check_version(path: Path | str, content: dict[str, Any]) -> None:

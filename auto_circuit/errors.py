@@ -31,6 +31,12 @@ class ConfigError(AutoCircuitError, ValueError):
     """An argument or a configuration field has a value that makes no sense."""
 
 
+class UnknownNameError(ConfigError, KeyError):
+    """Nothing has this name; the text says what there is."""
+
+    __str__ = Exception.__str__  # a KeyError would quote its text
+
+
 class GoneError(AutoCircuitError, AttributeError):
     """An attribute of auto-circuit's that nothing here has; the text says what to use."""
 

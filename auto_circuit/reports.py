@@ -21,7 +21,7 @@ from auto_circuit.comparisons import (
     comparison_table,
     comparisons,
 )
-from auto_circuit.files import folder_written_whole
+from auto_circuit.files import checksum, folder_written_whole
 from auto_circuit.fingerprints import digest
 from auto_circuit.metrics.mean_interval import MeanInterval
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
@@ -56,8 +56,11 @@ if TYPE_CHECKING:  # rich, pandas and plotly take long to import
 REPORT_FILE = "report.json"
 """What a results' folder is made of: the keys of its cells, and its files' checksums."""
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 """Raised when what is written of the same cells changes."""
+
+SCORES_ORDER = "order"
+"""Of a file of scores, the metadata that list its tensors in the order of the scores."""
 
 
 class ChangedReportWarning(UserWarning):
@@ -79,7 +82,11 @@ def write_results(
     that are not ours stay then. Nothing is written if the same cells' results are there
     already and undamaged, unless `is_forced`. Raises FileError.
     """
-    of = {"cells": list(results.cells), "failed": dict(results.failed)}
+    of = {
+        "cells": list(results.cells),
+        "failed": dict(results.failed),
+        "algorithms": {algo.key: algo.short_name for algo in algos},
+    }
 
     def fill(new: Path) -> None:
         _write_files(results, metrics, algos, new)
@@ -134,7 +141,9 @@ def _write_report_file(folder: Path, of: Mapping[str, Any]) -> None:
         str(path.relative_to(folder)): digest(path.read_bytes())
         for path in _files_in(folder)
     }
-    (folder / REPORT_FILE).write_text(json.dumps({**of, "files": files}, indent=1))
+    report = {**of, "files": files}
+    report = {"checksum": checksum(report), **report}
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1))
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -142,12 +151,20 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _read_report_file(folder: Path) -> dict[str, Any]:
-    """{} if there is none, or it cannot be read."""
+    """{} if there is none, or it is not as it was written."""
     try:
         report = json.loads((folder / REPORT_FILE).read_text())
     except (OSError, ValueError):
         return {}
-    return report if isinstance(report, dict) else {}
+    return report if is_sound_report(report) else {}
+
+
+def is_sound_report(report: Any) -> bool:
+    """Is the content of a REPORT_FILE as it was written?"""
+    if not isinstance(report, dict):
+        return False
+    rest = {name: value for name, value in report.items() if name != "checksum"}
+    return report.get("checksum") == checksum(rest)
 
 
 def _is_written(folder: Path, of: Mapping[str, Any]) -> bool:
@@ -186,7 +203,8 @@ def _write_scores(runs: Sequence[TaskRun], folder: Path) -> None:
             for module_name, scores in prune_scores.items()
         }
         path = folder / f"{slug(run.task)}-seed-{run.seed}.safetensors"
-        path.write_bytes(save(flat))
+        # Safetensors sorts its tensors: this is the order in which they were.
+        path.write_bytes(save(flat, {SCORES_ORDER: json.dumps(list(flat))}))
 
 
 def _write_figures(

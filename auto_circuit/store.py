@@ -142,7 +142,11 @@ class LocalFolder:
     def read(self, name: str) -> bytes | None:
         """As `Folder.read`."""
         path = self.path / name
-        return read_bytes(path) if path.exists() else None
+        try:
+            is_there = path.exists()
+        except OSError as error:  # no right to look, or too long a name
+            raise FileError(f"Cannot read {path}: {error.strerror or error}.") from error
+        return read_bytes(path) if is_there else None
 
     def write(self, name: str, content: bytes) -> None:
         """As `Folder.write`: temporary file, fsync, rename, fsync of the folder."""
@@ -394,7 +398,7 @@ def open_store(address: str | Path) -> Store:
     Raises ConfigError for an address that cannot be one, and for a store of another
     version; FileError where the system refuses.
     """
-    store = Store(_folder(str(address)))
+    store = Store(folder_at(str(address)))
     content = store.folder.read(STORE_FILE)
     if content is None:
         about = {"auto_circuit_store": STORE_VERSION}
@@ -413,7 +417,8 @@ def open_store(address: str | Path) -> Store:
     return store
 
 
-def _folder(address: str) -> Folder:
+def folder_at(address: str) -> Folder:
+    """A folder of this machine, or what fsspec finds. Raises ConfigError for neither."""
     if "://" not in address:
         return LocalFolder(Path(address))
     import fsspec
@@ -421,9 +426,7 @@ def _folder(address: str) -> Folder:
     try:
         files, path = fsspec.core.url_to_fs(address)
     except (ImportError, ValueError, OSError) as error:
-        raise ConfigError(
-            f"Results cannot be written to {address!r}: {error}."
-        ) from error
+        raise ConfigError(f"There can be no results at {address!r}: {error}.") from error
     if address.startswith(("file://", "local://")):
         return LocalFolder(Path(path))
     return RemoteFolder(files, path.rstrip("/"))
@@ -492,7 +495,7 @@ def _table(content: bytes) -> pandas.DataFrame:
 
 def put_folder(folder: Path, address: str) -> None:
     """Copy the files of a folder to an address that fsspec knows. Raises FileError."""
-    place = _folder(address)
+    place = folder_at(address)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             place.write(path.relative_to(folder).as_posix(), path.read_bytes())

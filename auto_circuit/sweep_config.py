@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from auto_circuit.checks import (
     check_count,
@@ -26,9 +26,16 @@ from auto_circuit.checks import (
     check_member,
     check_number,
     checked,
+    shown,
 )
-from auto_circuit.errors import ConfigError, ModelError, about, near_matches
-from auto_circuit.files import checked_file_name
+from auto_circuit.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    about,
+    near_matches,
+)
+from auto_circuit.files import checked_file_name, parse_json
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     PruneMetric,
@@ -131,6 +138,41 @@ class ExperimentConfig(Choices):
 
 def _plain(value: object) -> object:
     return value.name if isinstance(value, Enum) else str(value)
+
+
+@checked
+def config_of_json(text: str, out: str | Path) -> ExperimentConfig:
+    """The configuration whose `json` is `text`, with results in `out`, which that leaves out.
+
+    Raises ConfigError for fields that there are not, and for values that they cannot have;
+    DataError for what is no JSON.
+    """
+    content = parse_json(text, "The configuration")
+    if not isinstance(content, dict):
+        raise DataError("The configuration is no object of JSON.")
+    kinds = get_type_hints(ExperimentConfig)
+    unknown = [name for name in content if name not in kinds or name == "out"]
+    if unknown:
+        hints = "".join(near_matches(name, kinds) for name in unknown)
+        raise ConfigError(
+            f"An experiment has no field {', '.join(map(repr, unknown))}.{hints} It has "
+            f"{', '.join(name for name in kinds if name != 'out')}."
+        )
+    read = {name: _as_kind(name, value, kinds[name]) for name, value in content.items()}
+    return ExperimentConfig(**read, out=out)
+
+
+def _as_kind(name: str, value: Any, kind: Any) -> Any:
+    """A value of JSON as the field has it; what it cannot be, stays, for the checks."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        members = kind.__members__
+        if value not in list(members):
+            raise ConfigError(
+                f"`{name}` is {shown(value)}; expected one of {', '.join(members)}."
+                f"{near_matches(str(value), members)}"
+            )
+        return members[value]
+    return tuple(value) if isinstance(value, list) else value
 
 
 @checked

@@ -28,6 +28,7 @@ PRINTED = {
     "Patch one edge": r"\w+\n",
     "Use your own prompts": r"1519 edges, 6 prompts",
     "Add an algorithm": r"",
+    "Results in a notebook": r"6 100 True",
     "Backwards": r"",
     "Heads that share an input": r"",
     "A sweep in Python": r"",

@@ -502,5 +502,5 @@ def test_results_go_to_any_address(
 
 
 def test_an_address_of_no_kind() -> None:
-    with pytest.raises(ConfigError, match="cannot be written to 'nothing://x"):
+    with pytest.raises(ConfigError, match="can be no results at 'nothing://x"):
         run_experiment(replace(SMALL, out="nothing://x"))

@@ -1,0 +1,486 @@
+"""The results of sweeps, read back: tables, scores, circuits and configurations.
+
+    results = load_results("results")
+    results.rows
+    scores = results.scores("Pocket IOI", "EAP")
+
+What is read is compared with its checksum. Scores and circuits are read when they are asked
+for. Nothing is computed, no model is loaded, and loading runs nothing.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safetensors.torch import load
+
+from auto_circuit.checks import checked
+from auto_circuit.circuit_files import (
+    checked_document,
+    document_edges,
+    document_scores,
+)
+from auto_circuit.compared_results import ComparedResults, compared
+from auto_circuit.errors import (
+    ConfigError,
+    DataError,
+    UnknownNameError,
+    about,
+    near_matches,
+)
+from auto_circuit.files import parse_json
+from auto_circuit.fingerprints import digest
+from auto_circuit.reports import (
+    REPORT_FILE,
+    REPORT_VERSION,
+    SCORES_ORDER,
+    is_sound_report,
+)
+from auto_circuit.store import Folder, folder_at
+from auto_circuit.summary import slug
+from auto_circuit.sweep_config import ExperimentConfig, config_of_json
+from auto_circuit.types import MeasurementRow, PruneScores
+from auto_circuit.utils.patchable_model import PatchableModel
+
+if TYPE_CHECKING:
+    import pandas
+
+AGAIN = (
+    "Run the same experiment again: it writes the folder anew, and computes nothing that is "
+    "stored."
+)
+
+
+@checked
+def load_results(folder: str | Path) -> LoadedResults:
+    """The results of one sweep, or of all sweeps in a folder.
+
+    folder: a sweep's folder (`results/<name>-<hash>`), a folder of them (`results`), or an
+        address of fsspec for either (s3://bucket/results, memory://results).
+
+    Raises ConfigError if no sweep's results are there, or only those of another version;
+    DataError for a file that is damaged or missing, by name; FileError where the system
+    refuses.
+    """
+    place = folder_at(str(folder))
+    report = _report(place, str(folder))
+    if report is not None:
+        name, out = _name_and_out(folder)
+        return _loaded([_experiment(name, out, place, str(folder), report)], {})
+    out = folder if isinstance(folder, Path) else folder.rstrip("/")
+    experiments, left_out = [], {}
+    for name in place.names(""):
+        address = f"{out}/{name}"
+        inner = folder_at(address)
+        try:
+            report = None if name.startswith(".") else _report(inner, address)
+            if report is not None:
+                experiments.append(_experiment(name, out, inner, address, report))
+        except _NotOurs as error:
+            left_out[name] = str(error)
+    if not experiments:
+        raise ConfigError(_nothing_there(folder, left_out))
+    return _loaded(experiments, left_out)
+
+
+def _nothing_there(folder: str | Path, left_out: Mapping[str, str]) -> str:
+    found = "".join(f" {why}" for why in left_out.values())
+    return (
+        f"There are no results of a sweep in {str(folder)!r:.300}: expected a folder that a "
+        f"sweep has written, such as results/pocket-0123abcd, with {REPORT_FILE} in it, or a "
+        f"folder of such folders.{found}"
+    )
+
+
+def _name_and_out(folder: str | Path) -> tuple[str, str | Path]:
+    """The last part of an address and what is before it, in the way that it was given."""
+    if "://" in str(folder):
+        out, _, name = str(folder).rstrip("/").rpartition("/")
+        return name, out
+    path = Path(folder)
+    if path.name in ("", ".."):
+        path = path.resolve()
+    return path.name, str(path.parent) if isinstance(folder, str) else path.parent
+
+
+# --------------------------------------------------------------------------- what was loaded
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LoadedResults:
+    """The results of one or several sweeps, as `load_results` reads them.
+
+    rows: all measurements, one a row: the experiment (its folder's name), the algorithm's
+        short name, and the fields of `MeasurementRow`.
+    summary: a row for each experiment, task and algorithm: see `summary.summarize`.
+    configs: experiment -> its configuration; `out` is where the results were found.
+    failed: experiment -> cell that failed -> its error. {} if none did.
+    left_out: folders beside them that are no sweep of this version -> what they are.
+    """
+
+    rows: pandas.DataFrame
+    summary: pandas.DataFrame
+    configs: Mapping[str, ExperimentConfig]
+    failed: Mapping[str, Mapping[str, str]]
+    left_out: Mapping[str, str]
+    _experiments: tuple[_Experiment, ...] = field(repr=False)
+
+    @checked
+    def scores(
+        self,
+        task: str,
+        algorithm: str,
+        seed: int | None = None,
+        experiment: str | None = None,
+    ) -> PruneScores:
+        """An algorithm's scores, as it gave them: ready for `run_circuits`.
+
+        algorithm: its short name or its key. seed: None: the first one that there is.
+        experiment: needed if several have such scores.
+
+        Raises UnknownNameError (a ConfigError and a KeyError) for what there is not,
+        ConfigError if several experiments have it, DataError for a damaged file.
+        """
+        places = [run for one in self._experiments for run in one.runs]
+        chosen = (experiment, task, algorithm, seed)
+        return _the_one("score", places, chosen).read()
+
+    @property
+    def circuits(self) -> LoadedCircuits:
+        """(task, algorithm's short name) -> its circuit, of those that have one."""
+        return LoadedCircuits([one for of in self._experiments for one in of.circuits])
+
+    @checked
+    def experiment(self, name: str) -> LoadedResults:
+        """The results of one of the experiments. Raises UnknownNameError."""
+        if name not in self.configs:
+            raise _unknown("experiment", name, self.configs, "There is no")
+        of = [one for one in self._experiments if one.name == name]
+        return _loaded(of, {})
+
+    @checked
+    def compare(self, other: LoadedResults) -> ComparedResults:
+        """These results beside others: see `ComparedResults`."""
+        return compared(self, other)
+
+    def __repr__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        lines = "<br>".join(map(html.escape, self._lines()))
+        return f"<p>{lines}</p>{self.summary.to_html(index=False, max_rows=20)}"
+
+    def _lines(self) -> list[str]:
+        shown = list(self.configs)[:5]
+        more = ", ..." * (len(self.configs) > len(shown))
+        columns = ("task", "algorithm", "seed")
+        counts = [_counted(self.rows[name].nunique(), name) for name in columns]
+        n_circuits = sum(len(one.circuits) for one in self._experiments)
+        n_experiments = _counted(len(self.configs), "experiment")
+        lines = [
+            f"Results of {n_experiments}: {', '.join(shown)}{more}",
+            f"{', '.join(counts)}; {_counted(len(self.rows), 'measurement')}, "
+            f"{_counted(n_circuits, 'circuit')}",
+            ".rows, .summary, .configs, .scores(task, algorithm), "
+            ".circuits[task, algorithm], .compare(other)",
+        ]
+        n_failed = sum(map(len, self.failed.values()))
+        lines += [f"{_counted(n_failed, 'cell')} failed: see .failed"] * (n_failed > 0)
+        return lines + [f"Left out: {why}" for why in self.left_out.values()]
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+@dataclass(frozen=True)
+class LoadedCircuit:
+    """The smallest tested circuit from which on all do 80 % of the task.
+
+    document: what `save_circuit` writes, as JSON holds it. place: its file.
+    """
+
+    place: str
+    document: dict[str, Any] = field(repr=False)
+
+    @property
+    def edges(self) -> dict[str, float]:
+        """The name of each edge of the circuit -> its score."""
+        return document_edges(self.place, self.document)
+
+    @checked
+    def scores(self, model: PatchableModel, any_model_name: bool = False) -> PruneScores:
+        """The scores of all edges, 0 outside the circuit: see `load_circuit`."""
+        return document_scores(self.place, self.document, model, any_model_name)
+
+
+class LoadedCircuits(Mapping[tuple[str, str], LoadedCircuit]):
+    """(task, algorithm's short name) -> its circuit, which is read when it is asked for.
+
+    What is not there is an UnknownNameError, and what several experiments have a ConfigError.
+    """
+
+    def __init__(self, places: Iterable[_Place]) -> None:
+        self._places = list(places)
+
+    def __getitem__(self, key: Any) -> LoadedCircuit:
+        if not isinstance(key, tuple) or len(key) != 2:
+            raise UnknownNameError(
+                f"{key!r:.100} is no pair of a task and an algorithm, such as "
+                "('Pocket IOI', 'EAP')."
+            )
+        return _the_one("circuit", self._places, (None, *key, None)).read()
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(
+            dict.fromkeys((place.task, place.algorithm) for place in self._places)
+        )
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, key: object) -> bool:
+        return key in list(iter(self))  # without reading it
+
+    def __repr__(self) -> str:
+        return f"Circuits of {list(self)}"
+
+
+# ------------------------------------------------------------------------- finding by name
+
+
+class _Place(NamedTuple):
+    """Where scores or a circuit are, and how they are read. algo: the algorithm's key."""
+
+    experiment: str
+    task: str
+    algorithm: str
+    seed: int
+    algo: str
+    read: Callable[[], Any]
+
+
+Chosen = tuple[str | None, str, str, int | None]
+"""Experiment, task, algorithm, seed; None: not said."""
+
+
+def _the_one(what: str, places: list[_Place], chosen: Chosen) -> _Place:
+    """The place that was chosen. Raises UnknownNameError, and ConfigError if it is not one."""
+    so_far = ""
+    for name, value in zip(_Place._fields, chosen, strict=False):
+        if value is None:
+            continue
+        known = dict.fromkeys(getattr(place, name) for place in places)
+        of_key = {place.algo: place.algorithm for place in places}
+        if name == "algorithm" and value not in known:
+            value = of_key.get(str(value), value)
+        if value not in known:
+            raise _unknown(name, value, known, f"There are no {what}s{so_far} of the")
+        places = [place for place in places if getattr(place, name) == value]
+        so_far += f" of the {name} {value!r}"
+    experiments = list(dict.fromkeys(place.experiment for place in places))
+    if len(experiments) > 1:
+        raise ConfigError(
+            f"{len(experiments)} experiments have {what}s{so_far}: "
+            f"{', '.join(experiments)}. Name one: `results.experiment({experiments[0]!r})`"
+            f"{', or `experiment=`' * (what == 'score')}."
+        )
+    return places[0]
+
+
+def _unknown(
+    name: str, value: Any, known: Iterable[Any], there_are_none: str
+) -> UnknownNameError:
+    known = [str(one) for one in known]
+    there_is = f" There is {', '.join(map(repr, known))}." if known else ""
+    hint = near_matches(str(value), known)
+    return UnknownNameError(f"{there_are_none} {name} {value!r}.{hint}{there_is}")
+
+
+# ------------------------------------------------------------------------------ reading files
+
+
+class _NotOurs(ConfigError):
+    """A folder holds something, but no results that can be read here."""
+
+
+@dataclass(frozen=True)
+class _Files:
+    """A results' folder. What is read of it is compared with its checksum."""
+
+    address: str
+    folder: Folder
+    checksums: Mapping[str, str]
+
+    def read(self, name: str) -> bytes:
+        """Raises DataError that names the file."""
+        where = f"{self.address}/{name}"
+        content = self.folder.read(name)
+        if content is None or name not in self.checksums:
+            raise DataError(f"{where} is missing. {AGAIN}")
+        if digest(content) != self.checksums[name]:
+            raise DataError(f"{where} is damaged, or was changed. {AGAIN}")
+        return content
+
+
+def _report(folder: Folder, address: str) -> dict[str, Any] | None:
+    """The report of a sweep; None if there are no results at all."""
+    where = f"{address}/{REPORT_FILE}"
+    content = folder.read(REPORT_FILE)
+    if content is None:
+        if folder.read("config.json") is None:
+            return None
+        raise _NotOurs(
+            f"{address} has no {REPORT_FILE}: it holds no sweep, or one of an earlier "
+            f"version. {AGAIN}"
+        )
+    try:
+        report = parse_json(content.decode(), where)
+    except (DataError, UnicodeDecodeError):
+        report = None
+    is_sound = is_sound_report(report)
+    if isinstance(report, dict) and (is_sound or "checksum" not in report):
+        version = report.get("report")
+        if version != REPORT_VERSION:
+            raise _NotOurs(
+                f"{address} holds results of version {version!r:.40}, and version "
+                f"{REPORT_VERSION} is read here. {AGAIN}"
+            )
+    if report is None or not is_sound:
+        raise DataError(f"{where} is damaged, or was changed. {AGAIN}")
+    if "algorithms" not in report:
+        raise _NotOurs(f"{address} holds a test of robustness, and no sweep.")
+    return report
+
+
+@dataclass(frozen=True)
+class _Experiment:
+    """One sweep: its tables, and where its scores are. algorithms: key -> short name."""
+
+    name: str
+    files: _Files
+    config: ExperimentConfig
+    rows: pandas.DataFrame
+    summary: pandas.DataFrame
+    failed: Mapping[str, str]
+
+    @cached_property
+    def runs(self) -> list[_Place]:
+        """Where the scores of each task, algorithm and seed are."""
+        columns = ["task", "algorithm", "seed", "algo"]
+        return [
+            _Place(self.name, task, algorithm, int(seed), algo, read)
+            for task, algorithm, seed, algo in _distinct(self.rows, columns)
+            for read in [_Scores(self.files, task, int(seed), algo)]
+        ]
+
+    @cached_property
+    def circuits(self) -> list[_Place]:
+        """Where the circuits are, of algorithms that have one."""
+        algos = {place.algorithm: place.algo for place in self.runs}
+        with_one: Any = self.summary[self.summary["circuit"].notna()]
+        columns = ["task", "algorithm", "circuit"]
+        return [
+            _Place(self.name, task, algorithm, self.config.seed, algos[algorithm], read)
+            for task, algorithm, stem in _distinct(with_one, columns)
+            for read in [_Circuit(self.files, f"{stem}.json")]
+        ]
+
+
+def _distinct(table: pandas.DataFrame, columns: list[str]) -> list[tuple[Any, ...]]:
+    return list(table[columns].drop_duplicates().itertuples(index=False, name=None))
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Reads the scores of an algorithm from the file of a task and seed."""
+
+    files: _Files
+    task: str
+    seed: int
+    algo: str
+
+    def __call__(self) -> PruneScores:
+        name = f"scores/{slug(self.task)}-seed-{self.seed}.safetensors"
+        content = self.files.read(name)
+        n_bytes = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + n_bytes])
+        order = json.loads(header["__metadata__"][SCORES_ORDER])
+        tensors, start = load(content), f"{self.algo}/"
+        found = {
+            name.removeprefix(start): tensors[name]
+            for name in order
+            if name.startswith(start)
+        }
+        return found
+
+
+@dataclass(frozen=True)
+class _Circuit:
+    """Reads a circuit."""
+
+    files: _Files
+    name: str
+
+    def __call__(self) -> LoadedCircuit:
+        place = f"{self.files.address}/{self.name}"
+        content = parse_json(self.files.read(self.name).decode(), place)
+        return LoadedCircuit(place, checked_document(place, content))
+
+
+def _experiment(
+    name: str,
+    out: str | Path,
+    folder: Folder,
+    address: str,
+    report: Mapping[str, Any],
+) -> _Experiment:
+    import pandas
+
+    files = _Files(address, folder, report["files"])
+    with about(f"{address}/config.json"):
+        config = config_of_json(files.read("config.json").decode(), out)
+    rows = pandas.read_parquet(io.BytesIO(files.read("measurements.parquet")))
+    rows = rows.reindex(columns=[f.name for f in fields(MeasurementRow)])
+    numbers = ["n_edges", "value", "std", "n_prompts", "seed"]
+    rows[numbers] = rows[numbers].apply(pandas.to_numeric)
+    rows.insert(0, "experiment", name)
+    rows.insert(2, "algorithm", rows["algo"].map(report["algorithms"]))
+    summary = _summary(files.read("summary.csv"))
+    summary.insert(0, "experiment", name)
+    failed = {}
+    if report["failed"]:
+        failed = json.loads(files.read("failed.json"))
+    return _Experiment(name, files, config, rows, summary, failed)
+
+
+def _summary(content: bytes) -> pandas.DataFrame:
+    import pandas
+
+    # As text first: a task may be named NA, and numbers must come back to the last digit.
+    table = pandas.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
+    table["circuit"] = [stem or None for stem in table["circuit"]]
+    table["n_seeds"] = table["n_seeds"].astype(int)
+    for column in table.columns.drop(["task", "algorithm", "n_seeds", "circuit"]):
+        table[column] = [float(text or "nan") for text in table[column]]
+    return table
+
+
+def _loaded(experiments: list[_Experiment], left_out: Mapping[str, str]) -> LoadedResults:
+    import pandas
+
+    return LoadedResults(
+        rows=pandas.concat([one.rows for one in experiments], ignore_index=True),
+        summary=pandas.concat([one.summary for one in experiments], ignore_index=True),
+        configs={one.name: one.config for one in experiments},
+        failed={one.name: one.failed for one in experiments if one.failed},
+        left_out=left_out,
+        _experiments=tuple(experiments),
+    )
