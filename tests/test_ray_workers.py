@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -257,6 +258,26 @@ def test_a_gpu_of_another_worker() -> None:
     with pytest.raises(ConfigError, match="`device` is 'cuda:1'; with workers,"):
         with _workers(RunOptions(workers=2), "cuda:1"):
             pass
+
+
+def test_a_work_goes_where_its_task_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else where nothing is open."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    got: list[tuple[str, Any]] = []
+
+    def remote(name: str, uses: Any) -> Any:
+        call = SimpleNamespace(remote=lambda content, uses: got.append((name, content)))
+        handle = SimpleNamespace(result=call)
+        return ray_workers._Remote(handle, None, uses=uses, is_idle=True)
+
+    first, second, third = (ray_workers._Uses(i, None) for i in range(3))
+    workers = RayWorkers(RayOptions(n=3))
+    workers._remotes = [remote("a", first), remote("b", None), remote("c", second)]
+    work = Work(Cell("x", {}), Raises())
+    for content, uses in ((b"2", second), (b"3", third), (b"1", first)):
+        workers._waiting.append(ray_workers._Parcel(work, content, uses))
+    workers._hand_out()
+    assert got == [("c", b"2"), ("b", b"3"), ("a", b"1")]
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
