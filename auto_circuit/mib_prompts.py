@@ -308,15 +308,14 @@ def _hub_folder(task: MibTask, split: Split) -> Path:
         found = snapshot_download(
             task.repository, repo_type="dataset", allow_patterns=[f"*{split}*"]
         )
-    except (
-        Exception
-    ) as error:  # the hub, the network and the disk have errors of their own
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
+    except Exception as error:  # hub, network and disk have errors of their own
+        text = " ".join(str(error).split()) or type(error).__name__
+        cause = text if len(text) < 120 else f"{text[:120]} ..."
         raise DataError(
             f"The prompts of {task.name!r} are the data set {task.repository} of the "
-            f"Hugging Face hub, which cannot be had now: {cause} Where there is a network, "
-            f"type `hf download {task.repository} --repo-type dataset --local-dir FOLDER`, "
-            "and give the folder here with `--data FOLDER`."
+            f"Hugging Face hub, which cannot be had now ({cause}). Where there is a "
+            f"network, type `hf download {task.repository} --repo-type dataset "
+            "--local-dir FOLDER`, and give the folder here with `--data FOLDER`."
         ) from error
     return Path(found)
 

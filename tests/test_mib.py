@@ -166,7 +166,7 @@ def choice_row(idx: int) -> dict[str, Any]:
 
 
 def arithmetic_row(idx: int) -> dict[str, Any]:
-    one, two, three, four = 10 + idx, 12, 20 - idx % 7, 9
+    one, two, three, four = 10 + idx, 12, 30 - idx % 7, 9
     operator = "+" if idx % 4 else "-"
 
     def sum_of(a: int, b: int) -> dict[str, Any]:
@@ -261,16 +261,16 @@ def test_the_benchmark_names_its_tasks() -> None:
         (
             "arithmetic",
             "What is 11 + 12? Answer:",
-            "What is 19 + 9? Answer:",
+            "What is 29 + 9? Answer:",
             Word("23", "label"),
-            Word("28", "random_counterfactual.label"),
+            Word("38", "random_counterfactual.label"),
         ),
         (
             "arithmetic_subtraction",
             "What is 14 - 12? Answer:",
-            "What is 16 - 9? Answer:",
+            "What is 26 - 9? Answer:",
             Word("2", "label"),
-            Word("7", "random_counterfactual.label"),
+            Word("17", "random_counterfactual.label"),
         ),
         (
             "arc",
