@@ -328,7 +328,7 @@ def check_out_folder(folder: Path) -> None:
             f"Results cannot be written to the folder {str(out)!r:.300} ({error}). "
             "Choose another one with `out`."
         ) from error
-    if n_free < MIN_FREE_BYTES:
+    if n_free < MIN_FREE_BYTES and not folder.exists():
         raise ConfigError(
             f"Only {n_free / 2**20:.1f} MiB are free for results in {str(out)!r:.300}; "
             f"figures alone take {MIN_FREE_BYTES / 2**20:.0f} MiB. Make room, or choose "
