@@ -7,6 +7,8 @@ modules that are imported after it.
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 
 # Before torch: a thread that waits for another must not burn the core that it waits for.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -40,3 +42,11 @@ def pytest_collection_modifyitems(
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: needs --runslow"))
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C arrives, also in a job of a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -195,6 +195,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in re.sub(r"[\s│]+", " ", text)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("sent", "code", "word"),
     [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")],

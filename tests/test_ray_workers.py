@@ -407,6 +407,7 @@ def test_more_workers_than_there_is_room_for(cluster: Cluster) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_ends_the_workers(cluster: Cluster, tmp_path: Path) -> None:
     lines = Lines(tmp_path / "begun.txt")
     works = [Work(Cell("x", {"i": i}, f"{i}"), Wait(60.0, lines)) for i in range(3)]
