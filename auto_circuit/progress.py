@@ -144,7 +144,9 @@ class Live:
         """As `Watch.ended`."""
         from rich.console import Group
 
-        self._bars.update(self._cells, advance=1, description=outcome.cell.label)
+        self._bars.update(
+            self._cells, advance=1, description=f"Done: {outcome.cell.label}"
+        )
         self._bars.update(self._inside, visible=False)
         if outcome.error:
             line = f"{outcome.cell.label}: failed: {outcome.error}"
