@@ -28,6 +28,8 @@ Results = Callable[[], ExperimentResults]
 """What a sweep's finished cells say so far."""
 
 SECONDS_BETWEEN_TABLES = 1.0
+SHARE_OF_TABLES = 0.05
+"""The most of the time that goes into tables: one of thousands of cells takes seconds."""
 
 
 @runtime_checkable
@@ -135,7 +137,7 @@ class Live:
         self._bars = Progress(*columns, console=self._console, expand=False)
         self._cells = self._bars.add_task("Cells", total=n_cells)
         self._inside = self._bars.add_task("", total=None, visible=False)
-        self._last_table = -SECONDS_BETWEEN_TABLES
+        self._next_table = time.monotonic()
         with RichLive(self._bars, console=self._console, transient=True) as self._live:
             with reported_to(self._inner):
                 yield
@@ -151,13 +153,14 @@ class Live:
         if outcome.error:
             line = f"{outcome.cell.label}: failed: {outcome.error}"
             self._console.print(line, highlight=False, markup=False)
-        now = time.monotonic()
-        if results is None or now - self._last_table < SECONDS_BETWEEN_TABLES:
+        start = time.monotonic()
+        if results is None or start < self._next_table:
             return
         found = results()
-        self._last_table = now
         if found.runs:
             self._live.update(Group(summary_table(found), self._bars))
+        seconds = time.monotonic() - start
+        self._next_table = start + max(SECONDS_BETWEEN_TABLES, seconds / SHARE_OF_TABLES)
 
     def _inner(self, bar: Any) -> None:
         """A loop inside the cell at work has come so far."""

@@ -179,23 +179,32 @@ def run_robustness(
     """
     plan = check_config(config)
     check_options(options, plan)
-    _check_robustness(config)
+    _check_robustness(config, options)
     store = open_store(config.store)
     works = [_robustness_work(task, plan, config) for task in plan.tasks]
-    for task, work in zip(plan.tasks, works, strict=True):
-        if options.force or not store.holds(work.cell):
-            with about(f"Task {task.key!r}"):
-                checked_choices(task, config, config.circuit_shares)
+    chosen = {
+        work.cell
+        for task, work in zip(plan.tasks, works, strict=True)
+        if not options.only or task.key in options.only
+    }
+    choice = Choice(only=chosen.__contains__, force=options.force)
     watch = watch or Bar()
     outcomes: dict[str, Outcome] = {}
     with _threads(options.threads), _workers(options, config.device) as workers:
-        running = run_cells(works, store, Choice(force=options.force), workers)
+        for task, work in zip(plan.tasks, works, strict=True):
+            if work.cell in chosen and (options.force or not store.holds(work.cell)):
+                with about(f"Task {task.key!r}"):
+                    checked_choices(task, config, config.circuit_shares)
+        running = run_cells(works, store, choice, workers)
         with watch.watching(len(works)), _kept(config, outcomes, len(works)):
             for outcome in running:
                 outcomes[outcome.cell.key] = outcome
                 watch.ended(outcome, None)
-    results = [outcomes[work.cell.key].result for work in works]
-    rows = [row for result in results if result is not None for row in _rows_of(result)]
+    rows = [
+        replace(row, task=task.key)
+        for task, work in zip(plan.tasks, works, strict=True)
+        for row in _rows_of(outcomes[work.cell.key].result)
+    ]
     if rows:
         write_robustness(config, rows, plan.algos)
     failed = [outcome for outcome in outcomes.values() if outcome.error]
@@ -204,7 +213,7 @@ def run_robustness(
     return rows
 
 
-def _check_robustness(config: ExperimentConfig) -> None:
+def _check_robustness(config: ExperimentConfig, options: RunOptions) -> None:
     if config.metrics != (LOGIT_DIFF_PERCENT_METRIC.key,) or config.circuit_sizes:
         raise ConfigError(
             "Robustness states verdicts in 'Logit Diff Percent', of circuits whose size is "
@@ -212,6 +221,11 @@ def _check_robustness(config: ExperimentConfig) -> None:
         )
     if config.n_seeds != 1:
         raise ConfigError(f"Robustness has one seed; `n_seeds` is {config.n_seeds}.")
+    if not {*options.only} <= {*config.tasks}:
+        raise ConfigError(
+            f"`only` names {list(options.only)}; robustness is computed task by task, with all "
+            f"its algorithms: name some of {list(config.tasks)}."
+        )
 
 
 def _robustness_work(task: Task, plan: Plan, config: ExperimentConfig) -> Work:
@@ -256,6 +270,7 @@ class _TestInOtherWays:
         return CellResult(rows=pandas.DataFrame([asdict(row) for row in rows]))
 
 
-def _rows_of(result: CellResult) -> list[RobustnessRow]:
-    assert result.rows is not None
+def _rows_of(result: CellResult | None) -> list[RobustnessRow]:
+    if result is None or result.rows is None:
+        return []
     return [RobustnessRow(**row) for row in result.rows.to_dict("records")]

@@ -317,15 +317,16 @@ def test_a_browser_shows_the_figure(rows: list[RobustnessRow], tmp_path: Path) -
 @pytest.mark.slow
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--circuit-shares", "0.01", "--tasks", "Pocket IOI Tokens"]
-    experiments.main(["robustness", *options, "--out", str(tmp_path)])
+    command = ["robustness", *options, "--out", str(tmp_path)]
+    experiments.main(command)
     printed = capsys.readouterr().out
     for words in ("Zero", "nodes", "all alike", "clean into", "the circuit", "ratios"):
         assert words in printed
-    (folder,) = tmp_path.iterdir()
-    assert folder.name.startswith("robustness-")
+    (folder,) = tmp_path.glob("robustness-*")
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
         "plotly.min.js",
+        "report.json",
         "robustness.html",
         "robustness.parquet",
     }
@@ -334,3 +335,10 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     verdicts = t.tensor(table["verdict"].to_numpy())
     # The published finding, on a small model: the test decides the verdict.
     assert verdicts.max() - verdicts.min() > 50
+    written = (folder / "robustness.html").read_bytes()
+    experiments.main([*command, "--only", "Pocket IOI Tokens"])
+    again = capsys.readouterr().out
+    assert "1 of 1 cells were stored" in again and "failed" not in again
+    assert (folder / "robustness.html").read_bytes() == written
+    with pytest.raises(SystemExit, match="`only` names .'EAP'.; .* task by task"):
+        experiments.main([*command, "--only", "EAP"])
