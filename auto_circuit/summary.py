@@ -175,7 +175,7 @@ def mean_measurements(rows: Sequence[MeasurementRow]) -> AblationMeasurements:
 
 
 def mean_aurocs(runs: Sequence[TaskRun]) -> dict[tuple[TaskKey, AlgoKey], MeanInterval]:
-    """Task and algorithm -> the mean over seeds of its AUROC; of tasks with a known circuit."""
+    """Task and algorithm -> the mean over seeds of its AUROC; of tasks with true edges."""
     aurocs: dict[tuple[TaskKey, AlgoKey], list[float]] = {}
     for run in runs:
         for algo, auroc in run.aurocs.items():
