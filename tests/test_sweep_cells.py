@@ -311,11 +311,24 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+def each_kind_and_damage(*kinds: str) -> list[Any]:
+    """All pairs; the fast ones have each kind, and each damage, at least once."""
+    return [
+        pytest.param(
+            *(kind, damage), marks=[] if (i - j) % len(DAMAGES) == 0 else pytest.mark.slow
+        )
+        for i, kind in enumerate(kinds)
+        for j, damage in enumerate(DAMAGES)
+    ]
+
+
 @pytest.mark.parametrize(
-    "kind", ["scores/*.json", "scores/*.safetensors", "measurements/*.json",
-             "measurements/*.parquet"],
-)  # fmt: skip
+    ("kind", "damage"),
+    each_kind_and_damage(
+        *("scores/*.json", "scores/*.safetensors"),
+        *("measurements/*.json", "measurements/*.parquet"),
+    ),
+)
 def test_damaged_cells_are_named_and_computed_again(
     kind: str, damage: str, whole: Path, computed: list[str], tmp_path: Path
 ) -> None:
@@ -335,11 +348,13 @@ def test_damaged_cells_are_named_and_computed_again(
     assert len(computed) == 1
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(
-    "kind", ["config.json", "scores/*.safetensors", "*.parquet", "summary.csv",
-             "logit-diff-percent.html", "circuits/*/*.json"],
-)  # fmt: skip
+    ("kind", "damage"),
+    each_kind_and_damage(
+        *("config.json", "scores/*.safetensors", "*.parquet", "summary.csv"),
+        *("logit-diff-percent.html", "circuits/*/*.json"),
+    ),
+)
 def test_damaged_reports_are_named_and_written_again(
     kind: str, damage: str, whole: Path, computed: list[str], tmp_path: Path
 ) -> None:
