@@ -8,13 +8,15 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pandas
+import pytest
 import torch as t
 
 from auto_circuit.cells import Choice, Outcome, Work, run_cells
-from auto_circuit.store import Cell, CellResult, open_store
+from auto_circuit.store import Cell, CellResult, Store, open_store
 
 FORKED = multiprocessing.get_context("fork")
 
@@ -141,3 +143,20 @@ def test_three_processes_share_the_work(tmp_path: Path) -> None:
         assert process.exitcode == 0
     assert len(open_store(tmp_path / "store").cells("scores")) == 6
     assert sorted(computed(tmp_path)) == sorted(work.cell.label for work in works)
+
+
+def test_what_is_finished_between_the_look_and_the_claim_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process ends the cell just before this one claims it."""
+    work, *_ = sweep(tmp_path, n=1)
+    claimed = Store.claimed
+
+    def finished_by_another(store: Store, cell: Cell) -> AbstractContextManager[bool]:
+        store.write(cell, work.compute())
+        return claimed(store, cell)
+
+    monkeypatch.setattr(Store, "claimed", finished_by_another)
+    (outcome,) = run(tmp_path, [work])
+    assert outcome.result is not None and not outcome.is_new
+    assert computed(tmp_path) == ["scores 0"]

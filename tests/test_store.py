@@ -226,3 +226,15 @@ def test_a_writer_that_dies_leaves_no_half_cell(tmp_path: Path, n_objects: int) 
     assert store.read(CELL) is None and store.cells("scores") == []
     store.write(CELL, RESULT)
     assert equal(store.read(CELL), RESULT)
+
+
+def test_a_number_that_was_changed_in_a_manifest_is_found(tmp_path: Path) -> None:
+    """It is still JSON, and says what cell it is of."""
+    store = open_store(tmp_path)
+    store.write(CELL, RESULT)
+    manifest = tmp_path / f"{CELL.name}.json"
+    text = manifest.read_text()
+    assert text.count("0.75") == 1
+    manifest.write_text(text.replace("0.75", "0.85"))
+    with pytest.warns(DamagedCellWarning, match="its checksum is another"):
+        assert store.read(CELL) is None
