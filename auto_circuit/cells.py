@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
-from auto_circuit.errors import AutoCircuitError
+from auto_circuit.errors import AutoCircuitError, one_line
 from auto_circuit.store import Cell, CellResult, Store
 
 WAIT_SECONDS = 0.2
@@ -101,7 +101,7 @@ class Worker:
             result = work.compute(*used, *needed)
             seconds = time.perf_counter() - start
         except Exception as error:  # a user's algorithm may raise anything
-            return Failure(_one_line(error))
+            return Failure(_in_a_line(error))
         return replace(result, cost={**_cost(seconds), **result.cost})
 
     def _opened(self, uses: Use) -> Any:
@@ -170,8 +170,8 @@ def _peak_memory_bytes() -> dict[str, int]:
     return {"peak_bytes": peak if sys.platform == "darwin" else peak * 1024}
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+def _in_a_line(error: Exception) -> str:
+    text = one_line(error)
     is_ours = isinstance(error, AutoCircuitError)
     return text if is_ours else f"{type(error).__name__}: {text}"
 
@@ -289,7 +289,7 @@ class _Run:
                 ValueError,
             ) as error:  # what is no data, such as NaN in JSON
                 return Outcome(
-                    work.cell, error=f"it cannot be stored: {_one_line(error)}"
+                    work.cell, error=f"it cannot be stored: {_in_a_line(error)}"
                 )
         return Outcome(work.cell, result, is_new=True)
 

@@ -58,6 +58,11 @@ def near_matches(name: str, known: Iterable[str], n: int = 3) -> str:
     return f" Did you mean {' or '.join(repr(by_lower[match]) for match in matches)}?"
 
 
+def one_line(text: object) -> str:
+    """A text, or an error's, as one line."""
+    return " ".join(str(text).split())
+
+
 @contextmanager
 def about(what: str) -> Iterator[None]:
     """Inside, an error's text begins with what it is about; it stays the same error."""

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from auto_circuit.errors import AutoCircuitError, near_matches
+from auto_circuit.errors import AutoCircuitError, near_matches, one_line
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 
 if TYPE_CHECKING:  # they take most of the time in which `--help` answers
@@ -45,12 +45,12 @@ def main(args: Sequence[str] | None = None) -> None:
         with _terminated_like_interrupted():
             is_complete = run(*parse(sys.argv[1:] if args is None else args))
     except AutoCircuitError as error:
-        sys.exit(_one_line(f"{type(error).__name__}: {error}"))
+        sys.exit(one_line(f"{type(error).__name__}: {error}"))
     except _Terminated as error:
-        print(_one_line(f"Terminated. {error}"), file=sys.stderr)
+        print(one_line(f"Terminated. {error}"), file=sys.stderr)
         sys.exit(TERMINATED)
     except KeyboardInterrupt as error:
-        print(_one_line(f"Interrupted. {error}"), file=sys.stderr)
+        print(one_line(f"Interrupted. {error}"), file=sys.stderr)
         sys.exit(INTERRUPTED)
     if not is_complete:
         sys.exit(1)
@@ -145,7 +145,7 @@ def parse(args: Sequence[str]) -> tuple[str, Any, RunOptions]:
         if stop.code:
             # Without the frame that tyro draws around its words.
             text = re.sub("[│╭╮╰╯]|[─-]{4,}", " ", errors.getvalue())
-            print(_one_line(text), file=sys.stderr)
+            print(one_line(text), file=sys.stderr)
         else:
             print(known_names())
         raise
@@ -200,10 +200,6 @@ def _imports_without_collection() -> Iterator[None]:
             gc.freeze()
         if was_on:
             gc.enable()
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from auto_circuit.checks import checked
 from auto_circuit.mib_prompts import Split, find_mib_task
+from auto_circuit.result_names import NamesResults
 
 MIB_MODELS = {
     "gpt2": "gpt2",
@@ -27,7 +26,7 @@ Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 @checked
 @dataclass(frozen=True)
-class MibConfig:
+class MibConfig(NamesResults):
     """One run of the benchmark: a model, a task, and the algorithms that are compared."""
 
     model: str = "gpt2"
@@ -62,12 +61,6 @@ class MibConfig:
     """The folder that holds the result folders."""
 
     @property
-    def json(self) -> str:
-        """All that determines the results, as text (the place of `out` does not)."""
-        fields = {key: value for key, value in asdict(self).items() if key != "out"}
-        return json.dumps(fields, indent=2, default=str) + "\n"
-
-    @property
     def cell(self) -> str:
         """The benchmark's name of task and model: "arithmetic-addition_llama3"."""
         return f"{find_mib_task(self.task).name.replace('_', '-')}_{self.model_name}"
@@ -84,5 +77,4 @@ class MibConfig:
     @property
     def folder(self) -> Path:
         """Where the results are: the same folder for the same configuration."""
-        digest = hashlib.sha256(self.json.encode()).hexdigest()[:8]
-        return self.out / f"mib-{self.cell}-{digest}"
+        return self.out / f"mib-{self.cell}-{self.digest}"

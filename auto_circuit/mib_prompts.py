@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from auto_circuit.checks import check_count, checked, shown
-from auto_circuit.errors import ConfigError, DataError, near_matches
+from auto_circuit.errors import ConfigError, DataError, near_matches, one_line
 from auto_circuit.files import parse_json, read_bytes
 from auto_circuit.prompt_files import Prompt, is_text, is_whole
 
@@ -309,7 +309,7 @@ def _hub_folder(task: MibTask, split: Split) -> Path:
             task.repository, repo_type="dataset", allow_patterns=[f"*{split}*"]
         )
     except Exception as error:  # hub, network and disk have errors of their own
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error) or type(error).__name__
         cause = text if len(text) < 120 else f"{text[:120]} ..."
         raise DataError(
             f"The prompts of {task.name!r} are the data set {task.repository} of the "

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from auto_circuit.checks import checked
+from auto_circuit.result_names import NamesResults
 from auto_circuit.tasks import (
     DOCSTRING_TOKEN_CIRCUIT_TASK,
     GREATERTHAN_COMPONENT_CIRCUIT_TASK,
@@ -18,7 +17,7 @@ from auto_circuit.tasks import (
 
 @checked
 @dataclass(frozen=True)
-class PaperConfig:
+class PaperConfig(NamesResults):
     """The tables and figures of Miller et al. 2024 for some tasks."""
 
     tasks: tuple[str, ...] = (
@@ -47,12 +46,6 @@ class PaperConfig:
     """The folder that holds the result folders."""
 
     @property
-    def json(self) -> str:
-        """All that determines the results, as text (the place of `out` does not)."""
-        fields = {key: value for key, value in asdict(self).items() if key != "out"}
-        return json.dumps(fields, indent=2, default=str) + "\n"
-
-    @property
     def folder(self) -> Path:
         """Where the results are: the same folder for the same configuration."""
-        return self.out / f"paper-{hashlib.sha256(self.json.encode()).hexdigest()[:8]}"
+        return self.out / f"paper-{self.digest}"

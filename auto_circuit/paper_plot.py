@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from auto_circuit.checks import checked
 from auto_circuit.paper import GridRow, grid_values
-from auto_circuit.robustness_plot import LINE_COLOR, ROW_HEIGHT
+from auto_circuit.robustness_plot import LINE_COLOR, ROW_HEIGHT, list_from_the_top
 
 
 @checked
@@ -37,12 +37,7 @@ def grid_fig(rows: Sequence[GridRow]) -> go.Figure:
         place: dict[str, Any] = {"row": 1, "col": col}
         fig.add_vline(x=100, line={"color": LINE_COLOR, "dash": "dot"}, **place)
     fig.update_xaxes(title_text="% of the logit difference")
-    fig.update_yaxes(
-        categoryorder="array",
-        categoryarray=tests,
-        range=[len(tests) - 0.5, -0.5],
-        gridcolor="rgb(240, 240, 240)",
-    )
+    list_from_the_top(fig, tests)
     fig.update_layout(
         template="plotly_white",
         title="The same circuit in other graphs, and with other ablations",

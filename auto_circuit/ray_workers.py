@@ -28,7 +28,7 @@ import torch as t
 import auto_circuit
 from auto_circuit.cells import Failure, Use, Work, Worker
 from auto_circuit.checks import check_count, check_number, checked
-from auto_circuit.errors import ConfigError
+from auto_circuit.errors import ConfigError, one_line
 from auto_circuit.store import CellResult
 
 MAX_RETRIES = 2
@@ -248,7 +248,7 @@ class RayWorkers:
         if parcel.n_deaths <= MAX_RETRIES:
             self._waiting.appendleft(parcel)
         else:
-            first = " ".join(how.split(".")[0].split())
+            first = one_line(how.split(".")[0])
             text = (
                 f"Its worker has died, {parcel.n_deaths} times. The last time: {first}."
             )

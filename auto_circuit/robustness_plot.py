@@ -52,14 +52,8 @@ def robustness_fig(
         for border in _borders(labels):
             fig.add_hline(y=border, line={"color": LINE_COLOR}, **place)
     fig.update_xaxes(title_text="Verdict: % of the task that the circuit does")
-    fig.update_yaxes(
-        categoryorder="array",
-        categoryarray=labels,
-        range=[len(labels) - 0.5, -0.5],
-        tickmode="array",
-        tickvals=labels,
-        gridcolor="rgb(240, 240, 240)",
-    )
+    list_from_the_top(fig, labels)
+    fig.update_yaxes(tickmode="array", tickvals=labels)
     fig.update_layout(
         template="plotly_white",
         title="How the same circuits fare in other tests",
@@ -67,6 +61,16 @@ def robustness_fig(
         height=220 + len(algos) * (ROW_HEIGHT * len(labels) + 90),
     )
     return fig
+
+
+def list_from_the_top(fig: go.Figure, labels: Sequence[str]) -> None:
+    """Give the y axes a row for each label, the first one at the top."""
+    fig.update_yaxes(
+        categoryorder="array",
+        categoryarray=labels,
+        range=[len(labels) - 0.5, -0.5],
+        gridcolor="rgb(240, 240, 240)",
+    )
 
 
 def _draw_panel(

@@ -14,7 +14,6 @@ without a manifest is not there. Nothing is pickled, and nothing else in the fol
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -39,6 +38,7 @@ from auto_circuit.files import (
     read_bytes,
     write_bytes,
 )
+from auto_circuit.fingerprints import digest
 
 try:
     import fcntl
@@ -339,11 +339,11 @@ class Store:
             return None
         manifest = _manifest(content, cell)
         data = {}
-        for name, digest in manifest["files"].items():
+        for name, expected in manifest["files"].items():
             part = self.folder.read(f"{cell.kind}/{name}")
             if part is None:
                 raise DataError(f"the file {name} of {cell.name}.json is missing.")
-            if hashlib.sha256(part).hexdigest() != digest:
+            if digest(part) != expected:
                 raise DataError(f"the file {cell.kind}/{name} is damaged.")
             data[Path(name).suffix] = part
         return CellResult(
@@ -357,10 +357,10 @@ class Store:
         """Write a cell: its data, and then, which makes it be there, its manifest."""
         files = {}
         for suffix, content in _contents(result).items():
-            digest = hashlib.sha256(content).hexdigest()
-            name = f"{cell.key}-{digest[:8]}{suffix}"
+            of_content = digest(content)
+            name = f"{cell.key}-{of_content[:8]}{suffix}"
             self.folder.write(f"{cell.kind}/{name}", content)
-            files[name] = digest
+            files[name] = of_content
         manifest = {
             "kind": cell.kind,
             "key": cell.key,
@@ -465,8 +465,8 @@ def _manifest(content: bytes, cell: Cell) -> dict[str, Any]:
         raise DataError(f"{where} is damaged (it is no text).") from None
     if not isinstance(manifest, dict) or "checksum" not in manifest:
         raise DataError(f"{where} is not a cell's manifest.")
-    digest = manifest.pop("checksum")
-    if digest != checksum(manifest):
+    expected = manifest.pop("checksum")
+    if expected != checksum(manifest):
         raise DataError(f"{where} is damaged (its checksum is another).")
     if manifest.get("key") != cell.key:
         raise DataError(f"{where} is another cell's manifest.")

@@ -7,14 +7,12 @@ files say (`check_config`, which loads no model), and what only loaded tasks can
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import product
 from pathlib import Path
@@ -44,6 +42,7 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
 )
 from auto_circuit.metrics.prune_metrics.task_measurements import measured_values
 from auto_circuit.prune_algos.prune_algos import PruneAlgo, find_prune_algo
+from auto_circuit.result_names import NamesResults
 from auto_circuit.robustness import Choices, chosen_task
 from auto_circuit.tasks import POCKET_TASKS, Task, find_task
 from auto_circuit.types import AblationType, EdgeCounts, PatchType, TaskKey, TestEdges
@@ -57,7 +56,7 @@ MIN_FREE_BYTES = 8 * 2**20
 
 @checked
 @dataclass(frozen=True)
-class ExperimentConfig(Choices):
+class ExperimentConfig(Choices, NamesResults):
     """One experiment. Without arguments: the pocket tasks, which need no download."""
 
     name: str = "pocket"
@@ -99,16 +98,9 @@ class ExperimentConfig(Choices):
     address that fsspec knows, such as s3://bucket/results."""
 
     @property
-    def json(self) -> str:
-        """All that determines the results, as text (the place of `out` does not)."""
-        fields = {key: value for key, value in asdict(self).items() if key != "out"}
-        return json.dumps(fields, indent=2, default=_plain) + "\n"
-
-    @property
     def address(self) -> str:
         """Where the results are: the same place for the same configuration."""
-        digest = hashlib.sha256(self.json.encode()).hexdigest()[:8]
-        return f"{str(self.out).rstrip('/')}/{self.name}-{digest}"
+        return f"{str(self.out).rstrip('/')}/{self.name}-{self.digest}"
 
     @property
     def folder(self) -> Path:
@@ -134,10 +126,6 @@ class ExperimentConfig(Choices):
     def test_edges(self) -> TestEdges:
         """The circuit sizes, as the metrics take them."""
         return [*self.circuit_sizes, *self.circuit_shares] or self.edge_counts
-
-
-def _plain(value: object) -> object:
-    return value.name if isinstance(value, Enum) else str(value)
 
 
 @checked

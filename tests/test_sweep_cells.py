@@ -322,6 +322,14 @@ def each_kind_and_damage(*kinds: str) -> list[Any]:
     ]
 
 
+def damaged(kind: str, damage: str, folder: Path) -> tuple[Path, bytes]:
+    """Damage a file of a kind: where it is, and what was in it."""
+    path = sorted(folder.glob(kind))[0]
+    before = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](before))
+    return path, before
+
+
 @pytest.mark.parametrize(
     ("kind", "damage"),
     each_kind_and_damage(
@@ -334,9 +342,7 @@ def test_damaged_cells_are_named_and_computed_again(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    path = sorted((out / "cells").glob(kind))[0]
-    before = path.read_bytes()
-    path.write_bytes(DAMAGES[damage](before))
+    path, before = damaged(kind, damage, out / "cells")
     own = out / "cells" / "scores" / "mine.txt"
     own.write_text("mine")
     with pytest.warns(DamagedCellWarning, match=path.name[:40]):
@@ -361,9 +367,7 @@ def test_damaged_reports_are_named_and_written_again(
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     folder = replace(SMALL, out=out).folder
-    path = sorted(folder.glob(kind))[0]
-    before = path.read_bytes()
-    path.write_bytes(DAMAGES[damage](before))
+    path, before = damaged(kind, damage, folder)
     (folder / "circuits" / "notes.txt").write_text("mine")
     with pytest.warns(ChangedReportWarning, match=path.name):
         run_experiment(replace(SMALL, out=out))
