@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run robustness test fuzz lint format bench pocket-model datasets lock clean
+.PHONY: help run robustness test fuzz lint format bench docs pocket-model datasets lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -48,6 +48,9 @@ format: $(VENV)/.stamp-dev  ## format the code and repair what ruff can
 bench: $(VENV)/.stamp-run  ## measure speed and memory
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
+docs: $(VENV)/.stamp-dev  ## build the documentation site into site/ (open site/index.html)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 pocket-model: $(VENV)/.stamp-run  ## train the small model that the package carries
 	$(BIN)/python scripts/train_pocket_model.py $(ARGS)
 
@@ -60,7 +63,7 @@ lock: $(VENV)/.stamp-dev  ## bring poetry.lock up to date with pyproject.toml
 	$(BIN)/poetry lock
 
 clean:  ## remove $(VENV), caches and builds (results/ stays)
-	rm -rf $(VENV) build dist *.egg-info .*_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .*_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The virtual environment with a pip that knows dependency groups. One that is already
