@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from auto_circuit.sweep_config import ExperimentConfig as ExperimentConfig
     from auto_circuit.tasks import Task as Task
     from auto_circuit.tasks import find_task as find_task
+    from auto_circuit.tasks import task_of_prompts as task_of_prompts
     from auto_circuit.types import AblationType as AblationType
     from auto_circuit.types import PatchType as PatchType
     from auto_circuit.utils.ablation_activations import src_ablations as src_ablations
@@ -63,7 +64,7 @@ _HOMES = {
     "prune_algos.prune_algos": ("PruneAlgo", "find_prune_algo", "run_prune_algos"),
     "runner": ("run_experiment",),
     "sweep_config": ("ExperimentConfig",),
-    "tasks": ("Task", "find_task"),
+    "tasks": ("Task", "find_task", "task_of_prompts"),
     "types": ("AblationType", "PatchType"),
     "utils.ablation_activations": ("src_ablations",),
     "utils.graph_utils": ("patch_mode", "patchable_model"),

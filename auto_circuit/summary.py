@@ -15,6 +15,7 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
 )
 from auto_circuit.metrics.prune_metrics.task_measurements import nest_rows
 from auto_circuit.prune_algos.prune_algos import PruneAlgo
+from auto_circuit.result_names import slug as slug
 from auto_circuit.sweep import TaskRun, edges_that_do_it, percents
 from auto_circuit.sweep_config import ExperimentConfig
 from auto_circuit.types import (
@@ -194,9 +195,3 @@ def first_runs(runs: Sequence[TaskRun]) -> list[TaskRun]:
 def circuit_stem(task: TaskKey, algo_name: str) -> str:
     """Where a circuit's files are in the results' folder, without their suffix."""
     return f"circuits/{slug(task)}/{slug(algo_name)}"
-
-
-def slug(text: str) -> str:
-    """A text as part of a file's name."""
-    words = "".join(c if c.isalnum() else " " for c in text.lower())
-    return "-".join(words.split())

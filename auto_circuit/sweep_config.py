@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import product
 from pathlib import Path
@@ -41,15 +41,24 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
     with_mean_of_ratios,
 )
 from auto_circuit.metrics.prune_metrics.task_measurements import measured_values
+from auto_circuit.prompt_files import READERS
 from auto_circuit.prune_algos.prune_algos import PruneAlgo, find_prune_algo
-from auto_circuit.result_names import NamesResults
+from auto_circuit.result_names import ONLY_IF_GIVEN, NamesResults, slug
 from auto_circuit.robustness import Choices, chosen_task
-from auto_circuit.tasks import POCKET_TASKS, Task, find_task
+from auto_circuit.tasks import (
+    POCKET_MODEL,
+    POCKET_TASKS,
+    Task,
+    find_task,
+    task_of_prompts,
+)
 from auto_circuit.types import AblationType, EdgeCounts, PatchType, TaskKey, TestEdges
 
 MAX_SEED = 2**32 - 1
 MAX_SEEDS = 31
 """More would run for days, and tell little more."""
+MAX_SLUG = 200
+"""Systems allow names of files of 255 bytes."""
 MIN_FREE_BYTES = 8 * 2**20
 """Less room than this is too little for the results of any sweep."""
 
@@ -62,7 +71,8 @@ class ExperimentConfig(Choices, NamesResults):
     name: str = "pocket"
     """The first part of the result folder's name."""
     tasks: tuple[str, ...] = tuple(task.key for task in POCKET_TASKS)
-    """Keys of tasks (see auto_circuit/tasks.py)."""
+    """Keys of tasks (see auto_circuit/tasks.py), or prompt files of your own (.json, .jsonl,
+    .csv): half of the prompts are for the algorithms, half to test circuits."""
     algos: tuple[str, ...] = (
         *("GT", "Random", "Act Mag", "EAP", "EAP-IG inputs"),
         *("ACDC quick", "STP quick", "EP quick", "MAttr quick"),
@@ -93,6 +103,9 @@ class ExperimentConfig(Choices, NamesResults):
     those of one draw, without an interval."""
     device: str | None = None
     """Where models run, for example "cuda"; None: a GPU if there is one."""
+    model: str | None = field(default=None, metadata=ONLY_IF_GIVEN)
+    """The model of tasks that are prompt files: a Hugging Face hub name or a local folder.
+    None: the small one that comes with the package."""
     out: str | Path = "results"
     """The folder that holds the result folders, and all that was ever computed for them; or an
     address that fsspec knows, such as s3://bucket/results."""
@@ -208,6 +221,7 @@ def check_config(config: ExperimentConfig) -> Plan:
     for name in config.once:
         find_prune_algo(name)
     _check_not_empty(config)
+    _check_prompt_files(config)
     _check_circuits_are_known(tasks, algos)
     _check_prompts(tasks, algos, metrics, config)
     if config.device is not None:
@@ -234,8 +248,18 @@ def _check_prompts(
                 metric.check_prompts(test)
 
 
+def is_prompt_file(task: TaskKey) -> bool:
+    """Does a configuration mean a prompt file by this, and no key of a task?"""
+    return Path(task).suffix.lower() in READERS
+
+
 def _task(key: TaskKey, config: ExperimentConfig) -> Task:
-    task = find_task(key)
+    if is_prompt_file(key):
+        task = task_of_prompts(
+            key, POCKET_MODEL if config.model is None else config.model
+        )
+    else:
+        task = find_task(key)
     ungroup = task.ungroup or config.ungroup
     keep_positions = task.keep_positions or config.keep_positions
     task = replace(
@@ -271,17 +295,35 @@ def check_options(options: RunOptions, plan: Plan) -> None:
 
 
 def _check_not_empty(config: ExperimentConfig) -> None:
-    for field in ("tasks", "algos", "metrics"):
-        names: tuple[str, ...] = getattr(config, field)
+    for of in ("tasks", "algos", "metrics"):
+        names: tuple[str, ...] = getattr(config, of)
         if not names:
-            raise ConfigError(f"`{field}` is empty; name at least one.")
+            raise ConfigError(f"`{of}` is empty; name at least one.")
         if len(set(names)) < len(names):
-            raise ConfigError(f"`{field}` names one of {list(names)} twice.")
+            raise ConfigError(f"`{of}` names one of {list(names)} twice.")
     algos = [find_prune_algo(name) for name in config.algos]
     if len(set(algos)) < len(algos):
         raise ConfigError(
             f"`algos` names an algorithm of {list(config.algos)} in two ways."
         )
+
+
+def _check_prompt_files(config: ExperimentConfig) -> None:
+    """Can results be called after them, and is `model` for any of them?"""
+    if config.model is not None and not any(map(is_prompt_file, config.tasks)):
+        raise ConfigError(
+            f"`model` is {config.model!r}, but each of the tasks {list(config.tasks)} has a "
+            f"model of its own. It is for tasks that are prompt files ({', '.join(READERS)})."
+        )
+    slugs: dict[str, TaskKey] = {}
+    for task in filter(is_prompt_file, config.tasks):
+        other = slugs.setdefault(slug(task), task)
+        if other != task or len(slug(task).encode()) > MAX_SLUG:
+            raise ConfigError(
+                f"Results cannot be named after the prompt file {task!r:.300}: expected paths "
+                f"of at most {MAX_SLUG} bytes, no two of which differ in signs alone. Rename "
+                "the file, or give a shorter path."
+            )
 
 
 def _check_circuits_are_known(tasks: Sequence[Task], algos: Sequence[PruneAlgo]) -> None:

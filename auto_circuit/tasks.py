@@ -616,3 +616,38 @@ def find_task(key: str) -> Task:
             f"Known: {', '.join(TASK_DICT)}."
         )
     return TASK_DICT[key]
+
+
+MAX_BATCH = 64
+"""Prompts per batch of a task that is a prompt file."""
+
+
+@checked
+def task_of_prompts(path: str | Path, model: str | Path | Module = POCKET_MODEL) -> Task:
+    """A task that is a prompt file: half of the prompts are for algorithms, half to test.
+
+    path: ends in .json, .jsonl or .csv (see `load_datasets_from_json`). It is also the
+        task's key.
+    model: a Hugging Face hub name, a local folder or a model.
+
+    Batches are equal and have at most 64 prompts, so that of n batches up to n - 1 prompts
+    may be left out, others with another seed. `dataclasses.replace` changes the task.
+
+    Raises DataError for a file that is not there, is not as it must be, or has one prompt.
+    """
+    n_prompts = len(read_prompt_file(path).prompts)
+    if n_prompts < 2:
+        raise DataError(
+            f"The prompt file {path} has one prompt; expected two or more: half of them are "
+            "for algorithms, the others to test circuits."
+        )
+    n_batches = -(-(n_prompts // 2) // MAX_BATCH)
+    return Task(
+        key=str(path),
+        name=Path(path).stem,
+        batch_size=n_prompts // 2 // n_batches,
+        batch_count=n_batches,
+        token_circuit=False,
+        _model_def=model,
+        _dataset_name=path,
+    )

@@ -186,6 +186,7 @@ CHANGED: dict[str, Any] = {
     "n_seeds": 7,
     "once": (),
     "device": "cuda:1",
+    "model": "gpt2",
     "out": Path("elsewhere"),
 }
 

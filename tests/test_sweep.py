@@ -32,8 +32,9 @@ from auto_circuit.prune_algos.prune_algos import PruneAlgo, find_prune_algo
 from auto_circuit.prune_algos.random_edges import random_prune_scores
 from auto_circuit.sweep import run_sweep
 from auto_circuit.sweep_config import ExperimentConfig, check_config
-from auto_circuit.tasks import POCKET_IOI_TASK, Task, find_task
+from auto_circuit.tasks import POCKET_IOI_TASK, POCKET_MODEL, Task, find_task
 from auto_circuit.types import PatchType
+from tests.texts import name_prompts, write_prompts
 
 
 def test_ungroup_reaches_the_tasks() -> None:
@@ -78,6 +79,53 @@ def test_the_folder_is_named_after_all_that_matters() -> None:
     assert config.folder == ExperimentConfig().folder
     assert config.folder != ExperimentConfig(seed=1).folder
     assert config.folder.name == ExperimentConfig(out=Path("elsewhere")).folder.name
+
+
+def test_a_prompt_file_is_a_task(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path, name_prompts(9), name="mine")
+    config = ExperimentConfig(
+        tasks=("Pocket IOI", str(path)), model="gpt2", nodes=True, out=tmp_path / "out"
+    )
+    ioi, mine = check_config(config).tasks
+    assert ioi._model_def == POCKET_MODEL
+    assert (mine.key, mine._model_def) == (str(path), "gpt2")
+    assert (mine.batch_size, mine.batch_count, mine.factorized) == (4, 1, False)
+    (mine,) = check_config(replace(config, tasks=(str(path),), model=None)).tasks
+    assert mine._model_def == POCKET_MODEL
+
+
+def test_without_a_model_results_are_called_as_before_there_was_one() -> None:
+    config = ExperimentConfig()
+    assert "model" not in json.loads(config.json)
+    assert json.loads(replace(config, model="gpt2").json)["model"] == "gpt2"
+    assert replace(config, model="gpt2").digest != config.digest
+
+
+@pytest.mark.parametrize(
+    "tasks,model,message",
+    [
+        (
+            ("Pocket IOI",),
+            "gpt2",
+            "`model` is 'gpt2', but each .* has a model of its own",
+        ),
+        (("a_b.json", "a-b.json"), None, "the prompt file 'a-b.json'.*signs alone"),
+        (("x/" * 100 + "a.json",), None, "at most 200 bytes"),
+    ],
+)
+def test_prompt_files_that_make_no_sweep(
+    tasks: tuple[str, ...],
+    model: str | None,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for task in tasks:
+        Path(task).parent.mkdir(parents=True, exist_ok=True)
+        write_prompts(Path(task).parent, name_prompts(4), name=Path(task).stem)
+    with pytest.raises(ConfigError, match=message):
+        check_config(ExperimentConfig(tasks=tasks, model=model, algos=("EAP",)))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from auto_circuit.tasks import (
     TASKS,
     Task,
     find_task,
+    task_of_prompts,
 )
 from tests.models import llama, randomize
 from tests.texts import name_prompts, text_model, word_tokenizer, write_prompts
@@ -259,3 +260,28 @@ def test_files_that_need_a_tokenizer_of_the_hub_name_their_generator(name: str) 
     )
     assert done.returncode == 0
     assert all(option in done.stdout for option in options if option.startswith("--"))
+
+
+@pytest.mark.parametrize(
+    "n_prompts,batch_size,batch_count",
+    [(2, 1, 1), (3, 1, 1), (128, 64, 1), (131, 32, 2), (400, 50, 4)],
+)
+def test_a_task_of_a_prompt_file(
+    n_prompts: int, batch_size: int, batch_count: int, tmp_path: Path
+) -> None:
+    path = write_prompts(tmp_path, name_prompts(n_prompts), name="mine")
+    task = task_of_prompts(path, text_model(word_tokenizer()))
+    assert (task.key, task.name) == (str(path), "mine")
+    assert (task.batch_size, task.batch_count) == (batch_size, batch_count)
+    n_half = batch_size * batch_count
+    assert n_prompts // 2 - batch_count < n_half <= n_prompts // 2
+    assert task.train_loader.n_prompts == task.test_loader.n_prompts == n_half
+    assert task_of_prompts(str(path))._model_def == POCKET_MODEL
+
+
+def test_a_prompt_file_that_makes_no_task(tmp_path: Path) -> None:
+    one = write_prompts(tmp_path, name_prompts(1))
+    with pytest.raises(DataError, match="has one prompt; expected two or more"):
+        task_of_prompts(one)
+    with pytest.raises(DataError, match="There is no prompt file .*none.csv"):
+        task_of_prompts(tmp_path / "none.csv")
