@@ -61,7 +61,8 @@ class Bar:
 
 
 class Lines:
-    """A line for every cell that is computed, and one for all that were stored."""
+    """A line for every cell that is computed. How many were stored is said before the first of
+    these and, if they have become more, at the end."""
 
     def __init__(self, console: Console, is_reversed: bool = False) -> None:
         self._console, self._is_reversed = console, is_reversed
@@ -70,6 +71,7 @@ class Lines:
     def watching(self, n_cells: int) -> Iterator[None]:
         """As `Watch.watching`."""
         self._n_cells, self._n_ended, self._n_stored = n_cells, 0, 0
+        self._is_first, self._n_said = True, 0
         self._start = time.monotonic()
         yield
         self._say_stored()
@@ -80,7 +82,9 @@ class Lines:
         if not (outcome.is_new or outcome.error):
             self._n_stored += outcome.result is not None
             return
-        self._say_stored()
+        if self._is_first:
+            self._say_stored()
+            self._is_first = False
         said = f": failed: {outcome.error}" if outcome.error else self._numbers(outcome)
         seconds = time.monotonic() - self._start
         place = f"[{self._n_ended}/{self._n_cells}, {seconds:.0f} s]"
@@ -102,9 +106,9 @@ class Lines:
         return f": 80 % of the task from {n_edges:,.0f} edges on"
 
     def _say_stored(self) -> None:
-        if self._n_stored:
+        if self._n_stored > self._n_said:
             self._say(f"{self._n_stored} of {self._n_cells} cells were stored")
-        self._n_stored = 0
+            self._n_said = self._n_stored
 
     def _say(self, line: str) -> None:
         self._console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -63,16 +63,17 @@ def shown(make: Callable[[Console], Watch], *outcomes: Outcome, terminal: bool) 
 
 
 def test_a_line_for_each_cell() -> None:
-    text = shown(Lines, STORED, SCORES, MEASURED, FAILED, STORED, terminal=False)
+    outcomes = (STORED, SCORES, STORED, MEASURED, FAILED, STORED)
+    text = shown(Lines, *outcomes, terminal=False)
     lines = [line.split("] ", 1)[-1] for line in text.splitlines()]
     assert lines == [
-        "1 of 5 cells were stored",
+        "1 of 6 cells were stored",
         "IOI, seed 42, EAP: scores (1.2 s)",
         "IOI, seed 42, EAP: measurements: 80 % of the task from 1,200 edges on",
         "IOI, seed 42, [b]Mine: scores: failed: no luck",
-        "1 of 5 cells were stored",
+        "3 of 6 cells were stored",
     ]
-    assert text.splitlines()[1].startswith("[2/5, 0 s] ")
+    assert text.splitlines()[1].startswith("[2/6, 0 s] ")
 
 
 def test_lines_of_reversed_tests_count_what_is_lost() -> None:
