@@ -74,6 +74,7 @@ def score_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (results / "scores").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_small_sweep_in_two_processes(tmp_path: Path) -> None:
     printed = run_process(tmp_path / "1", 1, *SMALL)
     run_process(tmp_path / "2", 2, *SMALL, "--n-seeds", "1", command=MODULE)
@@ -198,7 +199,10 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("sent", "code", "word"),
-    [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")],
+    [
+        (signal.SIGINT, 130, "Interrupted"),
+        pytest.param(signal.SIGTERM, 143, "Terminated", marks=pytest.mark.slow),
+    ],
 )
 def test_interrupted_work_is_not_lost(
     sent: signal.Signals,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -110,11 +111,38 @@ def of_script(folder: Path, hash_seed: int) -> str:
     return done.stdout
 
 
-def test_a_users_files_count_also_those_that_are_imported(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
+def users_files(folder: Path, helper: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.py").write_text(
         "from helper import half\ndef score(m): return half(m)"
     )
-    (tmp_path / "helper.py").write_text("def half(x): return x / 2")
+    (folder / "helper.py").write_text(helper)
+    return folder
+
+
+def of_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is said of the user's function, whose files were not imported before."""
+    with monkeypatch.context() as patched:
+        patched.syspath_prepend(folder)
+        for name in ("mine", "helper"):
+            patched.delitem(sys.modules, name, raising=False)
+        return text(importlib.import_module("mine").score)
+
+
+def test_a_users_files_count_also_those_that_are_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, third = "def half(x): return x / 2", "def half(x): return x / 3"
+    texts = []
+    for name, helper in (("a", half), ("b", half), ("c", third)):
+        folder = users_files(tmp_path / name, helper)
+        texts.append(of_files(folder, monkeypatch))
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.slow
+def test_a_users_files_count_in_every_process_alike(tmp_path: Path) -> None:
+    users_files(tmp_path, "def half(x): return x / 2")
     before = of_script(tmp_path, 1)
     assert of_script(tmp_path, 2) == before
     (tmp_path / "helper.py").write_text("def half(x): return x / 3")

@@ -483,6 +483,7 @@ def test_a_sweep_that_is_killed_again_and_again_loses_nothing(tmp_path: Path) ->
     assert not list(out.rglob(".partial*"))
 
 
+@pytest.mark.slow
 def test_three_processes_share_a_sweep(tmp_path: Path, loaded: Task) -> None:
     loaded.model  # loaded once, before the processes are forked  # noqa: B018
     config, counts = replace(TWELVE, out=tmp_path / "out"), tmp_path / "counts"
