@@ -19,7 +19,13 @@ from enum import Enum
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    MappingProxyType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
 import torch as t
@@ -36,6 +42,8 @@ LIBRARIES = tuple(
     for kind in ("stdlib", "platstdlib", "purelib", "platlib")
 )
 """Where functions do not change from one day to the next."""
+FOR_READERS = MappingProxyType({"for_readers": True})
+"""The metadata of a dataclass's field that says something and changes no result."""
 
 
 def described(value: Any) -> Any:
@@ -63,7 +71,8 @@ def described(value: Any) -> Any:
     if isinstance(value, (BuiltinFunctionType, FunctionType, MethodType, type, partial)):
         return _described_function(value)
     if is_dataclass(value):
-        values = {f.name: described(getattr(value, f.name)) for f in fields(value)}
+        counting = [f.name for f in fields(value) if not f.metadata.get("for_readers")]
+        values = {name: described(getattr(value, name)) for name in counting}
         return {"type": _name_of(type(value)), **values}
     raise ConfigError(
         f"{value!r:.80} is a {type(value).__name__}: two of them cannot be told apart by what "

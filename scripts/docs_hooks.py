@@ -6,12 +6,14 @@ import re
 from typing import Any
 
 import docs_reference
+import docs_tables
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 TABLE = re.compile(r"<!-- table: (\w+) -->.*?<!-- end -->", re.S)
 TABLES = {
+    **docs_tables.TABLES,
     "names": docs_reference.facade_table,
     "modules": lambda: docs_reference.module_table(docs_reference.modules()),
 }

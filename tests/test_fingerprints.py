@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -182,3 +182,13 @@ def test_a_folder_of_weights(tmp_path: Path) -> None:
     assert digest_of_folder(tmp_path) == before
     (tmp_path / "config.json").write_text("{ }")
     assert digest_of_folder(tmp_path) != before
+
+
+def test_what_is_said_to_readers_is_no_part_of_a_key() -> None:
+    (warm,) = (algo for algo in PRUNE_ALGOS if algo.short_name == "EP quick")
+    start = warm.func.keywords["warm_start"]  # type: ignore[attr-defined]
+    silent = replace(start, notes=replace(start.notes, idea=""))
+    assert start.notes.idea and text(silent) == text(start)
+    metric = PRUNE_METRICS[0]
+    assert metric.question and text(replace(metric, question="")) == text(metric)
+    assert text(replace(metric, log_x=not metric.log_x)) != text(metric)

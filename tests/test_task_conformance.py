@@ -269,3 +269,7 @@ def test_metrics_have_their_bounds_and_their_value_at_the_model(task: Task) -> N
 
 def has_token_ids(answers: Tensor | list[Tensor]) -> bool:
     return not answers[0].is_floating_point()
+
+
+def test_a_metric_says_which_question_it_answers() -> None:
+    assert [metric.key for metric in PRUNE_METRICS if not metric.question] == []

@@ -160,6 +160,8 @@ def _graph_nodes(
 
 MICRO_MODEL_ADAPTER = ModelAdapter(
     name="MicroModel",
+    about="Models of a few numbers, for tests and for checking things by hand.",
+    tried=("MicroModel",),
     handles=lambda model: isinstance(model, MicroModel),
     graph_nodes=_graph_nodes,
     src_site=lambda model, module_name: SrcSite(model.get_submodule(module_name)),

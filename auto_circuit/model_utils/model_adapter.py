@@ -170,6 +170,8 @@ class ModelAdapter:
         (`run_with_cache`), also those that cost time.
     embed_tokens: (model, tokens) -> what the first source would write without position
         embeddings, [batch seq d_model]; None if there are none in what it writes.
+    about, tried, refused: for readers: which models these are, those that were tried and
+        run, and those of the family that are refused.
     """
 
     name: str
@@ -188,3 +190,6 @@ class ModelAdapter:
         nullcontext()
     )
     example: Callable[[], Module] | None = None
+    about: str = ""
+    tried: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()

@@ -318,8 +318,38 @@ def _ungrouped(model: Module) -> ModelAdapter:
     )
 
 
+TRIED = (
+    *(
+        "GPT-2",
+        "GPT-BigCode",
+        "Pythia (GPT-NeoX)",
+        "Llama",
+        "Mistral",
+        "Mixtral",
+        "Qwen 2",
+    ),
+    *(
+        "Qwen 3 (also MoE)",
+        "Gemma 1 and 2",
+        "OLMo 1, 2, 3 and OLMoE",
+        "Phi-3",
+        "Starcoder 2",
+    ),
+    *("StableLM", "SmolLM 3", "GLM", "Ernie 4.5", "Apertus", "Nemotron", "Arcee"),
+)
+"""Architectures that were tried, and whose graphs are right."""
+REFUSED = (
+    *("GPT-Neo", "GPT-J", "OPT", "BLOOM", "Phi 1 and 2", "Granite", "Cohere", "Falcon"),
+    *("MPT", "CodeGen", "XGLM"),
+)
+"""Their bridges do not show what single heads read and write, or have parts that are not in
+the graph."""
+
 TRANSFORMER_BRIDGE_ADAPTER = ModelAdapter(
     name="TransformerBridge",
+    about="Hugging Face models that TransformerLens 4 loads.",
+    tried=TRIED,
+    refused=REFUSED,
     handles=lambda model: isinstance(model, TransformerBridge),
     graph_nodes=_graph_nodes,
     src_site=src_site,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal
 
@@ -32,7 +32,7 @@ from auto_circuit.prune_algos.mask_training import (
     training_batches,
 )
 from auto_circuit.prune_algos.one_by_one import edges_from_the_end, trial
-from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.prune_algos.prune_algo import MSE_USE, AlgoNotes, PruneAlgo
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import (
     AblationType,
@@ -313,10 +313,17 @@ def _distance(outputs: Tensor, clean_outputs: Tensor, target: AcdcTarget) -> flo
     return float(kl_div)
 
 
+_NOTES = AlgoNotes(
+    idea="The lowest threshold at which the edge is taken out, edge after edge from the end",
+    paper="Conmy et al. 2023, arXiv 2304.14997",
+    cost="about F / 3 for each edge and threshold, on the first batch only",
+    use="Small graphs, and to compare with published circuits. Slow: see ACDC after EAP.",
+)
 ACDC_PRUNE_ALGO = PruneAlgo(
     key="ACDC",
     name="ACDC",
     func=bound(acdc_prune_scores, AcdcConfig(tao_exps=range(-6, -2), tao_bases=(1,))),
+    notes=_NOTES,
 )
 MSE_ACDC_PRUNE_ALGO = PruneAlgo(
     key="MSE ACDC",
@@ -326,4 +333,5 @@ MSE_ACDC_PRUNE_ALGO = PruneAlgo(
         acdc_prune_scores,
         AcdcConfig(tao_exps=range(-10, 0), tao_bases=(1,), faithfulness_target="mse"),
     ),
+    notes=replace(_NOTES, idea="ACDC of the squared error", use=MSE_USE),
 )

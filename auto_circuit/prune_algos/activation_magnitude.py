@@ -11,7 +11,7 @@ import torch as t
 
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
-from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.prune_algos.prune_algo import AlgoNotes, PruneAlgo
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.ablation_activations import iter_src_ablations
@@ -56,4 +56,10 @@ ACT_MAG_PRUNE_ALGO = PruneAlgo(
     name="Activation Magnitude",
     _short_name="Act Mag",
     func=activation_magnitude_prune_scores,
+    notes=AlgoNotes(
+        idea="The mean |activation| of the edge's source, whatever the task",
+        paper="none: a baseline",
+        cost="F",
+        use="A baseline that looks at no answer: better algorithms must beat it.",
+    ),
 )

@@ -21,7 +21,7 @@ from auto_circuit.prune_algos.objectives import (
     COMPARE_WITH_WRONG_ANSWERS,
     FaithfulnessTarget,
 )
-from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.prune_algos.prune_algo import MSE_USE, AlgoNotes, PruneAlgo
 from auto_circuit.prune_algos.subnetwork_probing import (
     INIT_LOGIT,
     ProbingConfig,
@@ -194,7 +194,9 @@ def _sizes(
     return sorted(sizes)
 
 
-def _probing_algo(name: str, short_name: str, config: CircuitProbingConfig) -> PruneAlgo:
+def _probing_algo(
+    name: str, short_name: str, config: CircuitProbingConfig, notes: AlgoNotes
+) -> PruneAlgo:
     target = config.faithfulness_target
     return PruneAlgo(
         key=name,
@@ -203,9 +205,20 @@ def _probing_algo(name: str, short_name: str, config: CircuitProbingConfig) -> P
         needs_true_edges="true_size" in config.circuit_sizes,
         needs_wrong_answers=target in COMPARE_WITH_WRONG_ANSWERS,
         func=bound(circuit_probing_prune_scores, config),
+        notes=notes,
     )
 
 
+_EDGE_NOTES = AlgoNotes(
+    idea="Subnetwork edge probing for several circuit sizes: how small a circuit has the edge",
+    paper="Cao et al. 2021, arXiv 2104.03514, as in Miller et al. 2024, arXiv 2407.08734",
+    cost="epochs x sizes x (F + B), and 2 F for each size",
+    use="Circuits of given sizes, where the true circuit's size is known. A long training.",
+)
+_TREE_NOTES = replace(
+    _EDGE_NOTES,
+    idea="Subnetwork tree probing for several circuit sizes: how small a circuit has the edge",
+)
 _SHARED = CircuitProbingConfig(regularize_lambda=0.1, skip_larger=True)
 _EDGE_CONFIG = replace(_SHARED, circuit_sizes=("true_size", 1000))
 TREE_SIZES: tuple[CircuitSize, ...] = (100, "true_size", 1000, 10000)
@@ -213,16 +226,22 @@ _TREE_CONFIG = replace(
     _SHARED, epochs=200, tree_optimisation=True, circuit_sizes=TREE_SIZES
 )
 CIRCUIT_PROBING_PRUNE_ALGO = _probing_algo(
-    "Circuit Probing", "CP", replace(_EDGE_CONFIG, epochs=2000)
+    "Circuit Probing", "CP", replace(_EDGE_CONFIG, epochs=2000), _EDGE_NOTES
 )
-CIRCUIT_TREE_PROBING_PRUNE_ALGO = _probing_algo("Tree Probing", "TP", _TREE_CONFIG)
+CIRCUIT_TREE_PROBING_PRUNE_ALGO = _probing_algo(
+    "Tree Probing", "TP", _TREE_CONFIG, _TREE_NOTES
+)
 MSE_CIRCUIT_TREE_PROBING_PRUNE_ALGO = _probing_algo(
-    "MSE Tree Probing", "TP (MSE)", replace(_TREE_CONFIG, faithfulness_target="mse")
+    "MSE Tree Probing",
+    "TP (MSE)",
+    replace(_TREE_CONFIG, faithfulness_target="mse"),
+    replace(_TREE_NOTES, idea="Tree probing of the squared error", use=MSE_USE),
 )
 MSE_CIRCUIT_PROBING_PRUNE_ALGO = _probing_algo(
     "MSE Circuit Probing",
     "CP (MSE)",
     replace(_EDGE_CONFIG, epochs=200, faithfulness_target="mse"),
+    replace(_EDGE_NOTES, idea="Circuit probing of the squared error", use=MSE_USE),
 )
 OPPOSITE_TREE_PROBING_PRUNE_ALGO = _probing_algo(
     "Opposite Tree Probing",
@@ -232,5 +251,10 @@ OPPOSITE_TREE_PROBING_PRUNE_ALGO = _probing_algo(
         epochs=100,
         circuit_sizes=("true_size", 1000, 10000),
         faithfulness_target="wrong_answer",
+    ),
+    replace(
+        _TREE_NOTES,
+        idea="Tree probing for circuits that give the wrong answer",
+        use="What in the model works against the task.",
     ),
 )

@@ -9,12 +9,16 @@ Cost per batch: two forward passes, one of them to record, and one backward pass
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.prune_algos.algo_config import AlgoConfig, bound, takes_options
-from auto_circuit.prune_algos.mask_gradient import MaskGradientConfig, mask_gradients
+from auto_circuit.prune_algos.mask_gradient import (
+    EAP_NOTES,
+    MaskGradientConfig,
+    mask_gradients,
+)
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import Edge, PruneScores
@@ -62,4 +66,5 @@ EDGE_ATTR_PATCH_PRUNE_ALGO = PruneAlgo(
     _short_name="EAP (alias)",
     func=bound(edge_attribution_patching_prune_scores, EdgeAttributionPatchingConfig()),
     needs_wrong_answers=True,
+    notes=replace(EAP_NOTES, use="Another name of EAP."),
 )

@@ -11,7 +11,7 @@ passes (2 F) once.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch as t
@@ -48,7 +48,7 @@ from auto_circuit.prune_algos.objectives import (
     check_objective,
     faithfulness_loss,
 )
-from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.prune_algos.prune_algo import AlgoNotes, PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.graph_utils import mask_fn_mode, train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
@@ -196,11 +196,18 @@ def expected_gate(logits: Float[Tensor, "*mask"]) -> Float[Tensor, "*mask"]:
     return t.sigmoid(logits.unsqueeze(-1) - offsets.to(logits)).mean(-1)
 
 
+_NOTES = AlgoNotes(
+    idea="Gates trained to keep the outputs while a given share of the edges has to go",
+    paper="Bhaskar et al. 2024, arXiv 2406.16778",
+    cost="steps x (F + B), and 2 F",
+    use="A circuit of one chosen size, where there is time for a long training.",
+)
 EDGE_PRUNING_PRUNE_ALGO = PruneAlgo(
     key="Edge Pruning",
     name="Edge Pruning",
     _short_name="EP",
     func=bound(edge_pruning_prune_scores, EdgePruningConfig()),
+    notes=_NOTES,
 )
 QUICK_EDGE_PRUNING_PRUNE_ALGO = PruneAlgo(
     key="Edge Pruning (quick)",
@@ -219,6 +226,10 @@ QUICK_EDGE_PRUNING_PRUNE_ALGO = PruneAlgo(
         ),
     ),
     needs_wrong_answers=True,
+    notes=replace(
+        _NOTES,
+        use="The same in 128 steps from EAP-IG's ranking on: small models, first looks.",
+    ),
 )
 """For small models and first looks: few steps, from EAP-IG's ranking on, and trained for
 what the metrics of logit differences measure."""

@@ -17,7 +17,7 @@ from auto_circuit.prune_algos.objectives import (
     check_objective,
 )
 from auto_circuit.prune_algos.one_by_one import chunks, edges_from_the_end, trial
-from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.prune_algos.prune_algo import AlgoNotes, PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.ablation_activations import (
     Side,
@@ -113,4 +113,10 @@ EXACT_EDGE_PATCHING_PRUNE_ALGO = PruneAlgo(
     _short_name="Exact",
     func=bound(exact_edge_patching_prune_scores, ExactEdgePatchingConfig()),
     needs_wrong_answers=True,
+    notes=AlgoNotes(
+        idea="What patching the edge alone does to the answers: no estimate",
+        paper="Conmy et al. 2023, arXiv 2304.14997; Goldowsky-Dill et al. 2023, arXiv 2304.05969",
+        cost="3 F, and about F / 3 for each edge",
+        use="To judge the gradient methods; small graphs. Says nothing of edges together.",
+    ),
 )

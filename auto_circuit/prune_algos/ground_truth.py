@@ -7,7 +7,7 @@ from collections.abc import Collection
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError
-from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.prune_algos.prune_algo import AlgoNotes, PruneAlgo
 from auto_circuit.types import Edge, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state
@@ -39,4 +39,10 @@ GROUND_TRUTH_PRUNE_ALGO = PruneAlgo(
     _short_name="GT",
     func=ground_truth_prune_scores,
     needs_true_edges=True,
+    notes=AlgoNotes(
+        idea="1 for the edges of the known circuit, 0 for all others",
+        paper="that of the task's circuit",
+        cost="none",
+        use="To test a known circuit, and as the line to compare with.",
+    ),
 )

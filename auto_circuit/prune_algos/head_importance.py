@@ -28,7 +28,7 @@ from auto_circuit.prune_algos.objectives import (
     AnswerConfig,
     check_objective,
 )
-from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.prune_algos.prune_algo import AlgoNotes, PruneAlgo
 from auto_circuit.types import AblationType, Edge, PositionsRead, PruneScores
 from auto_circuit.utils.ablation_activations import (
     Side,
@@ -238,4 +238,10 @@ HEAD_IMPORTANCE_PRUNE_ALGO = PruneAlgo(
     _short_name="HISP",
     func=bound(head_importance_prune_scores, HeadImportanceConfig()),
     needs_wrong_answers=True,
+    notes=AlgoNotes(
+        idea="The weaker of the importances of the edge's two nodes",
+        paper="Michel et al. 2019, arXiv 1905.10650",
+        cost="2 F + B",
+        use="Circuits of nodes: heads and MLPs, with all edges between them.",
+    ),
 )

@@ -13,7 +13,7 @@ point (F + points * (F + Bk)).
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from auto_circuit.checks import check_number, checked
 from auto_circuit.data import PromptDataLoader
@@ -27,7 +27,7 @@ from auto_circuit.prune_algos.objectives import (
     GradFunction,
     check_objective,
 )
-from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.prune_algos.prune_algo import MSE_USE, AlgoNotes, PruneAlgo
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.ablation_activations import (
@@ -151,12 +151,22 @@ def mask_gradients(
         }
 
 
+EAP_NOTES = AlgoNotes(
+    idea="Source's difference times gradient at the destination: the effect, to first order",
+    paper="Syed et al. 2023, arXiv 2310.10348",
+    cost="2 F + B",
+    use="The first one to try: the cheapest that looks at the answers.",
+)
+"""Of edge attribution patching, which is the mask gradient at mask 0."""
+
+
 def _gradient_algo(
     key: str,
     grad_function: GradFunction,
     answer_function: AnswerFunction,
     short_name: str | None = None,
     integrated_grad_samples: int | None = None,
+    notes: AlgoNotes = EAP_NOTES,
 ) -> PruneAlgo:
     config = MaskGradientConfig(
         grad_function=grad_function,
@@ -170,14 +180,20 @@ def _gradient_algo(
         _short_name=short_name,
         needs_wrong_answers=answer_function in COMPARE_WITH_WRONG_ANSWERS,
         func=bound(mask_gradient_prune_scores, config),
+        notes=notes,
     )
 
 
+_NO_WRONG = "Prompts that have no wrong answers."
 LOGIT_DIFF_GRAD_PRUNE_ALGO = _gradient_algo(
     "Edge Answer Logit Diff Gradient At Clean", "logit", "avg_diff", "EAP"
 )
 LOGIT_MSE_GRAD_PRUNE_ALGO = _gradient_algo(
-    "Edge Answer Logit MSE Gradient At Clean", "logit", "mse", "EAP (MSE)"
+    "Edge Answer Logit MSE Gradient At Clean",
+    "logit",
+    "mse",
+    "EAP (MSE)",
+    notes=replace(EAP_NOTES, idea="EAP of the squared error", use=MSE_USE),
 )
 PROB_GRAD_PRUNE_ALGO = _gradient_algo(
     "Edge Answer Prob Gradient At Clean", "prob", "avg_val"
@@ -186,13 +202,28 @@ LOGIT_EXP_GRAD_PRUNE_ALGO = _gradient_algo(
     "Edge Answer Logit Exp Gradient At Clean", "logit_exp", "avg_val"
 )
 LOGPROB_GRAD_PRUNE_ALGO = _gradient_algo(
-    "Edge Answer Log Prob Gradient At Clean", "logprob", "avg_val", "EAP (log prob)"
+    "Edge Answer Log Prob Gradient At Clean",
+    "logprob",
+    "avg_val",
+    "EAP (log prob)",
+    notes=replace(EAP_NOTES, idea="EAP of the answers' log-probability", use=_NO_WRONG),
 )
 LOGPROB_DIFF_GRAD_PRUNE_ALGO = _gradient_algo(
     "Edge Answer Log Prob Diff Gradient At Clean",
     "logprob",
     "avg_diff",
     "EAP (log prob diff)",
+    notes=replace(
+        EAP_NOTES,
+        idea="EAP of the difference of log-probabilities",
+        use="Where the answers are compared as probabilities.",
+    ),
+)
+_PATH_NOTES = AlgoNotes(
+    idea="The mean gradient while all edges together go from clean to patched",
+    paper="Sundararajan et al. 2017, arXiv 1703.01365, as in Miller et al. 2024, arXiv 2407.08734",
+    cost="F + m (F + B), with m = 50 points",
+    use="Scores that add up to the effect of patching everything.",
 )
 INTEGRATED_EDGE_GRADS_PRUNE_ALGO = _gradient_algo(
     "Integrated Edge Gradients (Logit Grad)",
@@ -200,6 +231,7 @@ INTEGRATED_EDGE_GRADS_PRUNE_ALGO = _gradient_algo(
     "avg_val",
     "IEG (Answer Logit)",
     integrated_grad_samples=50,
+    notes=replace(_PATH_NOTES, use=_NO_WRONG),
 )
 # auto-circuit: 1000 points, which the rule of midpoints does not need.
 INTEGRATED_EDGE_GRADS_LOGIT_DIFF_PRUNE_ALGO = _gradient_algo(
@@ -208,4 +240,5 @@ INTEGRATED_EDGE_GRADS_LOGIT_DIFF_PRUNE_ALGO = _gradient_algo(
     "avg_diff",
     "IEG",
     integrated_grad_samples=50,
+    notes=_PATH_NOTES,
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch as t
@@ -37,7 +37,7 @@ from auto_circuit.prune_algos.objectives import (
     check_objective,
     faithfulness_loss,
 )
-from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.prune_algos.prune_algo import AlgoNotes, PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.graph_utils import train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
@@ -183,12 +183,19 @@ def _draw_size(n_edges: int, sizes: SizeDistribution, generator: t.Generator) ->
     return round(math.exp(draw * math.log(n_edges)))
 
 
+_NOTES = AlgoNotes(
+    idea="Scores trained so that the best k edges do the task, for many k at once",
+    paper="arXiv 2609.25518",
+    cost="steps x (F + B), and 2 F",
+    use="One ranking for all circuit sizes, where there is time for a training.",
+)
 MATRYOSHKA_PRUNE_ALGO = PruneAlgo(
     key="Matryoshka Attribution",
     name="Matryoshka Attribution",
     _short_name="MAttr",
     func=bound(matryoshka_prune_scores, MatryoshkaConfig()),
     needs_wrong_answers=True,
+    notes=_NOTES,
 )
 QUICK_MATRYOSHKA_PRUNE_ALGO = PruneAlgo(
     key="Matryoshka Attribution (quick)",
@@ -198,5 +205,6 @@ QUICK_MATRYOSHKA_PRUNE_ALGO = PruneAlgo(
         matryoshka_prune_scores, MatryoshkaConfig(n_steps=144, learning_rate=0.13)
     ),
     needs_wrong_answers=True,
+    notes=replace(_NOTES, use="The same in 144 steps: small models and first looks."),
 )
 """Enough for a small model: few steps, more than twice the published learning rate."""

@@ -11,9 +11,26 @@ from typing import Any
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, check_wrong_answers
 from auto_circuit.errors import ConfigError
+from auto_circuit.fingerprints import FOR_READERS
 from auto_circuit.prompt_files import Prompt
 from auto_circuit.prune_algos.algo_config import AlgoConfig, config_of
 from auto_circuit.types import AlgoKey, PruneScores
+
+
+@dataclass(frozen=True)
+class AlgoNotes:
+    """What to know of an algorithm before running it, as plain text; it changes no number.
+
+    idea: what an edge's score is, in a line.
+    paper: authors, year and number in the arXiv, or why there is none.
+    cost: passes of the model for one batch of prompts: F forward, B backward.
+    use: when it is the one to take, and when it is not.
+    """
+
+    idea: str = ""
+    paper: str = ""
+    cost: str = ""
+    use: str = ""
 
 
 @checked
@@ -27,6 +44,7 @@ class PruneAlgo:
         PatchableModel; it must be as it was when the function returns.
     needs_true_edges: does it work only on tasks with true edges?
     needs_wrong_answers: does it compare answers with wrong ones?
+    notes: for those who choose between algorithms; the members of `PRUNE_ALGOS` have all.
     """
 
     key: AlgoKey
@@ -35,6 +53,9 @@ class PruneAlgo:
     _short_name: str | None = field(default=None, compare=False)
     needs_true_edges: bool = field(default=False, compare=False)
     needs_wrong_answers: bool = field(default=False, compare=False)
+    notes: AlgoNotes = field(
+        default=AlgoNotes(), compare=False, kw_only=True, metadata=FOR_READERS
+    )
 
     @property
     def short_name(self) -> str:
@@ -73,6 +94,10 @@ class PruneAlgo:
         return replace(self, func=partial(self.func, **options)) if options else self
 
 
+MSE_USE = "Models whose output is a number, such as compiled ones."
+"""When to use the variants that lower the squared error to the answers."""
+
+
 @checked
 def with_squared_error(algo: PruneAlgo) -> PruneAlgo:
     """The algorithm, made to lower the squared error to the answers.
@@ -100,6 +125,9 @@ def with_squared_error(algo: PruneAlgo) -> PruneAlgo:
         func=partial(algo.func, **options),
         _short_name=f"{algo.short_name} (MSE)",
         needs_true_edges=algo.needs_true_edges,
+        notes=replace(
+            algo.notes, idea=f"{algo.short_name} of the squared error", use=MSE_USE
+        ),
     )
 
 

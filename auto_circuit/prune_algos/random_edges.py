@@ -10,7 +10,7 @@ import torch as t
 from auto_circuit.checks import check_seed, checked, seeded_generator
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.prune_algos.algo_config import AlgoConfig, bound, makes_config
-from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.prune_algos.prune_algo import AlgoNotes, PruneAlgo
 from auto_circuit.types import Edge, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state
@@ -58,5 +58,13 @@ def random_prune_scores(
 
 # An algorithm leaves the global generator alone: a sweep's numbers come from its seed.
 RANDOM_PRUNE_ALGO = PruneAlgo(
-    key="Random", name="Random", func=bound(random_prune_scores, RandomConfig(seed=0))
+    key="Random",
+    name="Random",
+    func=bound(random_prune_scores, RandomConfig(seed=0)),
+    notes=AlgoNotes(
+        idea="A random number for each edge, which follows from the seed",
+        paper="none: a baseline",
+        cost="none",
+        use="Always: what no better than it can say nothing.",
+    ),
 )

@@ -62,7 +62,7 @@ from auto_circuit.prune_algos.objectives import (
     check_objective,
     faithfulness_loss,
 )
-from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.prune_algos.prune_algo import MSE_USE, AlgoNotes, PruneAlgo
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, Edge, MaskFn, PruneScores
 from auto_circuit.utils.ablation_activations import Side
@@ -439,6 +439,16 @@ def _is_over(steps: Sequence[TrainingStep], epoch_len: int, patience: int | None
     return len(epochs) > patience and min(epochs[-patience:]) >= min(epochs[:-patience])
 
 
+_NOTES = AlgoNotes(
+    idea="Gates trained so that the circuit does as the model, at a price for each open gate",
+    paper="Cao et al. 2021, arXiv 2104.03514",
+    cost="epochs x (F + B), and 2 F",
+    use="A circuit in the edge direction: the edges that bring the answer about alone.",
+)
+_TREE_NOTES = replace(
+    _NOTES,
+    use="A circuit in the tree direction: the edges that suffice, with a long training.",
+)
 SUBNETWORK_EDGE_PROBING_PRUNE_ALGO = PruneAlgo(
     key="Subnetwork Edge Probing",
     name="Subnetwork Edge Probing",
@@ -447,6 +457,7 @@ SUBNETWORK_EDGE_PROBING_PRUNE_ALGO = PruneAlgo(
         subnetwork_probing_prune_scores,
         SubnetworkProbingConfig(epochs=200, regularize_lambda=0.5),
     ),
+    notes=_NOTES,
 )
 SUBNETWORK_TREE_PROBING_PRUNE_ALGO = PruneAlgo(
     key="Subnetwork Tree Probing",
@@ -458,6 +469,7 @@ SUBNETWORK_TREE_PROBING_PRUNE_ALGO = PruneAlgo(
             epochs=2000, regularize_lambda=0.5, tree_optimisation=True
         ),
     ),
+    notes=_TREE_NOTES,
 )
 
 
@@ -478,6 +490,7 @@ def _squared_error_algo(
         name=key,
         _short_name=short_name,
         func=bound(subnetwork_probing_prune_scores, config),
+        notes=replace(_NOTES, idea="Gates trained for the squared error", use=MSE_USE),
     )
 
 
@@ -508,6 +521,10 @@ QUICK_SUBNETWORK_TREE_PROBING_PRUNE_ALGO = PruneAlgo(
         ),
     ),
     needs_wrong_answers=True,
+    notes=replace(
+        _TREE_NOTES,
+        use="The same in 16 epochs from EAP-IG's ranking on: small models, first looks.",
+    ),
 )
 """For small models and first looks: few steps, from EAP-IG's ranking on, and trained for
 what the metrics of logit differences measure, with a circuit of 30 edges."""

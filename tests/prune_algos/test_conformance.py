@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,21 @@ def score(
         is_text = is_transformer(model)
         loader = token_loader(3, 2) if is_text else micro_loader([1, 2, 5], 2)
     return func(model, loader, list(model.edges)[::7])
+
+
+@on_all_algos
+def test_an_algorithm_says_what_those_who_choose_it_must_know(algo: PruneAlgo) -> None:
+    notes = algo.notes
+    assert all(asdict(notes).values()), f"{algo.key} has an empty field in its notes"
+    assert re.search(r"arXiv \d{4}\.\d{4,5}\b|^(none|that of)", notes.paper), notes.paper
+    assert re.search(r"\b[FB]\b|^none$", notes.cost), notes.cost
+    assert len(notes.idea) <= 90 and not notes.idea.endswith(".")
+    assert notes.use.endswith(".")
+
+
+def test_an_algorithm_of_ones_own_need_not_say_it() -> None:
+    mine = PruneAlgo("Mine", "Mine", lambda model, *_: model.new_prune_scores())
+    assert mine.notes.idea == "" and mine == replace(mine, notes=PRUNE_ALGOS[0].notes)
 
 
 def is_transformer(model: PatchableModel) -> bool:

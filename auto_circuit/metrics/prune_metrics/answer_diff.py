@@ -60,6 +60,7 @@ def prompt_answer_diffs(
 
 LOGIT_DIFF_METRIC = PruneMetric(
     key="Logit Diff",
+    question="By how much does the circuit prefer the right answer, in logits?",
     needs_wrong_answers=True,
     name="Logit Difference",
     log_x=True,
@@ -68,6 +69,7 @@ LOGIT_DIFF_METRIC = PruneMetric(
 
 PROB_DIFF_METRIC = PruneMetric(
     key="Prob Diff",
+    question="By how much is the right answer more probable than the wrong one?",
     needs_wrong_answers=True,
     name="Probability Difference",
     log_x=True,
@@ -77,6 +79,7 @@ PROB_DIFF_METRIC = PruneMetric(
 
 LOGPROB_DIFF_METRIC = PruneMetric(
     key="Logprob Diff",
+    question="How many times as probable is the right answer, as a logarithm?",
     needs_wrong_answers=True,
     name="Log-Probability Difference",
     log_x=True,

@@ -118,6 +118,7 @@ def prompt_answer_diff_percents(
 
 LOGIT_DIFF_PERCENT_METRIC = PruneMetric(
     key="Logit Diff Percent",
+    question="How much of the model's preference for the right answer has the circuit?",
     needs_wrong_answers=True,
     name="Logit Difference (% of Model)",
     log_x=True,
@@ -126,6 +127,7 @@ LOGIT_DIFF_PERCENT_METRIC = PruneMetric(
 
 PROB_DIFF_PERCENT_METRIC = PruneMetric(
     key="Prob Diff Percent",
+    question="The same, of probabilities: prompts of which the model is sure count most.",
     needs_wrong_answers=True,
     name="Probability Difference (% of Model)",
     log_x=True,
@@ -134,6 +136,7 @@ PROB_DIFF_PERCENT_METRIC = PruneMetric(
 
 LOGPROB_DIFF_PERCENT_METRIC = PruneMetric(
     key="LogProb Diff Percent",
+    question="The same, of log-probabilities; of one answer each, the same as of logits.",
     needs_wrong_answers=True,
     name="Log-Probability Difference (% of Model)",
     log_x=True,

@@ -64,6 +64,7 @@ def prompt_answer_vals(
 
 ANSWER_LOGIT_METRIC = PruneMetric(
     key="Answer Logit",
+    question="How high is the right answer's logit? It moves also when all logits do.",
     name="Answer Logit",
     log_x=True,
     prompt_func=partial(prompt_answer_vals, prob_func="logits"),
@@ -71,6 +72,7 @@ ANSWER_LOGIT_METRIC = PruneMetric(
 
 WRONG_ANSWER_LOGIT_METRIC = PruneMetric(
     key="Wrong Answer Logit",
+    question="How high is the wrong answer's logit?",
     needs_wrong_answers=True,
     name="Wrong Answer Logit",
     log_x=True,
@@ -80,6 +82,7 @@ WRONG_ANSWER_LOGIT_METRIC = PruneMetric(
 
 ANSWER_PROB_METRIC = PruneMetric(
     key="Answer Prob",
+    question="How probable does the circuit find the right answer?",
     name="Answer Probability",
     log_x=True,
     prompt_func=partial(prompt_answer_vals, prob_func="softmax"),
@@ -90,6 +93,7 @@ ANSWER_PROB_METRIC = PruneMetric(
 # auto-circuit's was logarithmic and showed every point at 1e-6.
 ANSWER_LOGPROB_METRIC = PruneMetric(
     key="Answer Logprob",
+    question="The same as a logarithm, which tells small probabilities apart.",
     name="Answer Log-Probability",
     log_x=True,
     prompt_func=partial(prompt_answer_vals, prob_func="log_softmax"),

@@ -62,6 +62,7 @@ def prompt_correct_percents(
 
 CORRECT_ANSWER_PERCENT_METRIC = PruneMetric(
     key="Correct Answer Percent",
+    question="How often is a right answer the circuit's first choice, of all words?",
     name="Correct Answers (%)",
     log_x=True,
     prompt_func=prompt_correct_percents,
@@ -70,6 +71,7 @@ CORRECT_ANSWER_PERCENT_METRIC = PruneMetric(
 
 CORRECT_ANSWER_GREATER_THAN_INCORRECT_PERCENT_METRIC = PruneMetric(
     key="Correct Answer Greater Than Incorrect Percent",
+    question="How often is the right answer above the wrong one?",
     needs_wrong_answers=True,
     name="Correct Answer Above Incorrect (%)",
     log_x=True,

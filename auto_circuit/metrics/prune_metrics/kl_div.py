@@ -78,6 +78,7 @@ def _position_weights(batch: PromptPairBatch, side: Side, full: FullModelOuts) -
 
 CLEAN_KL_DIV_METRIC = PruneMetric(
     key="Clean KL Div",
+    question="How far are the circuit's predictions from the model's, of all words?",
     name="KL(Clean || Circuit)",
     log_x=True,
     log_y=True,
@@ -89,6 +90,7 @@ CLEAN_KL_DIV_METRIC = PruneMetric(
 
 CORRUPT_KL_DIV_METRIC = PruneMetric(
     key="Corrupt KL Div",
+    question="How far are they from what the model says on the corrupt prompts?",
     name="KL(Corrupt || Circuit)",
     log_x=True,
     log_y=True,

@@ -54,6 +54,7 @@ def prompt_squared_errors(
 
 CLEAN_MSE_METRIC = PruneMetric(
     key="Clean MSE",
+    question="How far are the circuit's outputs from the model's, if these are numbers?",
     name="Squared Difference to Clean",
     log_x=True,
     log_y=True,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from auto_circuit.checks import checked, shown
 from auto_circuit.data import PromptPairBatch, check_wrong_answers
 from auto_circuit.errors import ConfigError
+from auto_circuit.fingerprints import FOR_READERS
 from auto_circuit.metrics.protocols import SlicedModel
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prompt_stats import PromptFunc, prompt_means
@@ -59,6 +60,8 @@ class PruneMetric:
     bounds: the lowest and the highest value that the metric can have.
     of_numbers: does it also measure models whose output is a number, and no word?
     needs_wrong_answers: does it compare answers with wrong ones?
+    question: the one that it answers, for those who choose; the members of `PRUNE_METRICS`
+        have it. It changes no number.
 
     Raises ConfigError for a metric without a function, and for a logarithmic y axis without
     a positive `y_min`.
@@ -76,6 +79,7 @@ class PruneMetric:
     bounds: tuple[float, float] = (-math.inf, math.inf)
     of_numbers: bool = False
     needs_wrong_answers: bool = False
+    question: str = field(default="", kw_only=True, metadata=FOR_READERS)
 
     def __post_init__(self) -> None:
         # Made anew for `replace(metric, prompt_func=...)`, where it would be the old one's.

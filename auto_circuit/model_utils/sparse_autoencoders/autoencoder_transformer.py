@@ -382,6 +382,8 @@ def _ungrouped(model: Module) -> ModelAdapter:
 
 AUTOENCODER_TRANSFORMER_ADAPTER = ModelAdapter(
     name="AutoencoderTransformer",
+    about="TransformerLens models whose MLPs are seen through sparse autoencoders.",
+    tried=("GPT-2", "Pythia"),
     handles=lambda model: isinstance(model, AutoencoderTransformer),
     graph_nodes=_graph_nodes,
     src_site=_src_site,
