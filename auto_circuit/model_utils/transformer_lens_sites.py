@@ -172,7 +172,8 @@ def _is_everywhere(value: int, weight: Tensor) -> bool:
     return weight.device.type == "cpu" and bool((weight == value).all())
 
 
-def _closed_form(bridge: NormalizationBridge) -> Norm | None:
+def closed_form(bridge: NormalizationBridge) -> Norm | None:
+    """The facts about a norm, if it is one whose form is known."""
     return norm_facts(bridge) if _is_known_norm(bridge) else None
 
 
@@ -287,7 +288,7 @@ def _weights_port(
     norm = _norm_before_heads(block)
     heads = HeadInputs(
         norm=None if norm is None else norm.original_component,
-        closed_form=None if norm is None else _closed_form(norm),
+        closed_form=None if norm is None else closed_form(norm),
         linears=linears,
         share_rows=is_shared,
     )

@@ -1,0 +1,6 @@
+"""The circuit explorer: circuits to look at, in a page or a notebook.
+
+The way of the data: a loaded task -> `task_view` (graph, prompts, attention, what nodes write)
+-> with `algorithm_view`s (scores, order, measured circuits) -> plain JSON -> the JavaScript in
+`built/`, whose source is in `src/`.
+"""
