@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 STORE_VERSION = 1
 """Of the layout; a store of another version is refused."""
 
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 """Part of every key: raise it when a function's numbers change, and all is computed anew."""
 
 STORE_FILE = "store.json"

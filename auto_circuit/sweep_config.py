@@ -74,8 +74,7 @@ class ExperimentConfig(Choices, NamesResults):
     """Keys of tasks (see auto_circuit/tasks.py), or prompt files of your own (.json, .jsonl,
     .csv): half of the prompts are for the algorithms, half to test circuits."""
     algos: tuple[str, ...] = (
-        *("GT", "Random", "Act Mag", "EAP", "EAP-IG inputs"),
-        *("ACDC quick", "STP quick", "EP quick", "MAttr quick"),
+        *("GT", "Random", "Act Mag", "EAP", "EAP-IG inputs", "STP quick", "MAttr quick"),
     )
     """Names of prune algorithms (see auto_circuit/prune_algos/prune_algos.py). Those that
     need true edges are left out on tasks without."""
@@ -83,7 +82,7 @@ class ExperimentConfig(Choices, NamesResults):
     """Keys of metrics (see auto_circuit/metrics/prune_metrics/prune_metrics.py). Areas are of
     'Logit Diff Percent'; of accuracy, with 'Correct Answer Greater Than Incorrect Percent'."""
     edge_counts: EdgeCounts = EdgeCounts.COARSE
-    """Which circuit sizes are tested: COARSE (1, 2, 5, 10, 20, 50, ...), LOGARITHMIC (1..9,
+    """Which circuit sizes are tested: COARSE (1, 2, 4, 7, 10, 20, ...), LOGARITHMIC (1..9,
     10, 20, ...), ALL or GROUPS."""
     circuit_sizes: tuple[int, ...] = ()
     """Exactly these numbers of edges, instead of `edge_counts`."""

@@ -12,7 +12,7 @@ from auto_circuit.ranking import desc_prune_scores
 from auto_circuit.types import EdgeCounts, PruneScores, TestEdges
 
 LOGARITHMIC_FROM = 200
-COARSE_DIGITS = (1, 2, 5)
+COARSE_DIGITS = (1, 2, 4, 7)
 MAX_GROUPS = 100
 
 
@@ -29,7 +29,7 @@ def edge_counts_util(
 
     edges: all edges of the graph; only their number counts (`range(n)` will do).
     test_counts: EdgeCounts.ALL: every size. LOGARITHMIC: 1..9, 10, 20, .. 90, 100,
-        200, .. below the number of edges. COARSE: of these, 1, 2, 5, 10, 20, 50, ..,
+        200, .. below the number of edges. COARSE: of these, 1, 2, 4, 7, 10, 20, ..,
         which are about evenly apart on a logarithmic axis. GROUPS: the sizes at which a
         group of equal |score| is complete, best first. A list: numbers of edges (int)
         and shares of all edges in [0, 1] (float; 1 is one edge, 1.0 all of them),

@@ -36,9 +36,9 @@ def test_logarithmic_sizes_are_below_the_number_of_edges() -> None:
 
 def test_coarse_sizes_are_some_of_the_logarithmic_ones() -> None:
     counts = edge_counts_util(range(60), EdgeCounts.COARSE)
-    assert counts == [0, 1, 2, 5, 10, 20, 50, 60]
+    assert counts == [0, 1, 2, 4, 7, 10, 20, 40, 60]
     of_50 = edge_counts_util(range(50), EdgeCounts.COARSE, zero_edges=False)
-    assert of_50 == [1, 2, 5, 10, 20, 50]
+    assert of_50 == [1, 2, 4, 7, 10, 20, 40, 50]
 
 
 def test_lists_have_numbers_and_shares() -> None:
