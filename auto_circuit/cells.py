@@ -190,6 +190,11 @@ class Choice:
     force: bool = False
 
 
+def is_missing(cell: Cell, store: Store, choice: Choice) -> bool:
+    """Does the cell have to be computed?"""
+    return choice.only(cell) and (choice.force or not store.holds(cell))
+
+
 def run_cells(
     works: Sequence[Work],
     store: Store,

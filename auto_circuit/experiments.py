@@ -88,12 +88,12 @@ def run(name: str, config: Any, options: RunOptions) -> bool:
     from auto_circuit.named_experiments import PROGRAMS
 
     console = Console()
-    if name in PROGRAMS:
-        PROGRAMS[name].run(config, console)
-        return True
-    is_reversed = config.reverse_clean_corrupt
+    is_reversed = getattr(config, "reverse_clean_corrupt", False)
     is_seen = console.is_terminal
     watch = progress.Live(console) if is_seen else progress.Lines(console, is_reversed)
+    if name in PROGRAMS:
+        PROGRAMS[name].run(config, options, console, watch)
+        return True
     if name == "robustness":
         rows = runner.run_robustness(config, options, watch)
         reports.print_robustness(config, rows, console)
@@ -119,12 +119,11 @@ def parse(args: Sequence[str]) -> tuple[str, Any, RunOptions]:
             PROGRAMS,
             Command,
         )
-        from auto_circuit.sweep_config import RunOptions
 
     known: dict[str, tuple[str, Any]] = {
         name: (DESCRIPTIONS[name], Command(EXPERIMENTS[name])) for name in EXPERIMENTS
     } | {
-        name: (program.description, program.config) for name, program in PROGRAMS.items()
+        name: (program.description, program.command) for name, program in PROGRAMS.items()
     }
     words = list(args)
     if not words or words[0].startswith("-"):
@@ -149,9 +148,7 @@ def parse(args: Sequence[str]) -> tuple[str, Any, RunOptions]:
         else:
             print(known_names())
         raise
-    if isinstance(command, Command):
-        return words[0], command.config, command.options
-    return words[0], command, RunOptions()
+    return words[0], command.config, command.options
 
 
 def known_names() -> str:

@@ -15,7 +15,7 @@ Source: Mueller et al. 2025, MIB (arXiv 2504.13151), and the track's repository
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ from auto_circuit.mib_config import MIB_MODELS, MibConfig
 from auto_circuit.mib_prompts import (
     MibPair,
     MibPrompts,
+    Split,
     find_mib_task,
     mib_prompts,
     read_mib_pairs,
@@ -136,6 +137,48 @@ def check_mib_config(config: MibConfig) -> list[PruneAlgo]:
     return algos
 
 
+@dataclass(frozen=True)
+class MibSplit:
+    """The rows of a split, before they are a model's prompts. n_prompts: how many; None: all."""
+
+    name: Split
+    pairs: tuple[MibPair, ...]
+    n_prompts: int | None
+
+
+@checked
+def mib_splits(config: MibConfig) -> tuple[MibSplit, MibSplit]:
+    """What circuits are found on, and measured on. Raises DataError as `read_mib_pairs` does."""
+    task = find_mib_task(config.task)
+    train, test = (
+        tuple(read_mib_pairs(task, split, config.data, config.counterfactual))
+        for split in ("train", config.split)
+    )
+    n_train = config.n_train
+    if n_train is None and task.n_train is not None and task.n_train <= len(train):
+        n_train = task.n_train
+    return MibSplit("train", train, n_train), MibSplit(config.split, test, config.n_test)
+
+
+@checked
+def unloaded_mib_task(config: MibConfig) -> Task:
+    """The task that a configuration names, whose model is not loaded."""
+    task = find_mib_task(config.task)
+    return _MibTask(
+        key=f"MIB {task.name}",
+        name=f"MIB {task.name}",
+        batch_size=config.batch_size,
+        batch_count=1,
+        token_circuit=False,
+        _model_def=MIB_MODELS.get(config.model, config.model),
+        _dataset_name=task.repository,
+        dtype=getattr(t, config.dtype),
+        device=config.device,
+        ungroup=True,
+        seed=config.seed,
+    )
+
+
 @checked
 def load_mib(config: MibConfig) -> LoadedMib:
     """The task that a configuration names, ready for its algorithms.
@@ -146,57 +189,29 @@ def load_mib(config: MibConfig) -> LoadedMib:
     model that cannot be had.
     """
     algos = check_mib_config(config)
-    task = find_mib_task(config.task)
-    pairs = [
-        read_mib_pairs(task, split, config.data, config.counterfactual)
-        for split in ("train", config.split)
-    ]
-    from auto_circuit.model_utils.load_model import load_transformer  # takes seconds
-
-    device = t.device(config.device or ("cuda" if t.cuda.is_available() else "cpu"))
-    name = MIB_MODELS.get(config.model, config.model)
-    bridge = load_transformer(name, device, getattr(t, config.dtype))
+    splits = mib_splits(config)
+    task: Any = unloaded_mib_task(config)
+    bridge = task._bare_model
     model = patchable_model(
         bridge, factorized=True, slice_output="last_seq", separate_qkv=True, ungroup=True
     )
     check_mib_can_hold(model)
-    n_train = config.n_train
-    n_pairs = len(pairs[0])
-    if n_train is None and task.n_train is not None and task.n_train <= n_pairs:
-        n_train = task.n_train
-    splits = []
-    for split, of_split, n_prompts in (
-        ("train", pairs[0], n_train),
-        (config.split, pairs[1], config.n_test),
-    ):
-        with about(f"Split {split!r} of {task.name!r}"):
-            splits.append(_split(of_split, n_prompts, bridge, config.batch_size, device))
-    (train, train_loader), (test, test_loader) = splits
-    loaded: Any = _MibTask(
-        key=f"MIB {task.name}",
-        name=f"MIB {task.name}",
-        batch_size=config.batch_size,
-        batch_count=1,
-        token_circuit=False,
-        _model_def=bridge,
-        _dataset_name=task.repository,
-        ungroup=True,
-        seed=config.seed,
+    (train, train_loader), (test, test_loader) = (
+        _loaded_split(split, task, config) for split in splits
     )
-    loaded._model, loaded._true_edges = model, None
-    loaded._train_loader, loaded._test_loader = train_loader, test_loader
-    return LoadedMib(loaded, tuple(algos), train, test)
+    task._model, task._true_edges = model, None
+    task._train_loader, task._test_loader = train_loader, test_loader
+    return LoadedMib(task, tuple(algos), train, test)
 
 
-def _split(
-    pairs: Sequence[MibPair],
-    n_prompts: int | None,
-    bridge: Any,
-    batch_size: int,
-    device: t.device,
+def _loaded_split(
+    split: MibSplit, task: Any, config: MibConfig
 ) -> tuple[MibPrompts, PromptDataLoader]:
-    found = mib_prompts(pairs, bridge.tokenizer, n_prompts)
-    return found, loader_of_prompts(found.prompts, bridge, True, batch_size, device)
+    bridge = task._bare_model
+    with about(f"Split {split.name!r} of {find_mib_task(config.task).name!r}"):
+        found = mib_prompts(split.pairs, bridge.tokenizer, split.n_prompts)
+        batch_size, device = config.batch_size, task._device
+        return found, loader_of_prompts(found.prompts, bridge, True, batch_size, device)
 
 
 @checked
@@ -224,10 +239,22 @@ def iter_mib(loaded: LoadedMib) -> Iterator[MibResult | MibFailure]:
 @checked
 def mib_result(loaded: LoadedMib, algo: PruneAlgo) -> MibResult:
     """One algorithm's scores, on the train prompts, and the curves of its circuits."""
+    return mib_curves(loaded, find_mib_scores(loaded, algo))
+
+
+@checked
+def find_mib_scores(loaded: LoadedMib, algo: PruneAlgo) -> FoundScores:
+    """One algorithm's scores, on the train prompts."""
     task = loaded.task
     algo.check_prompts(task.train_loader)
-    found = find_scores(task, algo.with_seed(task.seed))
-    with about(f"{task.key}, algorithm {algo.short_name!r}"):
+    return find_scores(task, algo.with_seed(task.seed))
+
+
+@checked
+def mib_curves(loaded: LoadedMib, found: FoundScores) -> MibResult:
+    """The curves of the circuits that scores make, on the test prompts."""
+    task = loaded.task
+    with about(f"{task.key}, algorithm {found.name!r}"):
         rankings: tuple[Ranking, Ranking] = ("signed", "absolute")
         curves = faithfulness_curves(
             task.model, task.test_loader, found.scores, rankings, accuracy=True

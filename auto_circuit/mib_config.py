@@ -78,3 +78,8 @@ class MibConfig(NamesResults):
     def folder(self) -> Path:
         """Where the results are: the same folder for the same configuration."""
         return self.out / f"mib-{self.cell}-{self.digest}"
+
+    @property
+    def store(self) -> str:
+        """Where all cells are, those of other experiments with the same `out` among them."""
+        return str(self.out / "cells")

@@ -1,6 +1,7 @@
 """A run of the benchmark: its files, and its tables on the screen.
 
-The results' folder has, after each algorithm, all that is known then; each file is whole:
+What is computed is kept as cells (`mib_cells`), beside those of sweeps. The results' folder
+has, after each algorithm, all that is known then; each file is whole:
 
 - `summary.csv`: a row for each algorithm: CPR, CMD, accuracy area, seconds.
 - `measurements.parquet`: a row for each algorithm, ranking and size of circuits.
@@ -17,88 +18,114 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from auto_circuit.circuit_files import save_mib_circuit
+from torch import Tensor
+
+from auto_circuit.cell_runs import at_work, choice_of, watched
+from auto_circuit.cells import InThisProcess, Outcome, is_missing, run_cells
 from auto_circuit.errors import AutoCircuitError
-from auto_circuit.files import write_text, written_whole
-from auto_circuit.metrics.edge_ranks import Ranking
-from auto_circuit.metrics.faithfulness import FaithfulnessPoint
-from auto_circuit.mib import (
-    LoadedMib,
-    MibFailure,
-    MibResult,
-    iter_mib,
-    load_mib,
+from auto_circuit.files import write_bytes, write_text, written_whole
+from auto_circuit.mib import LoadedMib, MibFailure, MibResult
+from auto_circuit.mib_cells import (
+    MibCells,
+    measurement_rows,
+    mib_cells,
+    mib_outcomes,
 )
+from auto_circuit.mib_cells import finite_scores as finite_scores
 from auto_circuit.mib_config import MibConfig
-from auto_circuit.types import PruneScores
+from auto_circuit.store import open_store
+from auto_circuit.sweep_config import Plan, RunOptions, check_options
 
 if TYPE_CHECKING:  # it takes long to import
     from rich.console import Console
+
+    from auto_circuit.progress import Watch
 
 Outcomes = Sequence[MibResult | MibFailure]
 COLUMNS = ("task", "model", "algorithm", "cpr", "cmd", "accuracy_area", "seconds")
 
 
-def run_and_print(config: MibConfig, console: Console) -> None:
+def run_and_print(
+    config: MibConfig,
+    options: RunOptions,
+    console: Console,
+    watch: Watch,
+) -> None:
     """Run the benchmark, write results as they come, and print its tables.
 
-    Raises as `load_mib` does before anything is computed; after all algorithms have run,
-    AutoCircuitError if some of them failed.
+    What is stored in `config.store` is not computed again. Raises as `load_mib` does before
+    anything is computed; after all algorithms have run, AutoCircuitError if some of them failed.
     """
-    loaded = load_mib(config)
-    write_text(made(config.folder) / "config.json", config.json)
-    _print_prompts(config, loaded, console)
-    outcomes: list[MibResult | MibFailure] = []
-    try:
-        for outcome in iter_mib(loaded):
-            outcomes.append(outcome)
-            if isinstance(outcome, MibResult):
-                write_result(config, loaded, outcome)
-                write_tables(config, outcomes)
-    except KeyboardInterrupt:
-        n_done = len(outcomes)
-        raise KeyboardInterrupt(
-            f"{n_done} of {len(loaded.algos)} algorithms were finished: {config.folder}"
-        ) from None
+    cells = mib_cells(config)
+    check_options(options, Plan([], [of_algo.algo for of_algo in cells], []))
+    store = open_store(config.store)
+    names = {work.cell: ("", {o.algo.short_name}) for o in cells for work in o.works}
+    choice = choice_of(options, names)
+    with at_work(options, config.device) as workers:
+        if any(is_missing(cell, store, choice) for cell in names):
+            uses = cells[0].uses
+            _print_prompts(config, uses.loaded, console)
+            if not isinstance(workers, InThisProcess):
+                uses.free()
+        write_text(made(config.folder) / "config.json", config.json)
+        works = [work for of_algo in cells for work in of_algo.works]
+        running = run_cells(works, store, choice, workers)
+        writing = _Writing(watch, config, cells)
+        watched(running, len(works), writing, config.store)
+    outcomes = mib_outcomes(cells, writing.outcomes)
     print_results(config, outcomes, console)
     failed = [outcome for outcome in outcomes if isinstance(outcome, MibFailure)]
     if failed:
         raise AutoCircuitError(
-            f"{len(failed)} of {len(outcomes)} algorithms failed: "
+            f"{len(failed)} of {len(cells)} algorithms failed: "
             + "; ".join(f"{one.name}: {one.error}" for one in failed)
+            + ". The same command computes them again, and no other."
         )
+
+
+class _Writing:
+    """Writes the files of an algorithm when its last cell has come; tells another watch."""
+
+    def __init__(
+        self, watch: Watch, config: MibConfig, cells: Sequence[MibCells]
+    ) -> None:
+        self._watch, self._config = watch, config
+        self._of_cell = {work.cell: one for one in cells for work in one.works}
+        self._cells = cells
+        self.outcomes: dict[str, Outcome] = {}
+
+    def watching(self, n_cells: int) -> AbstractContextManager[None]:
+        """As `Watch.watching`."""
+        return self._watch.watching(n_cells)
+
+    def ended(self, outcome: Outcome, results: Any) -> None:
+        """As `Watch.ended`."""
+        self.outcomes[outcome.cell.key] = outcome
+        self._watch.ended(outcome, results)
+        of_algo = self._of_cell[outcome.cell]
+        (finished,) = mib_outcomes([of_algo], self.outcomes) or (None,)
+        if isinstance(finished, MibResult):
+            submission = self.outcomes[of_algo.submission.cell.key].result
+            assert submission is not None
+            write_submission(self._config, finished, submission.tensors["file"])
+            write_tables(self._config, mib_outcomes(self._cells, self.outcomes))
 
 
 # -------------------------------------------------------------------------------- files
 
 
-def write_result(config: MibConfig, loaded: LoadedMib, result: MibResult) -> Path:
+def write_submission(config: MibConfig, result: MibResult, file: Tensor) -> Path:
     """Write an algorithm's scores as the leaderboard takes them; the file's path."""
     method = f"{_file_part(result.found.name)}_patching_edge"
     folder = made(config.folder / "submission" / method / config.cell)
     path = folder / f"importances.{config.file_format}"
-    save_mib_circuit(path, loaded.task.model, finite_scores(result.found.scores))
+    write_bytes(path, file.numpy().tobytes())
     return path
-
-
-def finite_scores(prune_scores: PruneScores) -> PruneScores:
-    """The same order, without infinite scores (ACDC's), which the format has no place for."""
-    sizes = [
-        float(scores[scores.isfinite()].abs().max())
-        for scores in prune_scores.values()
-        if scores.isfinite().any()
-    ]
-    largest = 2 * max(sizes, default=0.0) + 1
-    return {
-        name: scores.nan_to_num(math.nan, largest, -largest)
-        for name, scores in prune_scores.items()
-    }
 
 
 def write_tables(config: MibConfig, outcomes: Outcomes) -> None:
@@ -113,7 +140,11 @@ def write_tables(config: MibConfig, outcomes: Outcomes) -> None:
     write_text(config.folder / "summary.csv", text.getvalue())
     import pandas
 
-    rows = [row for result in results for row in measurement_rows(result)]
+    rows = [
+        {"algorithm": result.found.name, **row}
+        for result in results
+        for row in measurement_rows(result)
+    ]
     with written_whole(config.folder / "measurements.parquet") as path:
         pandas.DataFrame(rows).to_parquet(path)
 
@@ -130,19 +161,6 @@ def summary_row(config: MibConfig, result: MibResult) -> dict[str, Any]:
         "accuracy_area": result.accuracy_area,
         "seconds": result.found.seconds,
     }
-
-
-def measurement_rows(result: MibResult) -> list[dict[str, Any]]:
-    """The rows of an algorithm in `measurements.parquet`."""
-    curves: dict[Ranking, tuple[FaithfulnessPoint, ...]] = {
-        "signed": result.signed,
-        "absolute": result.absolute,
-    }
-    return [
-        {"algorithm": result.found.name, "ranking": ranking, **asdict(point)}
-        for ranking, curve in curves.items()
-        for point in curve
-    ]
 
 
 def made(folder: Path) -> Path:

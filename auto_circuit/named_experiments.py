@@ -24,12 +24,30 @@ from auto_circuit.tasks import (
 if TYPE_CHECKING:  # it takes long to import
     from rich.console import Console
 
+    from auto_circuit.progress import Watch
+
 
 @dataclass(frozen=True)
 class Command:
     """What the command line says: an experiment, and how it runs."""
 
     config: ExperimentConfig
+    options: RunOptions = RunOptions()
+
+
+@dataclass(frozen=True)
+class MibCommand:
+    """The same of a run of the benchmark."""
+
+    config: MibConfig
+    options: RunOptions = RunOptions()
+
+
+@dataclass(frozen=True)
+class PaperCommand:
+    """The same of the paper's tables and figures."""
+
+    config: PaperConfig
     options: RunOptions = RunOptions()
 
 
@@ -108,37 +126,41 @@ algorithms that compare numbers.""",
 class Program:
     """What a first word of the command line does that is no sweep.
 
-    config: what its options change. description: what `--help` says. run: (config, console)
-    -> None; imports what only a run needs.
+    command: what its options change. description: what `--help` says. run: (config, options,
+    console, watch) -> None; imports what only a run needs.
     """
 
-    config: Any
+    command: MibCommand | PaperCommand
     description: str
-    run: Callable[[Any, Console], None]
+    run: Callable[[Any, RunOptions, Console, Watch], None]
 
 
-def _run_mib(config: MibConfig, console: Console) -> None:
+def _run_mib(
+    config: MibConfig, options: RunOptions, console: Console, watch: Watch
+) -> None:
     from auto_circuit.mib_report import run_and_print
 
-    run_and_print(config, console)
+    run_and_print(config, options, console, watch)
 
 
-def _run_paper(config: PaperConfig, console: Console) -> None:
+def _run_paper(
+    config: PaperConfig, options: RunOptions, console: Console, watch: Watch
+) -> None:
     from auto_circuit.paper_report import run_and_print
 
-    run_and_print(config, console)
+    run_and_print(config, options, console, watch)
 
 
 PROGRAMS: dict[str, Program] = {
     "mib": Program(
-        MibConfig(),
+        MibCommand(MibConfig()),
         """The circuit track of the benchmark MIB: CPR, CMD, accuracy area and weighted edge
 counts of one model and task for each algorithm, and the folder to submit. Prompts come from the
 Hugging Face hub, or with --data from a folder with the files of the task's data set.""",
         _run_mib,
     ),
     "paper": Program(
-        PaperConfig(),
+        PaperCommand(PaperConfig()),
         """The tables and figures of Miller et al. 2024 for the published tasks: how the verdict on
 their published circuits changes with the six choices of a test, and with graph and ablation
 together; how single prompts spread; how well algorithms find the circuit of a compiled model.""",

@@ -44,7 +44,7 @@ from auto_circuit.robustness import (
     is_padded,
     robustness_rows,
 )
-from auto_circuit.sweep import find_scores
+from auto_circuit.sweep import FoundScores, find_scores
 from auto_circuit.sweep_config import MAX_SEED, check_out_folder
 from auto_circuit.tasks import Task, find_task
 from auto_circuit.types import (
@@ -178,12 +178,8 @@ def run_paper(config: PaperConfig) -> PaperResults:
     that cannot be had.
     """
     plan = check_paper_config(config)
-    tasks = []
-    for task in plan.tasks:
-        with about(f"Task {task.key!r}"):
-            # Its model loads now, so that errors come before the work, and for all its graphs.
-            tasks.append(task := task.with_seed(config.seed))
-            checked_choices(task, Choices(), (config.circuit_share,))
+    # A model loads now, so that errors come before the work, and for all its task's graphs.
+    tasks = [loaded_task(task, config) for task in plan.tasks]
     verdicts: list[RobustnessRow] = []
     grid: list[GridRow] = []
     for task in tasks:
@@ -193,11 +189,22 @@ def run_paper(config: PaperConfig) -> PaperResults:
             grid += grid_rows(task, tested)
         task.free()
     rocs = [
-        roc_row(task, algo.with_seed(config.seed))
+        roc_row(task, find_scores(task, algo.with_seed(config.seed)))
         for task in plan.tracr_tasks
         for algo in plan.algos
     ]
     return PaperResults(config, tuple(verdicts), tuple(grid), tuple(rocs))
+
+
+def loaded_task(task: Task, config: PaperConfig) -> Task:
+    """The task on a model that is loaded now. Raises for what its circuit cannot be tested on.
+
+    ModelError, and as `checked_choices` does.
+    """
+    with about(f"Task {task.key!r}"):
+        task = task.with_seed(config.seed)
+        checked_choices(task, Choices(), (config.circuit_share,))
+    return task
 
 
 @dataclass(frozen=True)
@@ -215,14 +222,25 @@ class TaskCircuit:
 
 def circuit_of_task(task: Task, config: PaperConfig) -> TaskCircuit:
     """The published circuit if there is one, else what the configuration says."""
+    algo, _ = circuit_algo(config, is_published=task.true_edge_count is not None)
+    return tested_circuit(task, config, find_scores(task, algo).scores)
+
+
+def circuit_algo(config: PaperConfig, is_published: bool) -> tuple[PruneAlgo, str]:
+    """What finds the circuit of a task, and what it is called."""
+    if is_published:
+        return GROUND_TRUTH_PRUNE_ALGO, "published"
+    algo = find_prune_algo(config.circuit_algo).with_seed(config.seed)
+    return algo, algo.short_name
+
+
+def tested_circuit(task: Task, config: PaperConfig, scores: PruneScores) -> TaskCircuit:
+    """The circuit that a task's scores (of its `circuit_algo`) stand for."""
     n_true = task.true_edge_count
-    if n_true is not None:
-        algo, name = GROUND_TRUTH_PRUNE_ALGO, "published"
-    else:
-        algo = find_prune_algo(config.circuit_algo).with_seed(config.seed)
-        name = algo.short_name
+    algo, name = circuit_algo(config, is_published=n_true is not None)
+    if n_true is None:
         n_true = max(1, int(config.circuit_share * task.model.n_edges))
-    return TaskCircuit(algo.key, name, find_scores(task, algo).scores, n_true)
+    return TaskCircuit(algo.key, name, scores, n_true)
 
 
 def circuit_verdicts(task: Task, tested: TaskCircuit) -> list[RobustnessRow]:
@@ -293,8 +311,8 @@ def _grid_row(
     )
 
 
-def roc_row(task: Task, algo: PruneAlgo) -> RocRow:
-    """How well an algorithm finds the true edges of a task."""
+def roc_row(task: Task, found: FoundScores) -> RocRow:
+    """How well an algorithm has found the true edges of a task."""
     from auto_circuit.metrics.official_circuits.measure_roc import (
         measure_task_roc,
         roc_auc,
@@ -302,15 +320,14 @@ def roc_row(task: Task, algo: PruneAlgo) -> RocRow:
 
     edges = task.true_edges
     assert edges is not None
-    found = find_scores(task, algo)
-    with about(f"Task {task.key!r}, algorithm {algo.short_name!r}"):
+    with about(f"Task {task.key!r}, algorithm {found.name!r}"):
         points: Measurements = measure_task_roc(
             task.model, edges, found.scores, all_edges=True
         )
     return RocRow(
         task.key,
-        algo.key,
-        algo.short_name,
+        found.algo,
+        found.name,
         roc_auc(points),
         found.seconds,
         tuple((float(x), float(y)) for x, y in points),

@@ -7,29 +7,76 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from auto_circuit.files import folder_written_whole
-from auto_circuit.paper import GridRow, PaperResults, RocRow, grid_values, run_paper
+from auto_circuit.cell_runs import at_work, choice_of, watched
+from auto_circuit.cells import is_missing, run_cells
+from auto_circuit.errors import AutoCircuitError
+from auto_circuit.fingerprints import digest
+from auto_circuit.paper import (
+    GridRow,
+    PaperResults,
+    RocRow,
+    check_paper_config,
+    grid_values,
+    loaded_task,
+)
+from auto_circuit.paper_cells import paper_cells, paper_results
 from auto_circuit.paper_config import PaperConfig
 from auto_circuit.prune_algos.prune_algos import find_prune_algo
-from auto_circuit.reports import verdict_table
+from auto_circuit.reports import REPORT_VERSION, verdict_table, write_folder
+from auto_circuit.store import open_store
+from auto_circuit.sweep_config import Plan, RunOptions, check_options
 
 if TYPE_CHECKING:  # it takes long to import
     from rich.console import Console
 
+    from auto_circuit.progress import Watch
 
-def run_and_print(config: PaperConfig, console: Console) -> None:
-    """Compute all rows, write them with their figures, and print their tables.
 
-    Raises as `run_paper` does; FileError if the folder cannot be written.
+def run_and_print(
+    config: PaperConfig,
+    options: RunOptions,
+    console: Console,
+    watch: Watch,
+) -> None:
+    """Compute the rows that are not stored, write all with their figures, print their tables.
+
+    Raises as `run_paper` does before anything is computed, and FileError if the folder cannot
+    be written; when all others are finished and written, AutoCircuitError if cells failed.
     """
-    results = run_paper(config)
-    write_paper(results)
-    print_paper(results, console)
+    plan = check_paper_config(config)
+    all_tasks = list(dict.fromkeys((*plan.tasks, *plan.tracr_tasks)))
+    check_options(options, Plan(all_tasks, list(plan.algos), []))
+    store = open_store(config.store)
+    with at_work(options, config.device) as workers:
+        cells = paper_cells(plan, config)
+        choice = choice_of(options, cells.names)
+        for one in cells.circuits:
+            if any(is_missing(work.cell, store, choice) for work in one.works):
+                loaded_task(one.task, config)
+                if len(all_tasks) > 1:
+                    one.task.free()
+        running = run_cells(cells.works, store, choice, workers)
+        outcomes = watched(running, len(cells.works), watch, config.store)
+    results = paper_results(config, cells, outcomes)
+    if results.verdicts or results.grid or results.rocs:
+        write_paper(results, is_forced=options.force)
+        print_paper(results, console)
+    failed = [outcome for outcome in outcomes.values() if outcome.error]
+    if failed:
+        raise AutoCircuitError(
+            f"{len(failed)} of {len(outcomes)} cells failed: "
+            + "; ".join(f"{one.cell.label}: {one.error}" for one in failed)
+            + ". The same command computes them again, and no other."
+        )
 
 
-def write_paper(results: PaperResults) -> None:
-    """Write configuration, rows and figures; all or nothing. Raises FileError."""
-    with folder_written_whole(results.config.folder) as new:
+def write_paper(results: PaperResults, is_forced: bool = False) -> None:
+    """Write configuration, rows and figures; all or nothing. Raises FileError.
+
+    Nothing is written if the same rows are there already and undamaged, unless `is_forced`.
+    """
+
+    def fill(new: Path) -> None:
         (new / "config.json").write_text(results.config.json)
         for name, rows in (
             ("verdicts", results.verdicts),
@@ -39,6 +86,10 @@ def write_paper(results: PaperResults) -> None:
             if rows:
                 _write_rows(rows, new / f"{name}.csv")
         _write_figures(results, new)
+
+    rows = (results.config.json, results.verdicts, results.grid, results.rocs)
+    of = {"report": REPORT_VERSION, "rows": digest(repr(rows).encode())}
+    write_folder(results.config.folder, of, fill, is_forced)
 
 
 def _write_rows(rows: Sequence[Any], path: Path) -> None:
@@ -58,6 +109,7 @@ def _write_figures(results: PaperResults, folder: Path) -> None:
         keys = {row.algo for row in results.verdicts}
         names = {key: find_prune_algo(key).short_name for key in keys}
         figs["verdicts"] = robustness_fig(results.verdicts, names)
+    if results.grid:
         figs["grid"] = grid_fig(results.grid)
     if results.rocs:
         curves: dict[str, Any] = {}
@@ -85,6 +137,7 @@ def print_paper(results: PaperResults, console: Console) -> None:
                 "* The task's own choices.",
             )
         )
+    if results.grid:
         console.print(_grid_table(results.grid))
     if results.rocs:
         console.print(_roc_table(results.rocs))

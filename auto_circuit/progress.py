@@ -94,9 +94,9 @@ class Lines:
         """How long scores took, and what measurements say of the algorithm."""
         result = outcome.result
         assert result is not None
-        if result.rows is None:
-            return f" ({result.cost.get('scoring_seconds', 0.0):.1f} s)"
-        if "metric" not in result.rows:
+        if "scoring_seconds" in result.cost:
+            return f" ({result.cost['scoring_seconds']:.1f} s)"
+        if result.rows is None or "metric" not in result.rows:
             return ""
         rows = measurement_rows(result.rows)
         curve = percents(rows, LOGIT_DIFF_PERCENT_METRIC, self._is_reversed)

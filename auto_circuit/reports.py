@@ -129,11 +129,26 @@ def _write_folder(
             fill(Path(folder))
             _write_report_file(Path(folder), of)
             put_folder(Path(folder), config.address)
-    elif is_forced or not _is_written(config.folder, of):
-        with folder_written_whole(config.folder) as new:
+    else:
+        write_folder(config.folder, of, fill, is_forced)
+
+
+def write_folder(
+    folder: Path,
+    of: Mapping[str, Any],
+    fill: Callable[[Path], None],
+    is_forced: bool = False,
+) -> None:
+    """Fill a folder, and say what its results are `of`; all or nothing.
+
+    Files that are not ours stay. Nothing is written if the results of the same are there
+    already and undamaged, unless `is_forced`. Raises FileError.
+    """
+    if is_forced or not _is_written(folder, of):
+        with folder_written_whole(folder) as new:
             fill(new)
             _write_report_file(new, of)
-            _keep_own_files(config.folder, new)
+            _keep_own_files(folder, new)
 
 
 def _write_report_file(folder: Path, of: Mapping[str, Any]) -> None:

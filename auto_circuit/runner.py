@@ -6,19 +6,16 @@ them, workers that compute the others (`run_cells`), and reports of them all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch as t
-
-from auto_circuit.cells import Choice, InThisProcess, Outcome, Work, Workers, run_cells
+from auto_circuit.cell_runs import AS_IT_COMES, at_work, choice_of, kept, watched
+from auto_circuit.cells import Choice, Work, is_missing, run_cells
 from auto_circuit.errors import AutoCircuitError, ConfigError, about
 from auto_circuit.fingerprints import described
 from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
 from auto_circuit.progress import Bar, Watch
-from auto_circuit.ray_workers import RayOptions, RayWorkers
 from auto_circuit.reports import write_results, write_robustness
 from auto_circuit.robustness import RobustnessRow, checked_choices, robustness_rows
 from auto_circuit.store import Cell, CellResult, Store, open_store
@@ -43,9 +40,6 @@ from auto_circuit.sweep_config import (
 from auto_circuit.tasks import Task
 from auto_circuit.types import AlgoPruneScores
 
-AS_IT_COMES = RunOptions()
-
-
 # -------------------------------------------------------------------------------- sweeps
 
 
@@ -68,9 +62,9 @@ def run_experiment(
     plan = check_config(config)
     check_options(options, plan)
     store = open_store(config.store)
-    with _threads(options.threads), _workers(options, config.device) as workers:
+    with at_work(options, config.device) as workers:
         cells = sweep_cells(plan, config)
-        choice = _choice(options, plan, cells)
+        choice = _choice(options, cells)
         missing = _missing(cells, store, choice)
         tasks = [task for task in plan.tasks if task.key in {c.task for c in missing}]
         check_tasks(plan._replace(tasks=tasks), config)
@@ -84,7 +78,10 @@ def run_experiment(
         works = [work for cell in cells for work in cell.works]
         running = run_cells(works, store, choice, workers)
         watch = watch or Bar()
-        with watch.watching(len(works)), _kept(config, finished.outcomes, len(works)):
+        with (
+            watch.watching(len(works)),
+            kept(config.store, finished.outcomes, len(works)),
+        ):
             for outcome in running:
                 finished.add(outcome)
                 watch.ended(outcome, results)
@@ -99,67 +96,17 @@ def _missing(cells: Sequence[SweepCell], store: Store, choice: Choice) -> list[S
     return [
         cell
         for cell in cells
-        if any(
-            choice.only(work.cell) and (choice.force or not store.holds(work.cell))
-            for work in cell.works
-        )
+        if any(is_missing(work.cell, store, choice) for work in cell.works)
     ]
 
 
-def _choice(options: RunOptions, plan: Plan, cells: Sequence[SweepCell]) -> Choice:
-    tasks = {task.key for task in plan.tasks} & {*options.only}
-    algos = {*options.only} - tasks
-    chosen = {
-        work.cell
+def _choice(options: RunOptions, cells: Sequence[SweepCell]) -> Choice:
+    names = {
+        work.cell: (cell.task, {cell.algo, cell.algo_name})
         for cell in cells
-        if (not tasks or cell.task in tasks)
-        and (not algos or algos & {cell.algo, cell.algo_name})
         for work in cell.works
     }
-    return Choice(only=chosen.__contains__, force=options.force)
-
-
-@contextmanager
-def _workers(options: RunOptions, device: str | None) -> Iterator[Workers]:
-    """Where cells are computed. Raises ConfigError, before any work, if it is nowhere."""
-    if not (options.workers or options.ray_address):
-        yield InThisProcess()
-        return
-    if device is not None and device.startswith("cuda:"):
-        raise ConfigError(
-            f"`device` is {device!r}; with workers, each of which sees the GPUs that it was "
-            "given alone, expected 'cuda' or 'cpu'."
-        )
-    n_gpus = 0 if device == "cpu" else None
-    where = RayOptions(options.workers or None, options.ray_address, gpus=n_gpus)
-    with closing(RayWorkers(where)) as workers:
-        yield workers
-
-
-@contextmanager
-def _threads(n: int | None) -> Iterator[None]:
-    before = t.get_num_threads()
-    t.set_num_threads(before if n is None else n)
-    try:
-        yield
-    finally:
-        t.set_num_threads(before)
-
-
-@contextmanager
-def _kept(
-    config: ExperimentConfig, outcomes: Mapping[str, Outcome], n_cells: int
-) -> Iterator[None]:
-    """An interruption says what is finished, and an error that it is not lost."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        n = sum(outcome.result is not None for outcome in outcomes.values())
-        error.args = (
-            f"{n} of {n_cells} cells are finished, and kept in {config.store}: the same "
-            "command goes on from there.",
-        )
-        raise
+    return choice_of(options, names)
 
 
 # ---------------------------------------------------------------------------- robustness
@@ -182,24 +129,17 @@ def run_robustness(
     _check_robustness(config, options)
     store = open_store(config.store)
     works = [_robustness_work(task, plan, config) for task in plan.tasks]
-    chosen = {
-        work.cell
-        for task, work in zip(plan.tasks, works, strict=True)
-        if not options.only or task.key in options.only
+    names = {
+        work.cell: (task.key, ()) for task, work in zip(plan.tasks, works, strict=True)
     }
-    choice = Choice(only=chosen.__contains__, force=options.force)
-    watch = watch or Bar()
-    outcomes: dict[str, Outcome] = {}
-    with _threads(options.threads), _workers(options, config.device) as workers:
+    choice = choice_of(options, names)
+    with at_work(options, config.device) as workers:
         for task, work in zip(plan.tasks, works, strict=True):
-            if work.cell in chosen and (options.force or not store.holds(work.cell)):
+            if is_missing(work.cell, store, choice):
                 with about(f"Task {task.key!r}"):
                     checked_choices(task, config, config.circuit_shares)
         running = run_cells(works, store, choice, workers)
-        with watch.watching(len(works)), _kept(config, outcomes, len(works)):
-            for outcome in running:
-                outcomes[outcome.cell.key] = outcome
-                watch.ended(outcome, None)
+        outcomes = watched(running, len(works), watch or Bar(), config.store)
     rows = [
         replace(row, task=task.key)
         for task, work in zip(plan.tasks, works, strict=True)

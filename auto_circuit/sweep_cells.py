@@ -111,26 +111,35 @@ def _sweep_cell(
     config: ExperimentConfig,
 ) -> SweepCell:
     task, seed = of_task.task, of_task.seed
-    with about(f"Algorithm {algo.short_name!r}"):
-        algo_description = described(algo.func)
-    label = f"{task.key}, seed {seed}, {algo.short_name}"
-    what = {"task": of_task.description, "seed": seed, "algorithm": algo_description}
-    scores = Cell(SCORES, what, f"{label}: scores")
+    scores = scores_work(task, of_task.description, seed, algo)
     measure = _Measure(algo, tuple(metrics), config, seed)
     measured = Cell(
         MEASUREMENTS,
-        {"scores": scores.key, **measure.description},
-        f"{label}: measurements",
+        {"scores": scores.cell.key, **measure.description},
+        f"{task.key}, seed {seed}, {algo.short_name}: measurements",
     )
-    uses = TaskInUse(task)
     return SweepCell(
         task=task.key,
         seed=seed,
         algo=algo.key,
         algo_name=algo.short_name,
-        scores=Work(scores, _Find(algo, seed), uses=uses),
-        measurements=Work(measured, measure, (scores,), uses),
+        scores=scores,
+        measurements=Work(measured, measure, (scores.cell,), scores.uses),
     )
+
+
+def scores_work(
+    task: Task, description: Mapping[str, Any], seed: int, algo: PruneAlgo
+) -> Work:
+    """The scores of a task, which has a description, and an algorithm that has the seed.
+
+    Raises ConfigError for an algorithm of which two cannot be told apart.
+    """
+    with about(f"Algorithm {algo.short_name!r}"):
+        algo_description = described(algo.func)
+    what = {"task": description, "seed": seed, "algorithm": algo_description}
+    cell = Cell(SCORES, what, f"{task.key}, seed {seed}, {algo.short_name}: scores")
+    return Work(cell, _Find(algo, seed), uses=TaskInUse(task))
 
 
 # ---------------------------------------------------------------------------- computation
@@ -339,7 +348,7 @@ def task_description(task: Task) -> dict[str, Any]:
         loaded = [task.model.wrapped_model, *_batches(task)]
         return {"class": described(type(task)), "loaded": described(loaded), **rest}
     prompts = digest(task.prompt_path.read_bytes())
-    return {"weights": _weights(task), "prompts": prompts, **rest}
+    return {"weights": weights_description(task), "prompts": prompts, **rest}
 
 
 def _batches(task: Task) -> list[Any]:
@@ -347,7 +356,8 @@ def _batches(task: Task) -> list[Any]:
     return [[b.clean, b.corrupt, b.answers, b.wrong_answers] for b in batches]
 
 
-def _weights(task: Task) -> Any:
+def weights_description(task: Task) -> Any:
+    """A task's weights by their content; of a compiled model, what it is compiled from."""
     model = task._model_def
     if isinstance(model, Module):
         return described(model)

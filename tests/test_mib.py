@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from auto_circuit import experiments, mib
+from auto_circuit import experiments, mib, mib_cells
 from auto_circuit.circuit_files import load_mib_circuit
 from auto_circuit.errors import AutoCircuitError, ConfigError, DataError
 from auto_circuit.mib import (
@@ -36,6 +38,7 @@ from auto_circuit.mib import (
     load_mib,
     run_mib,
 )
+from auto_circuit.mib_cells import finite_scores
 from auto_circuit.mib_config import MibConfig
 from auto_circuit.mib_prompts import (
     MIB_TASKS,
@@ -45,14 +48,16 @@ from auto_circuit.mib_prompts import (
     mib_prompts,
     read_mib_pairs,
 )
-from auto_circuit.mib_report import finite_scores
 from auto_circuit.prune import set_masks
+from auto_circuit.store import DamagedCellWarning
 from auto_circuit.tasks import POCKET_MODEL
 from auto_circuit.types import PruneScores
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import patch_mode
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.models import randomize
+from tests.stored_cells import computed as computed
+from tests.stored_cells import killed_in_second_cell
 
 REPO = Path(__file__).parents[1]
 NAMES = "Mary John Paul Anna Alice Simon".split()
@@ -659,7 +664,7 @@ def test_one_command(
     printed = capsys.readouterr().out
     for word in ("CPR", "CMD", "Accuracy area", "Weighted edge counts", "EAP", "Random"):
         assert word in printed
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("mib-*")
     assert re.fullmatch("mib-ioi_tiny-gpt2-[0-9a-f]{8}", folder.name)
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert files == {
@@ -684,7 +689,7 @@ def test_one_command(
     assert set(summary["task"]) == {"ioi"} and set(summary["model"]) == {"tiny-gpt2"}
     for column in ("cpr", "cmd", "accuracy_area"):
         expected = [getattr(result, column) for result in results]
-        assert list(summary[column]) == pytest.approx(expected)
+        assert list(summary[column]) == expected  # what is stored is what is computed
         assert f"{expected[0]:.3f}"[:5] in printed or column == "accuracy_area"
     rows = pd.read_parquet(folder / "measurements.parquet")
     assert len(rows) == 2 * 2 * len(SHARES)
@@ -753,6 +758,174 @@ def test_an_algorithm_that_fails_does_not_stop_the_others(
     assert "EAP" in capsys.readouterr().out
     (summary,) = tmp_path.rglob("summary.csv")
     assert list(pd.read_csv(summary)["algorithm"]) == ["EAP"]
+
+
+# ------------------------------------------------------------------- what has been computed
+
+
+@pytest.fixture
+def command(gpt2_folder: Path, data: Path, tmp_path: Path) -> list[str]:
+    """A run of two algorithms, with results in `tmp_path`."""
+    return run_command(gpt2_folder, data, tmp_path)
+
+
+def run_command(model: Path, data: Path, out: Path) -> list[str]:
+    args = ["mib", "--model", str(model), "--data", str(data), "--n-train", "6"]
+    return [*args, *"--n-test 4 --algos EAP Random --out".split(), str(out)]
+
+
+def result_files(out: Path) -> dict[str, bytes]:
+    """What the run has written for people, and the leaderboard."""
+    (folder,) = out.glob("mib-*")
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def finished(
+    gpt2_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What a run has left in its `out`."""
+    out = tmp_path_factory.mktemp("finished")
+    experiments.main(run_command(gpt2_folder, data, out))
+    return out
+
+
+KINDS = ("scores", "measurements", "submission")
+
+
+def label(algo: str, kind: str) -> str:
+    return f"ioi_tiny-gpt2, {algo}: {kind}"
+
+
+def test_nothing_is_computed_twice(
+    command: list[str],
+    finished: Path,
+    computed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    gpt2_folder: Path,
+    tmp_path: Path,
+) -> None:
+    """And the model does not even load; the place of prompts and model is nothing."""
+    shutil.copytree(finished / "cells", tmp_path / "cells")
+    with monkeypatch.context() as context:
+        context.setattr(mib_cells, "load_mib", None)
+        experiments.main(command)
+    assert computed == [] and result_files(tmp_path) == result_files(finished)
+    assert "6 of 6 cells were stored" in capsys.readouterr().out
+    moved = tmp_path / "elsewhere" / "tiny-gpt2"
+    shutil.copytree(gpt2_folder, moved)
+    other = [str(moved) if word == str(gpt2_folder) else word for word in command]
+    experiments.main([*other, "--force", "--only", "EAP"])
+    assert computed == [label("EAP", kind) for kind in KINDS]
+
+
+@pytest.mark.parametrize(
+    ("change", "n_same"),
+    [
+        ({"file_format": "pt"}, 4),
+        ({"n_test": 5}, 4),
+        ({"split": "test"}, 4),
+        ({"n_train": 7}, 0),
+        ({"batch_size": 3}, 0),
+        ({"seed": 7}, 0),
+        ({"dtype": "float64"}, 0),
+        ({"counterfactual": "abc_counterfactual"}, 0),
+        ({"task": "mcqa"}, 0),
+        ({"algos": ("EAP", "Act Mag")}, 3),
+        ({"device": "cpu"}, 6),
+    ],
+    ids=str,
+)
+def test_what_changes_a_cell(
+    command: list[str], change: dict[str, Any], n_same: int
+) -> None:
+    _, config, _ = experiments.parse(command)
+    keys, other = (
+        {work.cell.key for one in mib_cells.mib_cells(config) for work in one.works}
+        for config in (config, replace(config, **change))
+    )
+    assert len(keys) == 6 and len(keys & other) == n_same
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(
+    command: list[str], computed: list[str], tmp_path: Path
+) -> None:
+    """After each of its cells; the files are those of a run that is left alone."""
+    whole = [*command[:-1], str(tmp_path / "whole")]
+    experiments.main(whole)
+    del computed[:]
+    for n_cells in range(1, 6):
+        assert killed_in_second_cell(command) == -signal.SIGKILL
+        assert len(list((tmp_path / "cells").glob("mib-*/*.json"))) == n_cells
+    assert computed == []  # these were other processes
+    experiments.main(command)
+    assert computed == ["ioi_tiny-gpt2, Random: submission"]
+
+    def without_seconds(files: dict[str, bytes]) -> dict[str, bytes]:
+        return {n: c for n, c in files.items() if not n.endswith("summary.csv")}
+
+    assert without_seconds(result_files(tmp_path)) == without_seconds(
+        result_files(tmp_path / "whole")
+    )
+
+
+def test_an_interruption_says_what_is_kept(
+    command: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    measure = mib_cells.mib_curves
+
+    def interrupted(loaded: Any, found: Any) -> Any:
+        if found.name == "Random":
+            raise KeyboardInterrupt
+        return measure(loaded, found)
+
+    monkeypatch.setattr(mib_cells, "mib_curves", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        experiments.main(command)
+    assert stop.value.code == experiments.INTERRUPTED
+    *_, line = capsys.readouterr().err.splitlines()
+    assert f"4 of 6 cells are finished, and kept in {tmp_path / 'cells'}" in line
+    assert list(pd.read_csv(next(tmp_path.rglob("summary.csv"))).algorithm) == ["EAP"]
+
+
+def test_damage_is_found(
+    command: list[str], finished: Path, computed: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for path in next(tmp_path.glob("mib-*")).rglob("*.*"):
+        path.write_bytes(b"damaged")
+    for kind, suffix in zip(
+        KINDS, ("safetensors", "parquet", "safetensors"), strict=True
+    ):
+        path = next((tmp_path / "cells" / f"mib-{kind}").glob(f"*.{suffix}"))
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.warns(DamagedCellWarning) as caught:
+        experiments.main(command)
+    assert sorted(one.split(": ")[1] for one in computed) == sorted(KINDS)
+    said = {str(w.message) for w in caught if w.category is DamagedCellWarning}
+    for kind in KINDS:
+        assert any(f": {kind} is computed again: the file" in text for text in said)
+    after, before = result_files(tmp_path), result_files(finished)
+    assert after.keys() == before.keys()
+    for name in after:  # but for the seconds that scores took
+        assert after[name] == before[name] or name.endswith("summary.csv")
+
+
+def test_options_that_make_no_sense(command: list[str]) -> None:
+    for options, text in (
+        (["--only", "EPA"], "`only` names 'EPA'.* Did you mean 'EAP'"),
+        (["--workers", "-1"], "`workers` is -1"),
+    ):
+        with pytest.raises(SystemExit, match=text):
+            experiments.main([*command, *options])
 
 
 def test_infinite_scores_can_be_submitted() -> None:

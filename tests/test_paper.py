@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from collections.abc import Collection
+import shutil
+import signal
+from collections.abc import Collection, Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,7 +22,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from auto_circuit import experiments, tasks
+from auto_circuit import experiments, paper_cells, sweep_cells, tasks
 from auto_circuit.errors import AutoCircuitError, ConfigError
 from auto_circuit.metrics.official_circuits.circuits.ioi_official import (
     ioi_head_based_official_edges,
@@ -31,13 +35,22 @@ from auto_circuit.paper import (
 )
 from auto_circuit.paper_config import PaperConfig
 from auto_circuit.prune import set_masks
-from auto_circuit.tasks import IOI_TOKEN_CIRCUIT_TASK, Task
+from auto_circuit.reports import ChangedReportWarning
+from auto_circuit.store import DamagedCellWarning
+from auto_circuit.sweep_config import ExperimentConfig, check_config
+from auto_circuit.tasks import (
+    IOI_TOKEN_CIRCUIT_TASK,
+    TRACR_REVERSE_TOKEN_CIRCUIT_TASK,
+    Task,
+)
 from auto_circuit.types import Edge
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import patch_mode
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.browser import check_shown
 from tests.models import randomize
+from tests.stored_cells import computed as computed
+from tests.stored_cells import killed_in_second_cell
 from tests.test_mib import ioi_row, save_model
 
 REPO = Path(__file__).parents[1]
@@ -77,12 +90,33 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     )
 
 
-@pytest.fixture
-def known(monkeypatch: pytest.MonkeyPatch, task: Task) -> Task:
-    monkeypatch.setitem(tasks.TASK_DICT, task.key, task)
+@pytest.fixture(scope="module")
+def known(task: Task) -> Iterator[Task]:
     other = replace(task, key="Tiny Unknown", token_circuit=False, _true_edge_func=None)
-    monkeypatch.setitem(tasks.TASK_DICT, other.key, other)
-    return task
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tasks.TASK_DICT, task.key, task)
+        patch.setitem(tasks.TASK_DICT, other.key, other)
+        yield task
+
+
+def paper_command(out: Path) -> list[str]:
+    args = ["paper", "--tasks", "Tiny Known", "Tiny Unknown", "--n-prompts", "4"]
+    return [*args, *"--algos HISP Random --out".split(), str(out)]
+
+
+class Finished(NamedTuple):
+    """What a run has left in its `out`, and printed."""
+
+    out: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def finished(known: Task, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    out = tmp_path_factory.mktemp("finished")
+    with redirect_stdout(io.StringIO()) as printed:
+        experiments.main(paper_command(out))
+    return Finished(out, printed.getvalue())
 
 
 def test_the_grid_by_hand(known: Task) -> None:
@@ -123,13 +157,8 @@ def test_the_grid_by_hand(known: Task) -> None:
     known.free()
 
 
-def test_one_command(
-    known: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    args = ["paper", "--tasks", known.key, "Tiny Unknown", "--n-prompts", "4"]
-    args += ["--algos", "HISP", "Random", "--out", str(tmp_path)]
-    experiments.main(args)
-    printed = capsys.readouterr().out
+def test_one_command(known: Task, finished: Finished) -> None:
+    out, printed = finished
     for word in (
         "Verdicts",
         "Ablation",
@@ -140,10 +169,10 @@ def test_one_command(
         "Tracr reverse",
     ):
         assert word in printed
-    (folder,) = tmp_path.iterdir()
+    (folder,) = out.glob("paper-*")
     assert re.fullmatch("paper-[0-9a-f]{8}", folder.name)
     assert {path.name for path in folder.iterdir()} == {
-        *("config.json", "verdicts.csv", "grid.csv", "aurocs.csv"),
+        *("config.json", "verdicts.csv", "grid.csv", "aurocs.csv", "report.json"),
         *("verdicts.html", "grid.html", "roc.html", "plotly.min.js"),
     }
     verdicts = pd.read_csv(folder / "verdicts.csv")
@@ -169,6 +198,164 @@ def test_one_command(
     aurocs = pd.read_csv(folder / "aurocs.csv").set_index("algorithm")["auroc"]
     assert aurocs["HISP"] > 0.8 > aurocs["Random"]
     known.free()
+
+
+# ------------------------------------------------------------------- what has been computed
+
+
+CELLS = [
+    *("Tiny Known, seed 42, GT: scores", "Tiny Known, published: verdicts"),
+    *("Tiny Known, published: grid", "Tiny Unknown, seed 42, EAP: scores"),
+    *("Tiny Unknown, EAP: verdicts", "Tiny Unknown, EAP: grid"),
+    *("Tracr reverse Token Circuit, seed 42, HISP: scores",),
+    *("Tracr reverse Token Circuit, HISP: ROC",),
+    *("Tracr reverse Token Circuit, seed 42, Random: scores",),
+    *("Tracr reverse Token Circuit, Random: ROC",),
+]
+
+
+def result_files(out: Path) -> dict[str, bytes]:
+    (folder,) = out.glob("paper-*")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def without_seconds(out: Path) -> dict[str, bytes]:
+    """The tables but for the time that scores took."""
+    (folder,) = out.glob("paper-*")
+    aurocs = pd.read_csv(folder / "aurocs.csv").drop(columns="seconds")
+    files = {name: (folder / name).read_bytes() for name in ("verdicts.csv", "grid.csv")}
+    return {**files, "aurocs": aurocs.to_csv().encode()}
+
+
+def test_nothing_is_computed_twice(
+    finished: Finished,
+    computed: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(finished.out, tmp_path, dirs_exist_ok=True)
+    (folder,) = tmp_path.glob("paper-*")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    (folder / "notes.txt").write_text("mine")
+    command = paper_command(tmp_path)
+    experiments.main(command)
+    assert computed == [] and "10 of 10 cells were stored" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir() if p in before} == before
+    experiments.main([*command, "--force", "--only", "Tiny Known"])
+    (folder / "grid.csv").unlink()
+    with pytest.warns(ChangedReportWarning):
+        experiments.main([*command, "--only", "HISP"])
+    assert computed == CELLS[:3]
+    assert without_seconds(tmp_path) == without_seconds(finished.out)
+    assert (folder / "notes.txt").read_text() == "mine"
+    with pytest.raises(SystemExit, match="`only` names 'Tiny'.* Did you mean 'Tiny"):
+        experiments.main([*command, "--only", "Tiny"])
+
+
+@pytest.mark.slow
+def test_what_is_stored_is_what_is_computed_without_a_store(finished: Finished) -> None:
+    _, config, _ = experiments.parse(paper_command(finished.out))
+    expected, folder = run_paper(config), config.folder
+    for name, rows in (("verdicts", expected.verdicts), ("grid", expected.grid)):
+        table = pd.read_csv(folder / f"{name}.csv")
+        pd.testing.assert_frame_equal(table, pd.DataFrame(rows), check_exact=True)
+    rocs = pd.read_csv(folder / "aurocs.csv")
+    assert list(rocs["auroc"]) == [row.auroc for row in expected.rocs]
+
+
+def keys(config: PaperConfig) -> set[str]:
+    cells = paper_cells.paper_cells(check_paper_config(config), config)
+    return {work.cell.key for work in cells.works}
+
+
+@pytest.mark.parametrize(
+    ("change", "n_same"),
+    [
+        ({"circuit_share": 0.02}, 8),
+        ({"circuit_algo": "Act Mag"}, 7),
+        ({"n_prompts": 5}, 4),
+        ({"seed": 7}, 0),
+        ({"algos": ("HISP", "EAP")}, 8),
+        ({"tasks": ("Tiny Known",)}, 7),
+        ({"device": "cpu"}, 10),
+    ],
+    ids=str,
+)
+def test_what_changes_a_cell(known: Task, change: dict[str, Any], n_same: int) -> None:
+    _, config, _ = experiments.parse(paper_command(Path("results")))
+    assert len(keys(config)) == 10
+    assert len(keys(config) & keys(replace(config, **change))) == n_same
+
+
+def test_a_sweep_has_computed_the_scores(finished: Finished, computed: list[str]) -> None:
+    """The same scores are one cell, wherever they are used."""
+    config = ExperimentConfig(
+        tasks=(TRACR_REVERSE_TOKEN_CIRCUIT_TASK.key,), algos=("HISP", "Random"), n_seeds=1
+    )
+    found = sweep_cells.sweep_cells(check_config(config), config)
+    of_paper = {path.stem for path in (finished.out / "cells" / "scores").glob("*.json")}
+    assert {one.scores.cell.key for one in found} <= of_paper
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(finished: Finished, tmp_path: Path, computed: Any) -> None:
+    command = paper_command(tmp_path)
+    for n_cells in range(1, 10):
+        assert killed_in_second_cell(command) == -signal.SIGKILL
+        assert len(list((tmp_path / "cells").glob("*/*.json"))) == n_cells
+    experiments.main(command)
+    assert computed == CELLS[-1:]
+    assert without_seconds(tmp_path) == without_seconds(finished.out)
+
+
+def test_an_interruption_says_what_is_kept(
+    finished: Finished,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def interrupted(task: Task, tested: Any) -> Any:
+        raise KeyboardInterrupt
+
+    shutil.copytree(finished.out / "cells", tmp_path / "cells")
+    shutil.rmtree(tmp_path / "cells" / "paper-grid")
+    monkeypatch.setattr(paper_cells, "grid_rows", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        experiments.main(paper_command(tmp_path))
+    assert stop.value.code == experiments.INTERRUPTED
+    *_, line = capsys.readouterr().err.splitlines()
+    assert f"2 of 10 cells are finished, and kept in {tmp_path / 'cells'}" in line
+
+
+def test_the_others_go_on(
+    finished: Finished,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """What failed is named, and the rest written; a damaged cell is computed again."""
+    shutil.copytree(finished.out / "cells", tmp_path / "cells")
+    (tmp_path / "cells").joinpath("paper-roc").rename(tmp_path / "gone")
+    rows = next((tmp_path / "cells" / "paper-grid").glob("*.parquet"))
+    rows.write_bytes(rows.read_bytes()[:-4])
+    roc_row = paper_cells.roc_row
+
+    def failing(task: Task, found: Any) -> Any:
+        if found.name == "Random":
+            raise RuntimeError("no memory")
+        return roc_row(task, found)
+
+    monkeypatch.setattr(paper_cells, "roc_row", failing)
+    with pytest.warns(DamagedCellWarning, match="grid is computed again"):
+        with pytest.raises(
+            SystemExit,
+            match="1 of 10 cells failed: Tracr reverse .*, Random: ROC: RuntimeError: no mem",
+        ):
+            experiments.main(paper_command(tmp_path))
+    assert "Random: ROC: failed" in capsys.readouterr().out
+    (folder,) = tmp_path.glob("paper-*")
+    assert list(pd.read_csv(folder / "aurocs.csv")["algorithm"]) == ["HISP"]
+    assert (folder / "grid.csv").read_bytes() == result_files(finished.out)["grid.csv"]
 
 
 @pytest.mark.parametrize(

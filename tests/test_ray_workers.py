@@ -252,7 +252,7 @@ def test_an_address_where_something_else_is(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_gpu_of_another_worker() -> None:
-    from auto_circuit.runner import _workers
+    from auto_circuit.cell_runs import _workers
     from auto_circuit.sweep_config import RunOptions
 
     with pytest.raises(ConfigError, match="`device` is 'cuda:1'; with workers,"):

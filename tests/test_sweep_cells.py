@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -31,6 +30,8 @@ from auto_circuit.sweep import run_sweep
 from auto_circuit.sweep_config import ExperimentConfig, Plan, RunOptions, check_config
 from auto_circuit.tasks import POCKET_IOI_TASK, POCKET_MODEL, Task, find_task
 from auto_circuit.types import AblationType, PatchType
+from tests.stored_cells import FORKED
+from tests.stored_cells import computed as computed
 
 SMALL = ExperimentConfig(
     tasks=("Pocket IOI",),
@@ -39,21 +40,6 @@ SMALL = ExperimentConfig(
     circuit_sizes=(0, 100, 1519),
     n_seeds=1,
 )
-FORKED = multiprocessing.get_context("fork")
-
-
-@pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The labels of the cells that have been computed, in order."""
-    labels: list[str] = []
-    result = Worker.result
-
-    def counted(self: Worker, work: Any, needed: Any) -> Any:
-        labels.append(work.cell.label)
-        return result(self, work, needed)
-
-    monkeypatch.setattr(Worker, "result", counted)
-    return labels
 
 
 def label(algo: str, kind: str, seed: int = 42, task: str = "Pocket IOI") -> str:
