@@ -833,15 +833,18 @@ def test_nothing_is_computed_twice(
         ({"dtype": "float64"}, 0),
         ({"counterfactual": "abc_counterfactual"}, 0),
         ({"task": "mcqa"}, 0),
+        ({"model": "llama"}, 0),
         ({"algos": ("EAP", "Act Mag")}, 3),
         ({"device": "cpu"}, 6),
     ],
     ids=str,
 )
 def test_what_changes_a_cell(
-    command: list[str], change: dict[str, Any], n_same: int
+    command: list[str], llama_folder: Path, change: dict[str, Any], n_same: int
 ) -> None:
     _, config, _ = experiments.parse(command)
+    if "model" in change:
+        change = {"model": str(llama_folder)}
     keys, other = (
         {work.cell.key for one in mib_cells.mib_cells(config) for work in one.works}
         for config in (config, replace(config, **change))
