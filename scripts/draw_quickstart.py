@@ -1,9 +1,10 @@
-"""Draw the picture of README's quickstart: docs/images/pocket_ioi_circuit.png.
+"""Draw the pictures of the README, in docs/images: a circuit, and curves of several algorithms.
 
     python scripts/draw_quickstart.py                  # needs Chromium or Chrome
-    python scripts/draw_quickstart.py --browser chromium --out elsewhere.png
+    python scripts/draw_quickstart.py --browser chromium --out elsewhere
 
-The circuit is that of the quickstart; only the size and the margins are for a page of text.
+The circuit is that of the quickstart, and the curves are those of a sweep: only sizes and margins
+are for a page of text.
 """
 
 from __future__ import annotations
@@ -13,49 +14,100 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import auto_circuit as ac
+import plotly.graph_objects as go
 
-IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "pocket_ioi_circuit.png"
+import auto_circuit as ac
+from auto_circuit.summary import mean_measurements, seed_measurements
+
+IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDTH, HEIGHT = 1000, 600
 THRESHOLD = 0.1
+ALGOS = ("Random", "Act Mag", "EAP", "EAP-IG inputs")
 
 
 def main() -> None:
-    """Draw the circuit in a browser, and keep what it shows."""
-    parser = argparse.ArgumentParser(description="Draw the picture of the README.")
-    parser.add_argument("--out", type=Path, default=IMAGE)
-    parser.add_argument("--browser", default=next(filter(shutil.which, BROWSERS), None))
+    """Draw each figure in a browser, and keep what it shows."""
+    parser = argparse.ArgumentParser(description="Draw the pictures of the README.")
+    parser.add_argument("--out", type=Path, default=IMAGES)
+    parser.add_argument("--browser", default=found_browser())
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES))
     args = parser.parse_args()
-    if args.browser is None:
-        sys.exit(
-            f"No browser was found ({', '.join(BROWSERS)}): name one, --browser PATH."
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder, "circuit.html")
-        page.write_text(circuit_page(), encoding="utf-8")
-        screenshot(args.browser, page, args.out)
-    print(f"{args.out}: {args.out.stat().st_size:,} bytes")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.only:
+        out = args.out / f"{name}.png"
+        draw(args.browser, FIGURES[name](), out)
+        print(f"{out}: {out.stat().st_size:,} bytes")
 
 
-def circuit_page() -> str:
-    """The quickstart's figure as a page without margins."""
+def found_browser() -> str | None:
+    """The first browser that is installed."""
+    return next(filter(shutil.which, BROWSERS), None)
+
+
+def circuit() -> go.Figure:
+    """The quickstart's figure."""
     task = ac.find_task("Pocket IOI")
     scores = ac.find_prune_algo("EAP").func(task.model, task.train_loader, None)
     fig = ac.draw_seq_graph(task.model, scores, THRESHOLD)
-    fig.update_layout(width=WIDTH, height=HEIGHT)
-    fig.update_traces(textfont={"size": 14})
-    figure = fig.to_html(full_html=False, config={"displayModeBar": False})
-    return f"<!doctype html><meta charset=utf-8><body style='margin:0'>{figure}"
+    return fig.update_traces(textfont={"size": 14})
 
 
-def screenshot(browser: str, page: Path, out: Path) -> None:
-    """What a browser shows of a page, at a size that is sharp on fine screens too."""
-    size = f"--window-size={WIDTH},{HEIGHT}"
+def curves() -> go.Figure:
+    """How much of the task circuits of growing size do, means and intervals of five seeds."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = ac.ExperimentConfig(
+            tasks=("Pocket IOI",),
+            algos=ALGOS,
+            metrics=("Logit Diff Percent",),
+            n_seeds=5,
+            out=folder,
+        )
+        rows = ac.run_experiment(config).rows
+    names = {ac.find_prune_algo(name).key: name for name in ALGOS}
+    (fig,) = ac.measurement_figs(
+        mean_measurements(rows), algo_names=names, of_seeds=seed_measurements(rows)
+    )
+    return fig
+
+
+FIGURES: Mapping[str, Callable[[], go.Figure]] = {
+    "pocket_ioi_circuit": circuit,
+    "pocket_ioi_curves": curves,
+}
+"""The picture's name -> what is in it."""
+
+
+def draw(
+    browser: str | None,
+    fig: go.Figure,
+    out: Path,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+) -> None:
+    """What a browser shows of a figure alone, as PNG."""
+    if browser is None:
+        sys.exit(
+            f"No browser was found ({', '.join(BROWSERS)}): name one, --browser PATH."
+        )
+    fig = go.Figure(fig).update_layout(width=size[0], height=size[1])
+    html = fig.to_html(full_html=False, config={"displayModeBar": False})
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder, "figure.html")
+        page.write_text(
+            f"<!doctype html><meta charset=utf-8><body style='margin:0'>{html}",
+            encoding="utf-8",
+        )
+        screenshot(browser, page, out, size)
+
+
+def screenshot(browser: str, page: Path, out: Path, size: tuple[int, int]) -> None:
+    """What a browser shows of a page, in a size that is sharp on fine screens too."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    options += ["--virtual-time-budget=20000", "--force-device-scale-factor=1.5", size]
+    options += ["--virtual-time-budget=20000", "--force-device-scale-factor=1.5"]
+    options += ["--disable-background-networking", f"--window-size={size[0]},{size[1]}"]
     subprocess.run(
         [browser, *options, f"--screenshot={out}", page.as_uri()],
         check=True,

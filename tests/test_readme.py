@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from auto_circuit.experiments import parse
+from auto_circuit.sweep_config import check_config
 
 REPO = Path(__file__).parents[1]
 README = REPO / "README.md"
@@ -69,6 +73,32 @@ def test_what_the_readme_links_to_exists() -> None:
 
 
 def test_the_files_of_the_map_exist() -> None:
-    paths = re.findall(r"^\| `([^`]+)` \|", README.read_text(), re.M)
+    page = REPO / "docs" / "where-things-are.md"
+    paths = re.findall(r"^\| `([^`]+)` \|", page.read_text(), re.M)
     assert len(paths) > 10
-    assert [path for path in paths if not (README.parent / path).exists()] == []
+    assert [path for path in paths if not (REPO / path).exists()] == []
+
+
+def test_from_clone_to_circuit_in_twelve_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the README has one type is a prompt file and a sweep that the checks let pass."""
+    part = README.read_text().partition("## Your own prompts, from clone to circuit")[2]
+    lines = part.partition("```sh\n")[2].partition("\n```")[0].splitlines()
+    assert len(lines) <= 12 and lines[0].startswith("git clone ")
+    start = lines.index("cat > mine.jsonl <<'END'")
+    end = lines.index("END")
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text("\n".join(lines[start + 1 : end]))
+    make = re.fullmatch(r'make run ARGS="(.+)"', lines[end + 1])
+    assert make is not None
+    _, config, _ = parse(shlex.split(make[1]))
+    (task,) = check_config(config).tasks
+    train, test = task.read_prompts()
+    assert len(train) == len(test) == (end - start - 1) // 2
+    for prompt in (*train, *test):
+        clean, corrupt = (str(side).split() for side in (prompt.clean, prompt.corrupt))
+        differing = [
+            pair for pair in zip(clean, corrupt, strict=True) if len({*pair}) > 1
+        ]
+        assert differing == [(prompt.wrong_answers[0].strip(), prompt.answers[0].strip())]
