@@ -119,6 +119,8 @@ def parse(args: Sequence[str]) -> tuple[str, Any, RunOptions]:
             PROGRAMS,
             Command,
         )
+        from auto_circuit.report_config import CompareConfig, ReportConfig
+        from auto_circuit.sweep_config import RunOptions
 
     known: dict[str, tuple[str, Any]] = {
         name: (DESCRIPTIONS[name], Command(EXPERIMENTS[name])) for name in EXPERIMENTS
@@ -148,6 +150,8 @@ def parse(args: Sequence[str]) -> tuple[str, Any, RunOptions]:
         else:
             print(known_names())
         raise
+    if isinstance(command, (ReportConfig, CompareConfig)):
+        return words[0], command, RunOptions()
     return words[0], command.config, command.options
 
 

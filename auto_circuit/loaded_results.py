@@ -37,16 +37,21 @@ from auto_circuit.errors import (
 )
 from auto_circuit.files import parse_json
 from auto_circuit.fingerprints import digest
-from auto_circuit.reports import (
+from auto_circuit.results_folder import (
+    CONFIG_FILE,
+    FAILED_FILE,
+    PAGE_FILE,
     REPORT_FILE,
     REPORT_VERSION,
+    ROWS_FILE,
     SCORES_ORDER,
+    SUMMARY_FILE,
     is_sound_report,
+    scores_file,
 )
 from auto_circuit.store import Folder, folder_at
-from auto_circuit.summary import slug
 from auto_circuit.sweep_config import ExperimentConfig, config_of_json
-from auto_circuit.types import MeasurementRow, PruneScores
+from auto_circuit.types import AlgoKey, MeasurementRow, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 
 if TYPE_CHECKING:
@@ -70,9 +75,9 @@ def load_results(folder: str | Path) -> LoadedResults:
     refuses.
     """
     place = folder_at(str(folder))
-    report = _report(place, str(folder))
+    report = sweep_report(place, str(folder))
     if report is not None:
-        name, out = _name_and_out(folder)
+        name, out = name_and_out(folder)
         return _loaded([_experiment(name, out, place, str(folder), report)], {})
     out = folder if isinstance(folder, Path) else folder.rstrip("/")
     experiments, left_out = [], {}
@@ -80,18 +85,24 @@ def load_results(folder: str | Path) -> LoadedResults:
         address = f"{out}/{name}"
         inner = folder_at(address)
         try:
-            report = None if name.startswith(".") else _report(inner, address)
+            report = None if name.startswith(".") else sweep_report(inner, address)
             if report is not None:
                 experiments.append(_experiment(name, out, inner, address, report))
-        except _NotOurs as error:
+        except NotOurs as error:
             left_out[name] = str(error)
     if not experiments:
-        raise ConfigError(_nothing_there(folder, left_out))
+        raise ConfigError(nothing_there(folder, left_out))
     return _loaded(experiments, left_out)
 
 
-def _nothing_there(folder: str | Path, left_out: Mapping[str, str]) -> str:
+def nothing_there(folder: str | Path, left_out: Mapping[str, str]) -> str:
+    """What to say of a folder without results."""
     found = "".join(f" {why}" for why in left_out.values())
+    if folder_at(str(folder)).read(PAGE_FILE) is not None:
+        return (
+            f"The sweep in {str(folder)!r:.300} has not finished. Run the same command again: "
+            "it goes on where it was."
+        )
     return (
         f"There are no results of a sweep in {str(folder)!r:.300}: expected a folder that a "
         f"sweep has written, such as results/pocket-0123abcd, with {REPORT_FILE} in it, or a "
@@ -99,7 +110,7 @@ def _nothing_there(folder: str | Path, left_out: Mapping[str, str]) -> str:
     )
 
 
-def _name_and_out(folder: str | Path) -> tuple[str, str | Path]:
+def name_and_out(folder: str | Path) -> tuple[str, str | Path]:
     """The last part of an address and what is before it, in the way that it was given."""
     if "://" in str(folder):
         out, _, name = str(folder).rstrip("/").rpartition("/")
@@ -307,12 +318,12 @@ def _unknown(
 # ------------------------------------------------------------------------------ reading files
 
 
-class _NotOurs(ConfigError):
+class NotOurs(ConfigError):
     """A folder holds something, but no results that can be read here."""
 
 
 @dataclass(frozen=True)
-class _Files:
+class ResultFiles:
     """A results' folder. What is read of it is compared with its checksum."""
 
     address: str
@@ -330,14 +341,25 @@ class _Files:
         return content
 
 
-def _report(folder: Folder, address: str) -> dict[str, Any] | None:
+def sweep_report(folder: Folder, address: str) -> dict[str, Any] | None:
     """The report of a sweep; None if there are no results at all."""
+    report = read_report(folder, address)
+    if report is not None and "algorithms" not in report:
+        raise NotOurs(f"{address} holds a test of robustness, and no sweep.")
+    return report
+
+
+def read_report(folder: Folder, address: str) -> dict[str, Any] | None:
+    """The report of an experiment; None if there are no results at all.
+
+    Raises ConfigError for one of another version, DataError for a damaged one.
+    """
     where = f"{address}/{REPORT_FILE}"
     content = folder.read(REPORT_FILE)
     if content is None:
-        if folder.read("config.json") is None:
+        if folder.read(CONFIG_FILE) is None:
             return None
-        raise _NotOurs(
+        raise NotOurs(
             f"{address} has no {REPORT_FILE}: it holds no sweep, or one of an earlier "
             f"version. {AGAIN}"
         )
@@ -349,14 +371,12 @@ def _report(folder: Folder, address: str) -> dict[str, Any] | None:
     if isinstance(report, dict) and (is_sound or "checksum" not in report):
         version = report.get("report")
         if version != REPORT_VERSION:
-            raise _NotOurs(
+            raise NotOurs(
                 f"{address} holds results of version {version!r:.40}, and version "
                 f"{REPORT_VERSION} is read here. {AGAIN}"
             )
     if report is None or not is_sound:
         raise DataError(f"{where} is damaged, or was changed. {AGAIN}")
-    if "algorithms" not in report:
-        raise _NotOurs(f"{address} holds a test of robustness, and no sweep.")
     return report
 
 
@@ -365,7 +385,7 @@ class _Experiment:
     """One sweep: its tables, and where its scores are. algorithms: key -> short name."""
 
     name: str
-    files: _Files
+    files: ResultFiles
     config: ExperimentConfig
     rows: pandas.DataFrame
     summary: pandas.DataFrame
@@ -402,31 +422,32 @@ def _distinct(table: pandas.DataFrame, columns: list[str]) -> list[tuple[Any, ..
 class _Scores:
     """Reads the scores of an algorithm from the file of a task and seed."""
 
-    files: _Files
+    files: ResultFiles
     task: str
     seed: int
     algo: str
 
     def __call__(self) -> PruneScores:
-        name = f"scores/{slug(self.task)}-seed-{self.seed}.safetensors"
-        content = self.files.read(name)
-        n_bytes = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + n_bytes])
-        order = json.loads(header["__metadata__"][SCORES_ORDER])
-        tensors, start = load(content), f"{self.algo}/"
-        found = {
-            name.removeprefix(start): tensors[name]
-            for name in order
-            if name.startswith(start)
-        }
-        return found
+        content = self.files.read(scores_file(self.task, self.seed))
+        return scores_in(content)[self.algo]
+
+
+def scores_in(content: bytes) -> dict[AlgoKey, PruneScores]:
+    """The scores in a file of them: algorithm -> scores, in the order in which they were."""
+    n_bytes = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + n_bytes])
+    tensors, by_algo = load(content), {}
+    for name in json.loads(header["__metadata__"][SCORES_ORDER]):
+        algo, _, module = name.rpartition("/")
+        by_algo.setdefault(algo, {})[module] = tensors[name]
+    return by_algo
 
 
 @dataclass(frozen=True)
 class _Circuit:
     """Reads a circuit."""
 
-    files: _Files
+    files: ResultFiles
     name: str
 
     def __call__(self) -> LoadedCircuit:
@@ -442,26 +463,34 @@ def _experiment(
     address: str,
     report: Mapping[str, Any],
 ) -> _Experiment:
-    import pandas
 
-    files = _Files(address, folder, report["files"])
-    with about(f"{address}/config.json"):
-        config = config_of_json(files.read("config.json").decode(), out)
-    rows = pandas.read_parquet(io.BytesIO(files.read("measurements.parquet")))
-    rows = rows.reindex(columns=[f.name for f in fields(MeasurementRow)])
-    numbers = ["n_edges", "value", "std", "n_prompts", "seed"]
-    rows[numbers] = rows[numbers].apply(pandas.to_numeric)
+    files = ResultFiles(address, folder, report["files"])
+    with about(f"{address}/{CONFIG_FILE}"):
+        config = config_of_json(files.read(CONFIG_FILE).decode(), out)
+    rows = rows_in(files.read(ROWS_FILE))
     rows.insert(0, "experiment", name)
     rows.insert(2, "algorithm", rows["algo"].map(report["algorithms"]))
-    summary = _summary(files.read("summary.csv"))
+    summary = summary_in(files.read(SUMMARY_FILE))
     summary.insert(0, "experiment", name)
     failed = {}
     if report["failed"]:
-        failed = json.loads(files.read("failed.json"))
+        failed = json.loads(files.read(FAILED_FILE))
     return _Experiment(name, files, config, rows, summary, failed)
 
 
-def _summary(content: bytes) -> pandas.DataFrame:
+def rows_in(content: bytes) -> pandas.DataFrame:
+    """The table of a file of measurements."""
+    import pandas
+
+    rows = pandas.read_parquet(io.BytesIO(content))
+    rows = rows.reindex(columns=[f.name for f in fields(MeasurementRow)])
+    numbers = ["n_edges", "value", "std", "n_prompts", "seed"]
+    rows[numbers] = rows[numbers].apply(pandas.to_numeric)
+    return rows
+
+
+def summary_in(content: bytes) -> pandas.DataFrame:
+    """The table of a file of the summary."""
     import pandas
 
     # As text first: a task may be named NA, and numbers must come back to the last digit.

@@ -12,6 +12,7 @@ from auto_circuit.paper_config import PaperConfig
 from auto_circuit.prune_algos.ACDC import ACDC_PRUNE_ALGO
 from auto_circuit.prune_algos.edge_attribution_patching import EDGE_ATTR_PATCH_PRUNE_ALGO
 from auto_circuit.prune_algos.prune_algos import PRUNE_ALGOS
+from auto_circuit.report_config import CompareConfig, ReportConfig
 from auto_circuit.sweep_config import ExperimentConfig, RunOptions
 from auto_circuit.tasks import (
     POCKET_DOCSTRING_TASK,
@@ -130,7 +131,7 @@ class Program:
     console, watch) -> None; imports what only a run needs.
     """
 
-    command: MibCommand | PaperCommand
+    command: MibCommand | PaperCommand | ReportConfig | CompareConfig
     description: str
     run: Callable[[Any, RunOptions, Console, Watch], None]
 
@@ -151,7 +152,35 @@ def _run_paper(
     run_and_print(config, options, console, watch)
 
 
+def _run_report(
+    config: ReportConfig, options: RunOptions, console: Console, watch: Watch
+) -> None:
+    from auto_circuit.report_commands import report_and_print
+
+    report_and_print(config, console)
+
+
+def _run_compare(
+    config: CompareConfig, options: RunOptions, console: Console, watch: Watch
+) -> None:
+    from auto_circuit.report_commands import compare_and_print
+
+    compare_and_print(config, console)
+
+
 PROGRAMS: dict[str, Program] = {
+    "report": Program(
+        ReportConfig(),
+        """Write the report of a finished experiment again, from what is stored: one page, without
+network. What is damaged is named, and the rest is shown. No model is loaded.""",
+        _run_report,
+    ),
+    "compare": Program(
+        CompareConfig(),
+        """Two sweeps side by side: one page, and a short table here: what was asked otherwise,
+which numbers differ, and which differences mean something. No model is loaded.""",
+        _run_compare,
+    ),
     "mib": Program(
         MibCommand(MibConfig()),
         """The circuit track of the benchmark MIB: CPR, CMD, accuracy area and weighted edge

@@ -21,7 +21,7 @@ from auto_circuit.comparisons import (
     comparison_table,
     comparisons,
 )
-from auto_circuit.files import checksum, folder_written_whole
+from auto_circuit.files import folder_written_whole
 from auto_circuit.fingerprints import digest
 from auto_circuit.metrics.mean_interval import MeanInterval
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
@@ -29,6 +29,31 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
     PruneMetric,
 )
 from auto_circuit.prune_algos.prune_algos import PruneAlgo, find_prune_algo
+from auto_circuit.report_page.page import PageData
+from auto_circuit.report_page.writing import (
+    has_sound_page,
+    page_data,
+    robustness_page_data,
+    write_page,
+)
+from auto_circuit.results_folder import (
+    CONFIG_FILE,
+    FAILED_FILE,
+    ORIGIN_FILE,
+    PAGE_FILE,
+    REPORT_FILE,
+    REPORT_VERSION,
+    ROBUSTNESS_FILE,
+    ROCS_FILE,
+    ROWS_FILE,
+    SCORES_ORDER,
+    SUMMARY_FILE,
+    examples_file,
+    files_in,
+    read_report_file,
+    scores_file,
+    write_report_file,
+)
 from auto_circuit.robustness import (
     LEFT_OUT,
     RobustnessRow,
@@ -43,6 +68,7 @@ from auto_circuit.summary import (
     mean_measurements,
     seed_measurements,
     slug,
+    summary_columns,
 )
 from auto_circuit.sweep import MAX_DRAWN, TaskRun
 from auto_circuit.sweep_config import ExperimentConfig
@@ -52,15 +78,6 @@ if TYPE_CHECKING:  # rich, pandas and plotly take long to import
     import pandas
     from rich.console import Console
     from rich.table import Table
-
-REPORT_FILE = "report.json"
-"""What a results' folder is made of: the keys of its cells, and its files' checksums."""
-
-REPORT_VERSION = 2
-"""Raised when what is written of the same cells changes."""
-
-SCORES_ORDER = "order"
-"""Of a file of scores, the metadata that list its tensors in the order of the scores."""
 
 
 class ChangedReportWarning(UserWarning):
@@ -78,9 +95,10 @@ def write_results(
 ) -> None:
     """Write configuration, scores, measurements, circuits and figures; all or nothing.
 
-    To `results.config.address`. What was there stays until all has been written, and files
-    that are not ours stay then. Nothing is written if the same cells' results are there
-    already and undamaged, unless `is_forced`. Raises FileError.
+    To `results.config.address`, with a page to be read (`report_page`). What was there stays
+    until all has been written, and files that are not ours stay then. Nothing is written if
+    the same cells' results are there already and undamaged, unless `is_forced`. Raises
+    FileError.
     """
     of = {
         "cells": list(results.cells),
@@ -91,7 +109,7 @@ def write_results(
     def fill(new: Path) -> None:
         _write_files(results, metrics, algos, new)
 
-    _write_folder(results.config, of, fill, is_forced)
+    _write_results_folder(page_data(results, algos), of, fill, is_forced)
 
 
 def _write_files(
@@ -101,36 +119,52 @@ def _write_files(
     new: Path,
 ) -> None:
     names = {algo.key: algo.short_name for algo in algos}
-    (new / "config.json").write_text(results.config.json)
-    _write_scores(results.runs, new / "scores")
-    _as_table(results.rows).to_parquet(new / "measurements.parquet")
-    results.summary.to_csv(new / "summary.csv", index=False)
+    (new / CONFIG_FILE).write_text(results.config.json)
+    _write_scores(results.runs, new)
+    _as_table(results.rows).to_parquet(new / ROWS_FILE)
+    results.summary.to_csv(new / SUMMARY_FILE, index=False)
     comparison_table(comparisons(results)).to_csv(new / "comparisons.csv", index=False)
     if results.failed:
-        (new / "failed.json").write_text(json.dumps(dict(results.failed), indent=2))
+        (new / FAILED_FILE).write_text(json.dumps(dict(results.failed), indent=2))
+    (new / ORIGIN_FILE).write_text(json.dumps(results.origin.as_data(), indent=1))
+    (new / ROCS_FILE).write_text(json.dumps(_rocs_as_data(results.runs)))
+    for task, shown in results.examples.items():
+        path = new / examples_file(task)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(shown))
     _write_figures(results, metrics, names, new)
     for run in first_runs(results.runs):
         _write_circuits(run, names, new)
 
 
+def _rocs_as_data(runs: Sequence[TaskRun]) -> list[dict[str, Any]]:
+    """The ROC of each task, seed and algorithm, and the exact area under it."""
+    return [
+        {"task": run.task, "seed": run.seed, "algo": one.algo}
+        | {"points": one.roc, "auroc": one.auroc}
+        for run in runs
+        for one in run.measured
+        if one.roc is not None
+    ]
+
+
 # ---------------------------------------------------------- what is in a results' folder
 
 
-def _write_folder(
-    config: ExperimentConfig,
+def _write_results_folder(
+    page: PageData,
     of: Mapping[str, Any],
     fill: Callable[[Path], None],
     is_forced: bool = False,
 ) -> None:
-    """Fill the folder of an experiment, and say what its results are `of`."""
-    of = {"report": REPORT_VERSION, **of}
+    """Fill the folder of an experiment, also of another place than this machine."""
+    config = page.config
     if config.is_remote:
         with tempfile.TemporaryDirectory() as folder:
-            fill(Path(folder))
-            _write_report_file(Path(folder), of)
+            _fill(Path(folder), of, fill, page)
             put_folder(Path(folder), config.address)
     else:
-        write_folder(config.folder, of, fill, is_forced)
+        write_folder(config.folder, of, fill, is_forced, page)
 
 
 def write_folder(
@@ -138,53 +172,36 @@ def write_folder(
     of: Mapping[str, Any],
     fill: Callable[[Path], None],
     is_forced: bool = False,
+    page: PageData | None = None,
 ) -> None:
-    """Fill a folder, and say what its results are `of`; all or nothing.
+    """Fill a folder, say what its results are `of`, and write their page; all or nothing.
 
     Files that are not ours stay. Nothing is written if the results of the same are there
     already and undamaged, unless `is_forced`. Raises FileError.
     """
-    if is_forced or not _is_written(folder, of):
+    if is_forced or not _is_written(folder, {"report": REPORT_VERSION, **of}):
         with folder_written_whole(folder) as new:
-            fill(new)
-            _write_report_file(new, of)
+            _fill(new, of, fill, page)
             _keep_own_files(folder, new)
+    elif page is not None and not has_sound_page(page.config):
+        write_page(folder, page)
 
 
-def _write_report_file(folder: Path, of: Mapping[str, Any]) -> None:
-    files = {
-        str(path.relative_to(folder)): digest(path.read_bytes())
-        for path in _files_in(folder)
-    }
-    report = {**of, "files": files}
-    report = {"checksum": checksum(report), **report}
-    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1))
-
-
-def _files_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _read_report_file(folder: Path) -> dict[str, Any]:
-    """{} if there is none, or it is not as it was written."""
-    try:
-        report = json.loads((folder / REPORT_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return report if is_sound_report(report) else {}
-
-
-def is_sound_report(report: Any) -> bool:
-    """Is the content of a REPORT_FILE as it was written?"""
-    if not isinstance(report, dict):
-        return False
-    rest = {name: value for name, value in report.items() if name != "checksum"}
-    return report.get("checksum") == checksum(rest)
+def _fill(
+    new: Path,
+    of: Mapping[str, Any],
+    fill: Callable[[Path], None],
+    page: PageData | None,
+) -> None:
+    fill(new)
+    write_report_file(new, {"report": REPORT_VERSION, **of})
+    if page is not None:
+        write_page(new, page)
 
 
 def _is_written(folder: Path, of: Mapping[str, Any]) -> bool:
     """Are the results of these cells there, as they were written?"""
-    report = _read_report_file(folder)
+    report = read_report_file(folder)
     if {name: report.get(name) for name in of} != dict(of):
         return False
     for name, expected in report["files"].items():
@@ -201,23 +218,23 @@ def _is_written(folder: Path, of: Mapping[str, Any]) -> bool:
 
 def _keep_own_files(old: Path, new: Path) -> None:
     """The user's own files go into the new folder too."""
-    ours = {*_read_report_file(old).get("files", {}), REPORT_FILE}
-    for path in _files_in(old) if old.is_dir() else []:
+    ours = {*read_report_file(old).get("files", {}), REPORT_FILE, PAGE_FILE}
+    for path in files_in(old) if old.is_dir() else []:
         name = str(path.relative_to(old))
         if name not in ours and not (new / name).exists():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, new / name)
 
 
-def _write_scores(runs: Sequence[TaskRun], folder: Path) -> None:
-    folder.mkdir()
+def _write_scores(runs: Sequence[TaskRun], new: Path) -> None:
+    (new / "scores").mkdir()
     for run in runs:
         flat = {
             f"{algo_key}/{module_name}": scores.contiguous().cpu()
             for algo_key, prune_scores in run.scores.items()
             for module_name, scores in prune_scores.items()
         }
-        path = folder / f"{slug(run.task)}-seed-{run.seed}.safetensors"
+        path = new / scores_file(run.task, run.seed)
         # Safetensors sorts its tensors: this is the order in which they were.
         path.write_bytes(save(flat, {SCORES_ORDER: json.dumps(list(flat))}))
 
@@ -312,7 +329,7 @@ def summary_table(results: ExperimentResults) -> Table:
         title=f"Circuits of {results.config.name}",
         caption=f"Means over seeds ± half of their 95 % interval. {one_seed}",
     )
-    columns = _summary_columns(results)
+    columns = summary_columns(results)
     table.add_column("Task")
     table.add_column("Algorithm")
     for title, _ in columns.values():
@@ -335,23 +352,6 @@ def summary_table(results: ExperimentResults) -> Table:
     return table
 
 
-def _summary_columns(results: ExperimentResults) -> dict[str, tuple[str, int]]:
-    """Column of the summary -> its title and digits; without those that nothing is in."""
-    is_reversed = results.config.reverse_clean_corrupt
-    of_what = "of logit diff lost" if is_reversed else "of logit diff"
-    answered = "not answered" if is_reversed else "answered"
-    columns = {
-        "edges_for_80_percent": (f"Edges from which\n80 % {of_what}", 0),
-        "area": ("Area\n(high is good)", 3),
-        "off": ("Off the model\n(0 is best)", 3),
-        "accuracy_area": (f"Prompts\n{answered} (%)", 1),
-        "auroc": ("AUROC", 3),
-        "seconds": ("Seconds", 1),
-    }
-    summary = results.summary
-    return {name: shown for name, shown in columns.items() if summary[name].notna().any()}
-
-
 def _shown_mean(mean: MeanInterval, digits: int, with_interval: bool) -> str:
     if math.isnan(mean.mean):
         return "-"
@@ -362,9 +362,11 @@ def _shown_mean(mean: MeanInterval, digits: int, with_interval: bool) -> str:
 
 
 def _print_folder(config: ExperimentConfig, console: Console) -> None:
+    _say(console, f"Report: {config.address}/{PAGE_FILE}")
     console.print(f"Results: {config.address}", soft_wrap=True)
     for path in [] if config.is_remote else sorted(config.folder.glob("*.html")):
-        console.print(f"  figure: {path}", soft_wrap=True)
+        if path.name != PAGE_FILE:
+            console.print(f"  figure: {path}", soft_wrap=True)
 
 
 def _print_circuits(results: ExperimentResults, console: Console) -> None:
@@ -407,12 +409,13 @@ def write_robustness(
     def fill(new: Path) -> None:
         from auto_circuit.robustness_plot import robustness_fig
 
-        (new / "config.json").write_text(config.json)
-        _as_table(rows).to_parquet(new / "robustness.parquet")
+        (new / CONFIG_FILE).write_text(config.json)
+        _as_table(rows).to_parquet(new / ROBUSTNESS_FILE)
         fig = robustness_fig(rows, {algo.key: algo.short_name for algo in algos})
         fig.write_html(new / "robustness.html", include_plotlyjs="directory")
 
-    _write_folder(config, {"rows": digest(repr(rows).encode())}, fill)
+    of = {"rows": digest(repr(rows).encode())}
+    _write_results_folder(robustness_page_data(config, rows, algos), of, fill)
 
 
 def print_robustness(

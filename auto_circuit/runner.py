@@ -8,24 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from auto_circuit.cell_runs import AS_IT_COMES, at_work, choice_of, kept, watched
-from auto_circuit.cells import Choice, Work, is_missing, run_cells
+from auto_circuit.cell_runs import (
+    AS_IT_COMES,
+    CellNames,
+    at_work,
+    choice_of,
+    kept,
+    watched,
+)
+from auto_circuit.cells import Work, is_missing, run_cells
 from auto_circuit.errors import AutoCircuitError, ConfigError, about
 from auto_circuit.fingerprints import described
 from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
 from auto_circuit.progress import Bar, Watch
+from auto_circuit.report_page.writing import GrowingPage
 from auto_circuit.reports import write_results, write_robustness
 from auto_circuit.robustness import RobustnessRow, checked_choices, robustness_rows
-from auto_circuit.store import Cell, CellResult, Store, open_store
+from auto_circuit.store import Cell, CellResult, open_store
 from auto_circuit.summary import ExperimentResults, experiment_results
 from auto_circuit.sweep import algos_of_seed, find_all_scores
 from auto_circuit.sweep_cells import (
+    ExamplesCell,
     FinishedCells,
     OpenTask,
     SweepCell,
     TaskInUse,
+    examples_cells,
     sweep_cells,
     task_description,
 )
@@ -38,7 +48,7 @@ from auto_circuit.sweep_config import (
     check_tasks,
 )
 from auto_circuit.tasks import Task
-from auto_circuit.types import AlgoPruneScores
+from auto_circuit.types import AlgoPruneScores, TaskKey
 
 # -------------------------------------------------------------------------------- sweeps
 
@@ -63,21 +73,29 @@ def run_experiment(
     check_options(options, plan)
     store = open_store(config.store)
     with at_work(options, config.device) as workers:
-        cells = sweep_cells(plan, config)
-        choice = _choice(options, cells)
-        missing = _missing(cells, store, choice)
-        tasks = [task for task in plan.tasks if task.key in {c.task for c in missing}]
+        cells, examples = sweep_cells(plan, config), examples_cells(plan, config)
+        works = _works(cells, examples)
+        choice = choice_of(options, {one.work.cell: one.names for one in works})
+        missing = {one.task for one in works if is_missing(one.work.cell, store, choice)}
+        tasks = [task for task in plan.tasks if task.key in missing]
         check_tasks(plan._replace(tasks=tasks), config)
-        finished = FinishedCells(cells)
+        finished = FinishedCells(cells, examples)
 
         def results() -> ExperimentResults:
             runs = finished.runs()
             found = experiment_results(config, runs, plan.algos)
-            return replace(found, failed=finished.failed, cells=finished.keys)
+            return replace(
+                found,
+                failed=finished.failed,
+                cells=finished.keys,
+                examples=finished.examples,
+                origin=finished.origin,
+            )
 
-        works = [work for cell in cells for work in cell.works]
-        running = run_cells(works, store, choice, workers)
-        watch = watch or Bar()
+        running = run_cells([one.work for one in works], store, choice, workers)
+        watch, page = watch or Bar(), GrowingPage(config, plan.algos, len(works))
+        if missing:
+            page.begin(results)
         with (
             watch.watching(len(works)),
             kept(config.store, finished.outcomes, len(works)),
@@ -85,28 +103,40 @@ def run_experiment(
             for outcome in running:
                 finished.add(outcome)
                 watch.ended(outcome, results)
+                page.ended(results)
     found = results()
     if found.runs:
         write_results(found, plan.metrics, plan.algos, is_forced=options.force)
     return found
 
 
-def _missing(cells: Sequence[SweepCell], store: Store, choice: Choice) -> list[SweepCell]:
-    """Those that have to be computed."""
-    return [
-        cell
-        for cell in cells
-        if any(is_missing(work.cell, store, choice) for work in cell.works)
-    ]
+class _TaskWork(NamedTuple):
+    """A work of a sweep. algos: the keys and names of the algorithms that it is for."""
+
+    task: TaskKey
+    algos: frozenset[str]
+    work: Work
+
+    @property
+    def names(self) -> CellNames:
+        return self.task, self.algos
 
 
-def _choice(options: RunOptions, cells: Sequence[SweepCell]) -> Choice:
-    names = {
-        work.cell: (cell.task, {cell.algo, cell.algo_name})
-        for cell in cells
-        for work in cell.works
-    }
-    return choice_of(options, names)
+def _works(
+    cells: Sequence[SweepCell], examples: Sequence[ExamplesCell]
+) -> list[_TaskWork]:
+    """All works, task by task; a task's examples, which are for all algorithms, first."""
+    ordered = []
+    for one in examples:
+        of_task = [
+            _TaskWork(cell.task, frozenset({cell.algo, cell.algo_name}), work)
+            for cell in cells
+            if cell.task == one.task.key
+            for work in cell.works
+        ]
+        every = frozenset[str]().union(*(work.algos for work in of_task))
+        ordered += [_TaskWork(one.task.key, every, one.work), *of_task]
+    return ordered
 
 
 # ---------------------------------------------------------------------------- robustness

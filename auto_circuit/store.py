@@ -320,7 +320,7 @@ class Store:
         if it was not there. Raises FileError where the system refuses.
         """
         try:
-            return self._read(cell)
+            return self.stored(cell.kind, cell.key)
         except DataError as error:
             warn(
                 f"{cell.label or cell.kind} is computed again: {error}",
@@ -333,18 +333,22 @@ class Store:
         """Is something stored for the cell? Whether it is sound, only `read` can tell."""
         return self.folder.read(f"{cell.name}.json") is not None
 
-    def _read(self, cell: Cell) -> CellResult | None:
-        content = self.folder.read(f"{cell.name}.json")
+    def stored(self, kind: str, key: str) -> CellResult | None:
+        """The result of the cell of a kind that has this key; None if it is not there.
+
+        Raises DataError for what is damaged, or is not this cell's, and FileError.
+        """
+        content = self.folder.read(f"{kind}/{key}.json")
         if content is None:
             return None
-        manifest = _manifest(content, cell)
+        manifest = _manifest(content, f"{kind}/{key}.json", key)
         data = {}
         for name, expected in manifest["files"].items():
-            part = self.folder.read(f"{cell.kind}/{name}")
+            part = self.folder.read(f"{kind}/{name}")
             if part is None:
-                raise DataError(f"the file {name} of {cell.name}.json is missing.")
+                raise DataError(f"the file {name} of {kind}/{key}.json is missing.")
             if digest(part) != expected:
-                raise DataError(f"the file {cell.kind}/{name} is damaged.")
+                raise DataError(f"the file {kind}/{name} is damaged.")
             data[Path(name).suffix] = part
         return CellResult(
             tensors=_tensors(data.get(".safetensors"), manifest["tensors"]),
@@ -457,8 +461,7 @@ def _as_read(content: Any) -> Any:
     return json.loads(json.dumps(content))
 
 
-def _manifest(content: bytes, cell: Cell) -> dict[str, Any]:
-    where = f"{cell.name}.json"
+def _manifest(content: bytes, where: str, key: str) -> dict[str, Any]:
     try:
         manifest = parse_json(content.decode(), where)
     except UnicodeDecodeError:
@@ -468,7 +471,7 @@ def _manifest(content: bytes, cell: Cell) -> dict[str, Any]:
     expected = manifest.pop("checksum")
     if expected != checksum(manifest):
         raise DataError(f"{where} is damaged (its checksum is another).")
-    if manifest.get("key") != cell.key:
+    if manifest.get("key") != key:
         raise DataError(f"{where} is another cell's manifest.")
     for name in manifest["files"]:
         checked_file_name("files", name)

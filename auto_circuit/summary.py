@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from auto_circuit.metrics.area_under_curve import accuracy_area, mean_curve, task_areas
 from auto_circuit.metrics.mean_interval import MeanInterval, mean_interval
@@ -14,6 +14,7 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
     PruneMetric,
 )
 from auto_circuit.metrics.prune_metrics.task_measurements import nest_rows
+from auto_circuit.origins import Origin
 from auto_circuit.prune_algos.prune_algos import PruneAlgo
 from auto_circuit.result_names import slug as slug
 from auto_circuit.sweep import TaskRun, edges_that_do_it, percents
@@ -38,6 +39,7 @@ class ExperimentResults:
     """What an experiment found: each task's and seed's run, and a summary of them all.
 
     failed: what could not be computed -> the error. cells: the keys of what could.
+    examples: task -> its example prompts, as plain data. origin: where the numbers come from.
     """
 
     config: ExperimentConfig
@@ -45,6 +47,8 @@ class ExperimentResults:
     summary: pandas.DataFrame
     failed: Mapping[str, str] = field(default_factory=dict)
     cells: tuple[str, ...] = ()
+    examples: Mapping[TaskKey, Mapping[str, Any]] = field(default_factory=dict)
+    origin: Origin = Origin()
 
     @property
     def rows(self) -> list[MeasurementRow]:
@@ -102,6 +106,23 @@ def summarize(
         | {"circuit": stems.get((task, algo))}
         for (task, algo), of_seeds in values.items()
     )
+
+
+def summary_columns(results: ExperimentResults) -> dict[str, tuple[str, int]]:
+    """Column of the summary -> its title and digits; without those that nothing is in."""
+    is_reversed = results.config.reverse_clean_corrupt
+    of_what = "of logit diff lost" if is_reversed else "of logit diff"
+    answered = "not answered" if is_reversed else "answered"
+    columns = {
+        "edges_for_80_percent": (f"Edges from which\n80 % {of_what}", 0),
+        "area": ("Area\n(high is good)", 3),
+        "off": ("Off the model\n(0 is best)", 3),
+        "accuracy_area": (f"Prompts\n{answered} (%)", 1),
+        "auroc": ("AUROC", 3),
+        "seconds": ("Seconds", 1),
+    }
+    summary = results.summary
+    return {name: shown for name, shown in columns.items() if summary[name].notna().any()}
 
 
 def run_numbers(run: TaskRun, is_reversed: bool) -> dict[AlgoKey, Numbers]:

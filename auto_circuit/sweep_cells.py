@@ -18,6 +18,8 @@ from torch.nn import Module
 
 from auto_circuit.cells import Outcome, Work
 from auto_circuit.errors import ModelError, about
+from auto_circuit.explorer.data import VERSION as VIEW_VERSION
+from auto_circuit.explorer.task_view import task_view
 from auto_circuit.fingerprints import (
     described,
     digest,
@@ -26,6 +28,7 @@ from auto_circuit.fingerprints import (
 )
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prune_metrics import PruneMetric
+from auto_circuit.origins import CellOrigin, Origin, TaskOrigin
 from auto_circuit.prune_algos.prune_algos import PruneAlgo
 from auto_circuit.store import Cell, CellResult
 from auto_circuit.sweep import (
@@ -44,7 +47,7 @@ from auto_circuit.types import AlgoKey, MeasurementRow, TaskKey
 if TYPE_CHECKING:
     import pandas
 
-SCORES, MEASUREMENTS = "scores", "measurements"
+SCORES, MEASUREMENTS, EXAMPLES = "scores", "measurements", "examples"
 """Kinds of cells."""
 
 NOT_OF_RESULTS = ("key", "name", "device", "seed", "_model_def", "_dataset_name")
@@ -95,6 +98,28 @@ def has_true_edges(task: Task) -> bool:
     return task._true_edge_func is not None or (
         loads_itself and task.true_edges is not None
     )
+
+
+@dataclass(frozen=True)
+class ExamplesCell:
+    """The cell of what a report shows of a task (`task_view`), which needs its model."""
+
+    task: Task
+    seed: int
+    work: Work
+
+
+def examples_cells(plan: Plan, config: ExperimentConfig) -> list[ExamplesCell]:
+    """One for each task, with the prompts of the first seed. Raises as `sweep_cells` does."""
+    return [_examples_cell(task, config.seed) for task in plan.tasks]
+
+
+def _examples_cell(task: Task, seed: int) -> ExamplesCell:
+    with about(f"Task {task.key!r}"):
+        what = {"task": task_description(task), "seed": seed, "version": VIEW_VERSION}
+    cell = Cell(EXAMPLES, what, f"{task.key}, seed {seed}: examples")
+    work = Work(cell, _ShowExamples(seed), uses=TaskInUse(task))
+    return ExamplesCell(task, seed, work)
 
 
 @dataclass(frozen=True)
@@ -204,6 +229,16 @@ class _Find:
 
 
 @dataclass(frozen=True)
+class _ShowExamples:
+    """What a report shows of a task."""
+
+    seed: int
+
+    def __call__(self, opened: OpenTask) -> CellResult:
+        return CellResult(numbers=task_view(opened.of_seed(self.seed)).as_data())
+
+
+@dataclass(frozen=True)
 class _Measure:
     """What is measured of the circuits that scores make."""
 
@@ -296,6 +331,7 @@ class FinishedCells:
     """What a sweep's cells have given so far; it grows while the sweep runs."""
 
     cells: Sequence[SweepCell]
+    of_examples: Sequence[ExamplesCell] = ()
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def add(self, outcome: Outcome) -> None:
@@ -312,6 +348,34 @@ class FinishedCells:
         """Of those that have a result."""
         done = [key for key, o in self.outcomes.items() if o.result is not None]
         return tuple(sorted(done))
+
+    @property
+    def examples(self) -> dict[TaskKey, Mapping[str, Any]]:
+        """What there is to show of each task."""
+        found = {one.task.key: self._result(one.work) for one in self.of_examples}
+        return {task: one.numbers for task, one in found.items() if one is not None}
+
+    @property
+    def origin(self) -> Origin:
+        """What the tasks are made of, and what each finished cell has cost."""
+        cells = [
+            self._cell_origin(work, one.task, one.seed, one.algo)
+            for one in self.cells
+            for work in one.works
+        ] + [
+            self._cell_origin(one.work, one.task.key, one.seed, None)
+            for one in self.of_examples
+        ]
+        tasks = {one.task.key: _task_origin(one) for one in self.of_examples}
+        return Origin(tasks, tuple(cell for cell in cells if cell is not None))
+
+    def _cell_origin(
+        self, work: Work, task: TaskKey, seed: int, algo: AlgoKey | None
+    ) -> CellOrigin | None:
+        result, cell = self._result(work), work.cell
+        if result is None:
+            return None
+        return CellOrigin(cell.kind, cell.key, cell.label, task, seed, algo, result.cost)
 
     def runs(self) -> list[TaskRun]:
         """The run of each task and seed, of the algorithms that have been measured."""
@@ -335,6 +399,22 @@ class FinishedCells:
     def _result(self, work: Work) -> CellResult | None:
         outcome = self.outcomes.get(work.cell.key)
         return None if outcome is None else outcome.result
+
+
+def _task_origin(one: ExamplesCell) -> TaskOrigin:
+    task, model = one.task, one.task._model_def
+    is_named = not isinstance(model, Module)
+    return TaskOrigin(
+        name=task.name,
+        model=_short_place(model) if is_named else type(model).__name__,
+        prompts=_short_place(task._dataset_name),
+        what=one.work.cell.what["task"],
+    )
+
+
+def _short_place(place: Any) -> str:
+    """A name, or the last part of a path, which is another on every machine."""
+    return place.name if isinstance(place, Path) else str(place)
 
 
 # -------------------------------------------------------------------- what a task is made of

@@ -1230,7 +1230,7 @@ EXPERIMENT: tuple[Fault, ...] = (
     fault("a damaged file of a cell is read", "store.py",
         "if digest(part) != expected:", "if False:", "test_store.py"),
     fault("another cell's manifest is read", "store.py",
-        "if manifest.get(\"key\") != cell.key:", "if False:", "test_store.py"),
+        "if manifest.get(\"key\") != key:", "if False:", "test_store.py"),
     fault("a store of another version is read", "store.py",
         "if version != STORE_VERSION:", "if False:", "test_store.py"),
     fault("what another process has finished is computed again", "cells.py",

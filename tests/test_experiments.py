@@ -88,17 +88,21 @@ def test_a_small_sweep_in_two_processes(tmp_path: Path) -> None:
     cells, folder = sorted((tmp_path / "1").iterdir())
     assert re.fullmatch(r"pocket-[0-9a-f]{8}", folder.name)
     assert sorted(path.name for path in cells.iterdir()) == [
-        *("measurements", "scores", "store.json")
+        *("examples", "measurements", "scores", "store.json")
     ]
     assert {path.name for path in folder.iterdir()} == {
         "circuits",
         "comparisons.csv",
         "config.json",
+        "examples",
         "logit-diff-percent-area.html",
         "logit-diff-percent.html",
         "measurements.parquet",
+        "origin.json",
         "plotly.min.js",
+        "report.html",
         "report.json",
+        "rocs.json",
         "scores",
         "summary.csv",
     }
@@ -212,7 +216,7 @@ def test_interrupted_work_is_not_lost(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In the third cell; the same command computes what is left, and nothing else."""
+    """In the fourth cell; the same command computes what is left, and nothing else."""
     find_scores = sweep_cells.find_scores
     n_runs: list[int] = []
 
@@ -229,13 +233,13 @@ def test_interrupted_work_is_not_lost(
     assert stop.value.code == code
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert last_line == (
-        f"{word}. 2 of 4 cells are finished, and kept in {tmp_path}/cells: the same command "
+        f"{word}. 3 of 5 cells are finished, and kept in {tmp_path}/cells: the same command "
         "goes on from there."
     )
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     experiments.main(args)
     assert len(n_runs) == 3
-    assert "2 of 4 cells were stored" in capsys.readouterr().out
+    assert "3 of 5 cells were stored" in capsys.readouterr().out
     (folder,) = tmp_path.glob("pocket-*")
     assert set(pd.read_parquet(folder / "measurements.parquet")["seed"]) == {42, 43}
 

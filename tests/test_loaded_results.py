@@ -271,7 +271,7 @@ def test_other_versions_and_other_things_are_told(copy: Path) -> None:
     del report["checksum"]
     newer = {**report, "report": 99}
     path.write_text(json.dumps({"checksum": checksum(newer), **newer}))
-    with pytest.raises(ConfigError, match="results of version 99, and version 2 is read"):
+    with pytest.raises(ConfigError, match="results of version 99, and version 3 is read"):
         load_results(copy)
     path.write_text(json.dumps({**report, "report": 1}))
     with pytest.raises(ConfigError, match="results of version 1,"):

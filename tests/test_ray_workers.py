@@ -349,7 +349,7 @@ def test_a_sweep_on_two_workers(cluster: Cluster, tmp_path: Path) -> None:
         out=tmp_path / "ray",
     )
     found = run_experiment(config, RunOptions(workers=2))
-    assert not found.failed and len(found.cells) == 4
+    assert not found.failed and len(found.cells) == 5
     cells = sweep_cells(check_config(config), config)
     works = [work for cell in cells for work in cell.works]
     list(run_cells(works, open_store(tmp_path / "serial")))

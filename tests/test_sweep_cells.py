@@ -42,6 +42,9 @@ SMALL = ExperimentConfig(
 )
 
 
+EXAMPLES = "Pocket IOI, seed 42: examples"
+
+
 def label(algo: str, kind: str, seed: int = 42, task: str = "Pocket IOI") -> str:
     return f"{task}, seed {seed}, {algo}: {kind}"
 
@@ -171,10 +174,10 @@ def of_run(results: ExperimentResults) -> dict[str, Any]:
 def test_nothing_is_computed_twice(computed: list[str], tmp_path: Path) -> None:
     config = replace(SMALL, out=tmp_path)
     first = run_experiment(config)
-    assert len(computed) == 4
+    assert len(computed) == 5
     before = {path: path.stat() for path in tmp_path.rglob("*") if path.is_file()}
     second = run_experiment(config)
-    assert len(computed) == 4
+    assert len(computed) == 5
     after = {path: path.stat() for path in tmp_path.rglob("*") if path.is_file()}
     assert {k: v.st_mtime_ns for k, v in after.items()} == {
         k: v.st_mtime_ns for k, v in before.items()
@@ -188,21 +191,23 @@ def test_nothing_is_computed_twice(computed: list[str], tmp_path: Path) -> None:
     assert without_store.measured == first.runs[0].measured
     larger = replace(config, algos=("EAP", "Act Mag"))
     run_experiment(larger)
-    assert computed[4:] == [label("Act Mag", "scores"), label("Act Mag", "measurements")]
+    assert computed[5:] == [label("Act Mag", "scores"), label("Act Mag", "measurements")]
 
 
 def test_force_and_only(computed: list[str], tmp_path: Path) -> None:
     config = replace(SMALL, out=tmp_path)
     results = run_experiment(config, RunOptions(only=("EAP",)))
     of_eap = [label("EAP", "scores"), label("EAP", "measurements")]
-    assert computed == of_eap and list(results.summary["algorithm"]) == ["EAP"]
+    assert computed == [EXAMPLES, *of_eap] and list(results.summary["algorithm"]) == [
+        "EAP"
+    ]
     run_experiment(config, RunOptions(only=("Pocket IOI", "Random")))
-    assert len(computed) == 4 and not results.failed
+    assert len(computed) == 5 and not results.failed
     forced = run_experiment(config, RunOptions(only=("EAP",), force=True))
-    assert computed[4:] == of_eap
+    assert computed[5:] == [EXAMPLES, *of_eap]
     assert list(forced.summary["algorithm"]) == ["Random", "EAP"]
     run_experiment(config, RunOptions(force=True))
-    assert len(computed) == 10
+    assert len(computed) == 13
     with pytest.raises(ConfigError, match="`only` names 'EAPP'.*Did you mean 'EAP'"):
         run_experiment(config, RunOptions(only=("EAPP",)))
 
@@ -235,12 +240,12 @@ def test_the_others_go_on(
         == f"Failed: {label('EAP', 'scores')}: ArithmeticError: the loss is infinite"
     )
     assert "it needs 'Pocket IOI, seed 42, EAP: scores'" in of_measurements
-    assert last.startswith("2 of 4 cells failed; the same command computes these again")
+    assert last.startswith("2 of 5 cells failed; the same command computes these again")
     (folder,) = tmp_path.glob("pocket-*")
     assert len(json.loads((folder / "failed.json").read_text())) == 2
     assert list(pd.read_csv(folder / "summary.csv")["algorithm"]) == ["Random"]
     experiments.main(args)
-    assert len(computed) == 5 and computed[3:] == [
+    assert len(computed) == 6 and computed[4:] == [
         label("EAP", "scores"),
         label("EAP", "measurements"),
     ]
@@ -267,7 +272,7 @@ def test_a_model_that_cannot_be_had(
     config = replace(SMALL, tasks=("Gone", "Pocket IOI"), out=tmp_path / "out")
     results = run_experiment(config)
     assert [run.task for run in results.runs] == ["Pocket IOI"]
-    assert len(results.failed) == 4 and sum(loads) == 1
+    assert len(results.failed) == 5 and sum(loads) == 1
     assert str(broken) in results.failed[label("Random", "scores", task="Gone")]
     with pytest.raises(ModelError, match=str(broken)):
         run_experiment(replace(config, tasks=("Gone",)))
@@ -320,7 +325,7 @@ def damaged(kind: str, damage: str, folder: Path) -> tuple[Path, bytes]:
     ("kind", "damage"),
     each_kind_and_damage(
         *("scores/*.json", "scores/*.safetensors"),
-        *("measurements/*.json", "measurements/*.parquet"),
+        *("measurements/*.json", "measurements/*.parquet", "examples/*.json"),
     ),
 )
 def test_damaged_cells_are_named_and_computed_again(
@@ -344,7 +349,7 @@ def test_damaged_cells_are_named_and_computed_again(
     ("kind", "damage"),
     each_kind_and_damage(
         *("config.json", "scores/*.safetensors", "*.parquet", "summary.csv"),
-        *("logit-diff-percent.html", "circuits/*/*.json"),
+        *("logit-diff-percent.html", "circuits/*/*.json", "examples/*.json"),
     ),
 )
 def test_damaged_reports_are_named_and_written_again(
@@ -383,9 +388,12 @@ def test_a_full_disk_keeps_what_is_finished(
         patched.setattr(files.os, "replace", full)
         with pytest.raises(SystemExit, match="^FileError: Cannot write .*No space left"):
             experiments.main(args)
-    assert not list(out.rglob(".partial*")) and not list(out.glob("pocket-*"))
+    assert not list(out.rglob(".partial*"))
+    (left,) = out.glob("pocket-*/*")
+    assert "still growing" in left.read_text()
     experiments.main(args)
-    assert [one.split(": ")[1] for one in computed] == ["scores", *["measurements"] * 2]
+    kinds = ["examples", "scores", "measurements", "measurements"]
+    assert [one.split(": ")[1] for one in computed] == kinds
 
 
 def test_too_little_room_is_an_error_before_any_work(
@@ -481,7 +489,7 @@ def test_three_processes_share_a_sweep(tmp_path: Path, loaded: Task) -> None:
     for process in processes:
         process.join(300)
         assert process.exitcode == 0
-    assert len(counts.read_text().splitlines()) == 12
+    assert len(counts.read_text().splitlines()) == 13  # one is the examples
     assert len(pd.read_parquet(config.folder / "measurements.parquet")) == 12
 
 
@@ -496,7 +504,7 @@ def test_results_go_to_any_address(
     config = replace(SMALL, out=address)
     run_experiment(config)
     run_experiment(config)
-    assert len(computed) == 4
+    assert len(computed) == 5
     files, root = fsspec.core.url_to_fs(address)
     found = {path.removeprefix(root): files.cat_file(path) for path in files.find(root)}
     expected = {f"/{name}": content for name, content in data_files(whole).items()}

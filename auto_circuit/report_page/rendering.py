@@ -1,0 +1,34 @@
+"""Templates, which escape whatever they are given; and the style and script of the pages."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def rendered(template: str, **content: Any) -> str:
+    """A template's text. What is given is text: HTML is only what a template calls safe."""
+    page = _environment().get_template(template)
+    return page.render(style=asset("page.css"), script=asset("page.js"), **content) + "\n"
+
+
+@cache
+def asset(name: str) -> str:
+    """One of the package's own files, as it is."""
+    return (TEMPLATES / name).read_text(encoding="utf-8")
