@@ -6,15 +6,19 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
 import auto_circuit as ac
+from auto_circuit.experiments import parse
 
 REPO = Path(__file__).parents[1]
 ASKS_FOR = {
@@ -121,3 +125,105 @@ def test_every_public_name_is_in_the_reference(site: Path, pages: Pages) -> None
     assert len(public_names()) > 700
     assert sorted(public_names() - anchors) == []
     assert (site / "objects.inv").is_file()
+
+
+# ------------------------------------------------------------------- what pages tell to type
+
+FAST = ("engine.md",)
+"""Pages whose blocks run without --runslow: those that load no model."""
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.S | re.M)
+NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?")
+
+
+class Block(NamedTuple):
+    """Python that a page tells to type, and what it says that this prints."""
+
+    page: str
+    place: int
+    code: str
+    printed: str
+
+
+def _blocks() -> Iterator[Block]:
+    for path in sorted((REPO / "docs").rglob("*.md")):
+        page = path.relative_to(REPO / "docs").as_posix()
+        for place, found in enumerate(BLOCK.finditer(path.read_text())):
+            yield Block(page, place, found[1], found[2] or "")
+
+
+BLOCKS = list(_blocks())
+on_all_blocks = pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(
+            block,
+            id=f"{block.page}-{block.place}",
+            marks=() if block.page in FAST else pytest.mark.slow,
+        )
+        for block in BLOCKS
+    ],
+)
+
+
+@on_all_blocks
+def test_a_block_runs_and_prints_what_the_page_says(
+    block: Block,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(
+        compile(block.code, f"{block.page}, {block.place}", "exec"), {"__name__": "page"}
+    )
+    said, printed = block.printed, capsys.readouterr().out
+    if "print(" in block.code or said:
+        assert said, f"{block.page} does not say what its block {block.place} prints"
+        assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", said).split(), printed
+        assert numbers(printed) == pytest.approx(
+            numbers(said), rel=0.05, abs=0.05
+        ), printed
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in NUMBER.findall(text)]
+
+
+def test_every_block_is_found_and_short_where_it_answers_a_question() -> None:
+    pages = (REPO / "docs").rglob("*.md")
+    assert len(BLOCKS) == sum(page.read_text().count("```python") for page in pages)
+    for block in BLOCKS:
+        lines = [line for line in block.code.splitlines() if line.strip()]
+        assert len(lines) <= 10 or not block.page.startswith("how-to/"), block
+
+
+COMMANDS = ("cd", "git", "hf", "ls", "pip", "ray")
+"""What pages tell to type that is not ours."""
+HEREDOC = re.compile(r"^cat > \S+ <<'(\w+)'\n.*?^\1\n", re.S | re.M)
+EXPERIMENTS = (["python", "experiments.py"], ["python", "-m", "auto_circuit.experiments"])
+
+
+def shell_lines() -> Iterator[tuple[str, str]]:
+    """(page, command) of every line of the shell blocks; `\\` joins lines."""
+    for path in [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]:
+        for block in re.findall(r"^```sh\n(.*?)^```", path.read_text(), re.S | re.M):
+            for line in HEREDOC.sub("", block).replace("\\\n", " ").splitlines():
+                if line.strip():
+                    yield path.name, line
+
+
+@pytest.mark.parametrize("page,line", sorted(set(shell_lines())))
+def test_a_command_can_be_typed(page: str, line: str) -> None:
+    words = shlex.split(line, comments=True)
+    if words[:1] == ["make"]:
+        targets = re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(), re.M)
+        assert words[1] in targets
+        assert all("=" in word for word in words[2:])
+        if words[1] != "run":
+            return
+        words = [*EXPERIMENTS[0], *shlex.split(" ".join(words[2:]).removeprefix("ARGS="))]
+    for start in EXPERIMENTS:
+        if words[: len(start)] == start:
+            parse(words[len(start) :])
+            return
+    assert words[0] in COMMANDS or (REPO / words[1]).is_file(), words
