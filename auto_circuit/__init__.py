@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from auto_circuit.circuit_files import save_circuit as save_circuit
     from auto_circuit.data import load_datasets_from_json as load_datasets_from_json
     from auto_circuit.experiment_utils import load_tl_model as load_tl_model
+    from auto_circuit.explorer.explore import explore as explore
     from auto_circuit.loaded_results import load_results as load_results
     from auto_circuit.metrics.prune_metrics.measure_prune_metrics import (
         measure_prune_metrics as measure_prune_metrics,
@@ -54,6 +55,7 @@ _HOMES = {
     "circuit_files": ("load_circuit", "save_circuit"),
     "data": ("load_datasets_from_json",),
     "experiment_utils": ("load_tl_model",),
+    "explorer.explore": ("explore",),
     "loaded_results": ("load_results",),
     "metrics.prune_metrics.measure_prune_metrics": (
         "measure_prune_metrics",

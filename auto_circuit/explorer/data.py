@@ -21,7 +21,9 @@ from auto_circuit.explorer import plain_data
 from auto_circuit.metrics.area_under_curve import curve_interval, mean_curve
 from auto_circuit.metrics.edge_ranks import best_first
 from auto_circuit.metrics.mean_interval import student_975
+from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
 from auto_circuit.ranking import circuit_mask, desc_prune_scores, score_tensors
+from auto_circuit.sweep import edges_that_do_it
 from auto_circuit.types import MeasurementRow, Measurements, PruneScores
 
 VERSION = 1
@@ -227,6 +229,8 @@ class AlgorithmView:
         bits of a float32; None for one seed.
     order: the edges by |score|, the largest first; of equal ones the first.
     ties: where in that order edges of equal |score| begin, and how many they are: [tie 2].
+    sizes: ascending; without measurements some from 0 edges to all, with no values.
+    first_size: which of them is shown first.
     """
 
     name: str
@@ -236,6 +240,7 @@ class AlgorithmView:
     order: np.ndarray
     ties: np.ndarray
     sizes: tuple[MeasuredSize, ...]
+    first_size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,6 +308,7 @@ def algorithm_view(
     # Edges that are infinitely good in one seed and bad in another.
     opposed = scores.isnan() & ~of_seeds.isnan().any(0)
     scores = t.where(opposed, t.inf, scores)
+    sizes = _sizes(scores, rows)
     order = best_first({"edges": scores}, "absolute")
     return AlgorithmView(
         name=name,
@@ -311,7 +317,8 @@ def algorithm_view(
         plus_minus=_score_intervals(of_seeds),
         order=small_indices(order.numpy(), len(scores)),
         ties=_ties(scores.abs()[order].numpy()),
-        sizes=_measured_sizes(scores, rows),
+        sizes=sizes,
+        first_size=_first_size(sizes),
     )
 
 
@@ -336,26 +343,56 @@ def _ties(falling: np.ndarray) -> np.ndarray:
     return np.stack([starts, lengths], axis=1)[lengths > 1].astype(np.uint32)
 
 
-def _measured_sizes(
+def _sizes(
     scores: Float[Tensor, "edges"], rows: Sequence[MeasurementRow]
 ) -> tuple[MeasuredSize, ...]:
+    values = _measured_values(rows) or {size: {} for size in _round_sizes(len(scores))}
+    edges = {"edges": scores}
+    falling = desc_prune_scores(edges)
+    return tuple(
+        MeasuredSize(size, circuit_mask(edges, size, falling)[1], of_size)
+        for size, of_size in sorted(values.items())
+    )
+
+
+def _measured_values(
+    rows: Sequence[MeasurementRow],
+) -> dict[int, dict[str, MeasuredValue]]:
+    """Size -> metric -> value."""
     curves: dict[str, dict[int | None, Measurements]] = {}
     for row in rows:
         of_metric = curves.setdefault(row.metric, {})
         of_metric.setdefault(row.seed, []).append((row.n_edges, row.value))
-    sizes: dict[int, dict[str, MeasuredValue]] = {}
+    values: dict[int, dict[str, MeasuredValue]] = {}
     for metric, of_seeds in curves.items():
         every = list(of_seeds.values())
         points = zip(mean_curve(every), curve_interval(every), strict=True)
         for (size, mean), (_, plus_minus) in points:
             value = MeasuredValue(_known(mean), _known(plus_minus))
-            sizes.setdefault(int(size), {})[metric] = value
-    edges = {"edges": scores}
-    falling = desc_prune_scores(edges)
-    return tuple(
-        MeasuredSize(size, circuit_mask(edges, size, falling)[1], values)
-        for size, values in sorted(sizes.items())
-    )
+            values.setdefault(int(size), {})[metric] = value
+    return values
+
+
+def _round_sizes(n_edges: int) -> list[int]:
+    """0, 1, 2, 5, 10, 20, 50 ... and all."""
+    tens = [10**power for power in range(len(str(n_edges)))]
+    found = [0, *(digit * ten for ten in tens for digit in (1, 2, 5)), n_edges]
+    return sorted({size for size in found if size <= n_edges})
+
+
+def _first_size(sizes: Sequence[MeasuredSize]) -> int:
+    """The smallest from which on all do 80 % of the task; else the one nearest to 100 edges."""
+    values = [size.values.get(LOGIT_DIFF_PERCENT_METRIC.key) for size in sizes]
+    curve: Measurements = [
+        (size.n_edges, value.mean)
+        for size, value in zip(sizes, values, strict=True)
+        if value is not None and value.mean is not None
+    ]
+    wanted = edges_that_do_it(curve)
+    if wanted is None or wanted == sizes[-1].n_edges:
+        wanted = 100
+    distances = [abs(size.n_edges - wanted) for size in sizes]
+    return distances.index(min(distances))
 
 
 def _known(value: int | float) -> float | None:

@@ -1,0 +1,48 @@
+// In a page: every element that holds an explorer's data becomes one. In a notebook:
+// anywidget calls `render`.
+
+import css from "./style.css";
+import { Explorer } from "./explorer.js";
+import { el } from "./dom.js";
+
+const HOLDER = "[data-auto-circuit-explorer]";
+const DATA = 'script[type="application/json"]';
+
+/** Show the explorer in an element. data: {tasks: [a task's view, ...]}. */
+export function mount(element, data) {
+  if (!document.getElementById("auto-circuit-style")) {
+    document.head.append(el("style", { id: "auto-circuit-style" }, css));
+  }
+  const tasks = data.tasks.filter((task) => task.algorithms.some((one) => one.sizes.length));
+  if (!tasks.length) {
+    element.replaceChildren(el("p", {}, "There is no circuit to explore yet."));
+    return { destroy: () => element.replaceChildren() };
+  }
+  element.classList.add("auto-circuit-explorer");
+  const root = el("div", { class: "ace-root" });
+  element.replaceChildren(root);
+  element.explorer = new Explorer(root, { tasks });
+  return element.explorer;
+}
+
+function mountAll() {
+  for (const element of document.querySelectorAll(HOLDER)) {
+    const script = element.querySelector(DATA);
+    if (script) mount(element, JSON.parse(script.textContent));
+  }
+}
+
+if (typeof document !== "undefined") {
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", mountAll);
+  else mountAll();
+}
+
+/** What anywidget calls. */
+function render({ model, el: element }) {
+  const holder = document.createElement("div");
+  element.append(holder);
+  const explorer = mount(holder, JSON.parse(model.get("data")));
+  return () => explorer.destroy();
+}
+
+export default { render };

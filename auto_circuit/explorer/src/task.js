@@ -1,0 +1,199 @@
+// A task's data, ready to be asked: edges, circuits, what is known of a node.
+
+import { arrayOf, count, digits, signed, upperHalves } from "./numbers.js";
+
+export const MAIN_METRIC = "Logit Diff Percent";
+
+export class Task {
+  constructor(data) {
+    this.data = data;
+    const graph = data.graph;
+    this.nodes = graph.nodes;
+    this.sources = graph.sources;
+    this.destinations = graph.destinations;
+    this.src = arrayOf(graph.src);
+    this.dest = arrayOf(graph.dest);
+    this.nPositions = graph.n_positions;
+    this.nEdges = this.src.length * (this.nPositions ?? 1);
+    const known = arrayOf(graph.true_edges);
+    this.known = known && new Set(known);
+    this.algorithms = data.algorithms.map((algorithm) => new Algorithm(algorithm));
+    this.sourceOfNode = new Map(this.sources.map((source, i) => [source.node, i]));
+    this.attentionOfNode = new Map((data.attention?.nodes ?? []).map((n, i) => [n, i]));
+  }
+
+  position(edge) {
+    return this.nPositions === null ? null : Math.floor(edge / this.src.length);
+  }
+
+  source(edge) {
+    return this.sources[this.src[edge % this.src.length]];
+  }
+
+  destination(edge) {
+    return this.destinations[this.dest[edge % this.src.length]];
+  }
+
+  /** The drawn nodes that an edge joins. */
+  ends(edge) {
+    const at = this.position(edge);
+    return [this.key(this.source(edge).node, at), this.key(this.destination(edge).node, at)];
+  }
+
+  edgeName(edge) {
+    const at = this.position(edge);
+    const name = `${this.source(edge).name}->${this.destination(edge).name}`;
+    return at === null ? name : `${name} @ ${at}`;
+  }
+
+  /** The key of a drawn node: its number, and its position if these are told apart. */
+  key(node, position) {
+    return position === null ? `${node}` : `${node}@${position}`;
+  }
+
+  nodeOf(key) {
+    return this.nodes[Number(key.split("@")[0])];
+  }
+
+  columnOf(key) {
+    const at = key.split("@")[1];
+    return at === undefined ? null : Number(at);
+  }
+
+  nodeName(key) {
+    const at = this.columnOf(key);
+    const name = this.nodeOf(key).name;
+    return at === null ? name : `${name} @ ${at}`;
+  }
+
+  /** What a position is called, and the first prompt's token there. */
+  label(position) {
+    return this.data.graph.position_labels?.[position] ?? `${position}`;
+  }
+
+  token(position, side = "clean") {
+    const tokens = this.data.prompts[0]?.[side].tokens ?? [];
+    return tokens[position + this.data.graph.first_token] ?? null;
+  }
+
+  /** The edges into and out of a drawn node, in an algorithm's order. */
+  edgesOf(key, algorithm) {
+    const node = Number(key.split("@")[0]);
+    const at = this.columnOf(key);
+    const into = [];
+    const out = [];
+    for (const edge of algorithm.order) {
+      if (at !== null && this.position(edge) !== at) continue;
+      if (this.source(edge).node === node) out.push(edge);
+      if (this.destination(edge).node === node) into.push(edge);
+    }
+    return { into, out };
+  }
+
+  /** The drawn nodes whose name begins with a text, or contains it; exact ones first. */
+  find(text, keys) {
+    const wanted = text.trim().toLowerCase();
+    if (!wanted) return [];
+    const named = keys.map((key) => [key, this.nodeName(key).toLowerCase()]);
+    const tests = [
+      (name) => name === wanted,
+      (name) => name.split(" @ ")[0] === wanted,
+      (name) => name.startsWith(wanted),
+      (name) => name.includes(wanted),
+    ];
+    for (const test of tests) {
+      const found = named.filter(([, name]) => test(name));
+      if (found.length) return found.map(([key]) => key);
+    }
+    return [];
+  }
+}
+
+export class Algorithm {
+  constructor(data) {
+    this.data = data;
+    this.name = data.name;
+    this.sizes = data.sizes;
+    this.firstShown = data.first_size;
+  }
+
+  // Made when they are first asked for: a page may hold many algorithms.
+  get scores() {
+    return this.lazily("scores", () => arrayOf(this.data.scores));
+  }
+
+  get order() {
+    return this.lazily("order", () => arrayOf(this.data.order));
+  }
+
+  get plusMinus() {
+    return this.lazily("plusMinus", () => upperHalves(arrayOf(this.data.plus_minus)));
+  }
+
+  /** Edge -> its place in the order. */
+  get places() {
+    return this.lazily("places", () => {
+      const places = new Uint32Array(this.order.length);
+      this.order.forEach((edge, place) => {
+        places[edge] = place;
+      });
+      return places;
+    });
+  }
+
+  /** Place -> the place at which the edges of its |score| begin, and how many they are. */
+  get ties() {
+    return this.lazily("ties", () => {
+      const pairs = arrayOf(this.data.ties);
+      const runs = [];
+      for (let i = 0; i < pairs.length; i += 2) runs.push([pairs[i], pairs[i + 1]]);
+      return runs;
+    });
+  }
+
+  lazily(name, make) {
+    const value = make();
+    Object.defineProperty(this, name, { value });
+    return value;
+  }
+
+  rankText(edge) {
+    const place = this.places[edge];
+    const run = this.ties.find(([start, length]) => place >= start && place < start + length);
+    const of = `of ${count(this.order.length)}`;
+    if (!run) return `rank ${count(place + 1)} ${of}`;
+    return `ranks ${count(run[0] + 1)} to ${count(run[0] + run[1])} (equal) ${of}`;
+  }
+
+  scoreText(edge) {
+    const half = this.plusMinus;
+    if (half === null || !Number.isFinite(half[edge])) return signed(this.scores[edge]);
+    return `${signed(this.scores[edge])} ± ${digits(half[edge])}`;
+  }
+
+  /** Half the interval's width in words. */
+  intervalText(edge) {
+    const half = this.plusMinus;
+    if (half === null) return "one seed, so no interval";
+    return `95 % interval over ${this.data.n_seeds} seeds: ± ${digits(half[edge])}`;
+  }
+
+  /** The edges of a circuit of so many, strongest first. */
+  circuit(nDrawn) {
+    return this.order.subarray(0, nDrawn);
+  }
+
+  isIn(edge, nDrawn) {
+    return this.places[edge] < nDrawn;
+  }
+
+  /** The measured size that is nearest to another. */
+  nearest(nEdges) {
+    let best = 0;
+    this.sizes.forEach((size, i) => {
+      const better = Math.abs(size.n_edges - nEdges) < Math.abs(this.sizes[best].n_edges - nEdges);
+      if (better) best = i;
+    });
+    return best;
+  }
+}

@@ -1,0 +1,196 @@
+"""The explorer as a page, as a widget, and by `explore`."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch as t
+
+import auto_circuit as ac
+from auto_circuit.errors import ConfigError, GraphError
+from auto_circuit.explorer.data import TaskView
+from auto_circuit.explorer.explore import CircuitExplorer, explore
+from auto_circuit.explorer.page import explorer_html, write_explorer
+from auto_circuit.explorer.picture import circuit_picture
+from auto_circuit.model_utils.micro_model_utils import MicroModel
+from auto_circuit.tasks import Task
+from auto_circuit.types import MeasurementRow
+from tests.explorer.views import made_algorithm, made_graph, made_view
+
+HOSTILE = (
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(2)>",
+    "quo\"te's &amp; <!-- ",
+    "\u202eright to left \u05d0\u05d1",
+    "\U0001f600\u2028\u2029",
+    "back\\slash",
+)
+SIZES = (0, 1, 5, 20, 40)
+
+
+class Elements(HTMLParser):
+    """The tags of a page, its attributes' names, and what is in scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: set[str] = set()
+        self.scripts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1] == "script":
+            self.scripts[-1] += data
+
+
+@pytest.fixture(scope="module")
+def hostile_view() -> TaskView:
+    graph = made_graph(2, 2, 6, position_labels=HOSTILE)
+    algorithm = made_algorithm(graph, HOSTILE[0], sizes=SIZES)
+    return made_view(graph, [algorithm], HOSTILE[1], HOSTILE)
+
+
+def test_texts_stay_texts(hostile_view: TaskView) -> None:
+    html = explorer_html([hostile_view])
+    page = Elements()
+    page.feed(html)
+    assert page.tags.count("script") == 2 and "img" not in page.tags
+    assert "onerror" not in page.attributes
+    data = json.loads(page.scripts[0])
+    assert TaskView.of_data(data["tasks"][0]).prompts == hostile_view.prompts
+    before_code = html[: html.index('<script type="module">')]
+    assert before_code.isascii() or "\u2028" not in before_code
+
+
+def test_nothing_is_loaded(hostile_view: TaskView, tmp_path: Path) -> None:
+    path = write_explorer(tmp_path / "page.html", [hostile_view], HOSTILE[0])
+    page = Elements()
+    page.feed(path.read_text(encoding="utf-8"))
+    assert "src" not in page.attributes and "link" not in page.tags
+    assert not {"href", "data"} & page.attributes
+    with pytest.raises(ConfigError, match="there is no folder"):
+        write_explorer(tmp_path / "no" / "page.html", [hostile_view])
+
+
+def test_a_still_picture_shows_the_strongest_edges(hostile_view: TaskView) -> None:
+    graph = made_graph(2, 2)
+    algorithm = made_algorithm(graph, "A", sizes=SIZES)
+    size = algorithm.sizes[algorithm.first_size]
+    figure = circuit_picture(made_view(graph, [algorithm]), algorithm)
+    root = ElementTree.fromstring(figure)
+    texts = {text.text for text in root.iter("text")}
+    assert {"A0.0", "MLP 1", "Resid End"} <= texts
+    pairs = {
+        (
+            graph.sources[graph.src[edge]].node,
+            graph.destinations[graph.dest[edge]].node,
+        )
+        for edge in algorithm.order[: size.n_drawn]
+    }
+    lines = list(root.iter("path"))
+    assert len(lines) == len(pairs) > 5
+    dashed = [line for line in lines if "stroke-dasharray" in line.attrib]
+    assert 0 < len(dashed) < len(lines)
+    assert {line.attrib["stroke"] for line in dashed} == {"#b84a00"}
+    ElementTree.fromstring(circuit_picture(hostile_view, hostile_view.algorithms[0]))
+
+
+def test_the_first_size_does_the_task() -> None:
+    graph = made_graph(2, 2)
+    # 100 * (size / n_edges) ** 0.25 is 80 at 41 % of the edges.
+    sizes = (0, 1, 5, 15, 20, 40, graph.n_edges)
+    algorithm = made_algorithm(graph, "A", sizes=sizes)
+    expected = next(s for s in sizes if s >= 0.8**4 * graph.n_edges)
+    assert algorithm.sizes[algorithm.first_size].n_edges == expected
+    unmeasured = made_algorithm(made_graph(4, 4), "A")
+    shown = [size.n_edges for size in unmeasured.sizes]
+    assert shown[:5] == [0, 1, 2, 5, 10] and shown[-1] == len(unmeasured.scores)
+    assert unmeasured.sizes[unmeasured.first_size].n_edges == 100
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    numbers = {"clean": [[3.0, 3.0], [1.0, 2.5]], "corrupt": [[1.0, 1.0], [1.0, 2.5]]}
+    prompt = {**numbers, "answers": [1], "wrong_answers": [0]}
+    path = tmp_path_factory.mktemp("micro") / "numbers.json"
+    path.write_text(json.dumps({"prompts": [prompt, prompt]}))
+    return Task(
+        key="Micro",
+        name="Micro",
+        batch_size=1,
+        batch_count=1,
+        token_circuit=False,
+        _model_def=MicroModel(),
+        _dataset_name=path,
+    )
+
+
+def test_explore_takes_scores_of_one_seed_or_of_several(
+    task: Task, tmp_path: Path
+) -> None:
+    one = task.model.new_prune_scores(1.0)
+    two = task.model.new_prune_scores(3.0)
+    row = MeasurementRow("Micro", "B", "Logit Diff Percent", "R", "T", 1, 50.0, seed=0)
+    explorer = ac.explore(task, {"A": one, "B": [one, two]}, {"B": [row]})
+    assert isinstance(explorer, CircuitExplorer)
+    (view,) = explorer.views
+    a, b = view.algorithms
+    assert (a.scores == 1).all() and (b.scores == 2).all() and b.n_seeds == 2
+    assert [size.n_edges for size in b.sizes] == [1]
+    assert b.sizes[0].n_drawn == view.graph.n_edges  # all tie
+    path = explorer.write(tmp_path / "circuits.html")
+    assert "<title>Circuits: Micro</title>" in path.read_text(encoding="utf-8")
+    assert repr(explorer).startswith("CircuitExplorer('Micro': A, B)")
+    assert explore([view]).views == (view,)
+
+
+def test_explore_says_what_does_not_fit(task: Task) -> None:
+    scores = task.model.new_prune_scores()
+    with pytest.raises(ConfigError, match="`scores` is empty"):
+        explore(task)
+    with pytest.raises(ConfigError, match="`measurements` names 'B', which `scores`"):
+        explore(task, {"A": scores}, {"B": []})
+    with pytest.raises(GraphError, match="do not fit the graph"):
+        explore(task, {"A": {"no module": t.zeros(3)}})
+    views = explore(task, {"A": scores}).views
+    with pytest.raises(ConfigError, match="views have theirs already"):
+        explore(views, {"A": scores})
+
+
+def test_the_widget_has_the_same_javascript_and_data(task: Task) -> None:
+    explorer = explore(task, {"A": task.model.new_prune_scores(1.0)})
+    widget = explorer.widget()
+    assert "AutoCircuit's circuit explorer" in str(widget._esm)
+    assert TaskView.of_data(json.loads(widget.data)["tasks"][0]).key == "Micro"
+    bundle = explorer._repr_mimebundle_()
+    bundle = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert any("widget-view" in kind for kind in bundle)
+    widget.close()
+
+
+@pytest.mark.slow
+def test_without_anywidget_it_says_how_to_get_it() -> None:
+    program = """
+import sys
+sys.modules["anywidget"] = None
+from auto_circuit.errors import ConfigError
+from auto_circuit.explorer.explore import CircuitExplorer
+try:
+    CircuitExplorer([]).widget()
+except ConfigError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert re.search(r"pip install auto-circuit\[notebook\]", done.stdout), done.stderr
