@@ -14,14 +14,15 @@ import html
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors.torch import load
 
-from auto_circuit.checks import checked
+from auto_circuit.checks import checked, shown
 from auto_circuit.circuit_files import (
     checked_document,
     document_edges,
@@ -29,11 +30,13 @@ from auto_circuit.circuit_files import (
 )
 from auto_circuit.compared_results import ComparedResults, compared
 from auto_circuit.errors import (
+    AutoCircuitError,
     ConfigError,
     DataError,
     UnknownNameError,
     about,
     near_matches,
+    one_line,
 )
 from auto_circuit.files import parse_json
 from auto_circuit.fingerprints import digest
@@ -74,6 +77,10 @@ def load_results(folder: str | Path) -> LoadedResults:
     DataError for a file that is damaged or missing, by name; FileError where the system
     refuses.
     """
+    if not isinstance(folder, (str, Path)):
+        raise ConfigError(
+            f"`folder` is {shown(folder)}; expected a text or a path, such as 'results'."
+        )
     place = folder_at(str(folder))
     report = sweep_report(place, str(folder))
     if report is not None:
@@ -344,8 +351,15 @@ class ResultFiles:
 def sweep_report(folder: Folder, address: str) -> dict[str, Any] | None:
     """The report of a sweep; None if there are no results at all."""
     report = read_report(folder, address)
-    if report is not None and "algorithms" not in report:
-        raise NotOurs(f"{address} holds a test of robustness, and no sweep.")
+    if report is None:
+        return None
+    if "algorithms" not in report:
+        raise NotOurs(
+            f"{address} holds a test of robustness, or the paper's tables, and no sweep."
+        )
+    with _as_a_sweep_writes(f"{address}/{REPORT_FILE}"):
+        for name in ("files", "algorithms", "failed"):
+            _check_texts(name, report[name])
     return report
 
 
@@ -380,6 +394,25 @@ def read_report(folder: Folder, address: str) -> dict[str, Any] | None:
     return report
 
 
+def _check_texts(name: str, texts: Any) -> None:
+    if not all(isinstance(text, str) for text in [*texts.keys(), *texts.values()]):
+        raise ValueError(f"{name!r} holds {shown(texts)}")
+
+
+@contextmanager
+def _as_a_sweep_writes(where: str) -> Iterator[None]:
+    """Inside, a file is read whose checksum is right; what a sweep does not write is named."""
+    try:
+        yield
+    except AutoCircuitError:
+        raise
+    except Exception as error:  # tables and tensors have many errors of their own
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise DataError(
+            f"{where} is not as a sweep writes it ({problem:.200}). {AGAIN}"
+        ) from error
+
+
 @dataclass(frozen=True)
 class _Experiment:
     """One sweep: its tables, and where its scores are. algorithms: key -> short name."""
@@ -387,6 +420,7 @@ class _Experiment:
     name: str
     files: ResultFiles
     config: ExperimentConfig
+    algorithms: Mapping[str, str]
     rows: pandas.DataFrame
     summary: pandas.DataFrame
     failed: Mapping[str, str]
@@ -404,7 +438,7 @@ class _Experiment:
     @cached_property
     def circuits(self) -> list[_Place]:
         """Where the circuits are, of algorithms that have one."""
-        algos = {place.algorithm: place.algo for place in self.runs}
+        algos = {short: key for key, short in self.algorithms.items()}
         with_one: Any = self.summary[self.summary["circuit"].notna()]
         columns = ["task", "algorithm", "circuit"]
         return [
@@ -429,18 +463,26 @@ class _Scores:
 
     def __call__(self) -> PruneScores:
         content = self.files.read(scores_file(self.task, self.seed))
-        return scores_in(content)[self.algo]
+        with about(self.files.address):
+            found = scores_in(content)
+            if self.algo not in found:
+                raise DataError(f"There are no scores of {self.algo!r}. {AGAIN}")
+        return found[self.algo]
 
 
 def scores_in(content: bytes) -> dict[AlgoKey, PruneScores]:
-    """The scores in a file of them: algorithm -> scores, in the order in which they were."""
-    n_bytes = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + n_bytes])
-    tensors, by_algo = load(content), {}
-    for name in json.loads(header["__metadata__"][SCORES_ORDER]):
-        algo, _, module = name.rpartition("/")
-        by_algo.setdefault(algo, {})[module] = tensors[name]
-    return by_algo
+    """The scores in a file of them: algorithm -> scores, in the order in which they were.
+
+    Raises DataError for what no sweep writes.
+    """
+    with _as_a_sweep_writes("A file of scores"):
+        n_bytes = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + n_bytes])
+        tensors, by_algo = load(content), {}
+        for name in json.loads(header["__metadata__"][SCORES_ORDER]):
+            algo, _, module = name.rpartition("/")
+            by_algo.setdefault(algo, {})[module] = tensors[name]
+        return by_algo
 
 
 @dataclass(frozen=True)
@@ -452,8 +494,10 @@ class _Circuit:
 
     def __call__(self) -> LoadedCircuit:
         place = f"{self.files.address}/{self.name}"
-        content = parse_json(self.files.read(self.name).decode(), place)
-        return LoadedCircuit(place, checked_document(place, content))
+        content = self.files.read(self.name)
+        with _as_a_sweep_writes(place):
+            document = checked_document(place, parse_json(content.decode(), place))
+        return LoadedCircuit(place, document)
 
 
 def _experiment(
@@ -463,42 +507,69 @@ def _experiment(
     address: str,
     report: Mapping[str, Any],
 ) -> _Experiment:
-
     files = ResultFiles(address, folder, report["files"])
-    with about(f"{address}/{CONFIG_FILE}"):
-        config = config_of_json(files.read(CONFIG_FILE).decode(), out)
-    rows = rows_in(files.read(ROWS_FILE))
+    algorithms = report["algorithms"]
+
+    def read(name: str, reader: Callable[[bytes], Any]) -> Any:
+        content = files.read(name)
+        with about(address):
+            return reader(content)
+
+    config = read(CONFIG_FILE, partial(_config_in, out=out))
+    rows = read(ROWS_FILE, rows_in)
+    summary = read(SUMMARY_FILE, summary_in)
+    failed = read(FAILED_FILE, _failed_in) if report["failed"] else {}
+    with _as_a_sweep_writes(f"{address}/{ROWS_FILE}, or {SUMMARY_FILE},"):
+        short_names = [algorithms[key] for key in rows["algo"]]
+        others = {*summary["algorithm"]} - {*algorithms.values()}
+        if others:
+            raise ValueError(f"it has the algorithms {shown(others)}")
     rows.insert(0, "experiment", name)
-    rows.insert(2, "algorithm", rows["algo"].map(report["algorithms"]))
-    summary = summary_in(files.read(SUMMARY_FILE))
+    rows.insert(2, "algorithm", short_names)
     summary.insert(0, "experiment", name)
-    failed = {}
-    if report["failed"]:
-        failed = json.loads(files.read(FAILED_FILE))
-    return _Experiment(name, files, config, rows, summary, failed)
+    return _Experiment(name, files, config, algorithms, rows, summary, failed)
+
+
+def _config_in(content: bytes, out: str | Path) -> ExperimentConfig:
+    with about(CONFIG_FILE), _as_a_sweep_writes(CONFIG_FILE):
+        return config_of_json(content.decode(), out)
+
+
+def _failed_in(content: bytes) -> dict[str, str]:
+    with _as_a_sweep_writes(FAILED_FILE):
+        failed = json.loads(content)
+        _check_texts("the file", failed)
+        return failed
 
 
 def rows_in(content: bytes) -> pandas.DataFrame:
-    """The table of a file of measurements."""
+    """The table of a file of measurements. Raises DataError for what no sweep writes."""
     import pandas
 
-    rows = pandas.read_parquet(io.BytesIO(content))
-    rows = rows.reindex(columns=[f.name for f in fields(MeasurementRow)])
+    columns = [f.name for f in fields(MeasurementRow)]
     numbers = ["n_edges", "value", "std", "n_prompts", "seed"]
-    rows[numbers] = rows[numbers].apply(pandas.to_numeric)
+    with _as_a_sweep_writes(ROWS_FILE):
+        rows: Any = pandas.read_parquet(io.BytesIO(content))[columns]
+        rows[numbers] = rows[numbers].apply(pandas.to_numeric)
+        if not (rows[["n_edges", "seed"]] % 1 == 0).all(axis=None):
+            raise ValueError("a number of edges or a seed is none")
+        for column in ("task", "metric"):
+            if not all(isinstance(text, str) for text in rows[column]):
+                raise ValueError(f"not every {column} has a name")
     return rows
 
 
 def summary_in(content: bytes) -> pandas.DataFrame:
-    """The table of a file of the summary."""
+    """The table of a file of the summary. Raises DataError for what no sweep writes."""
     import pandas
 
-    # As text first: a task may be named NA, and numbers must come back to the last digit.
-    table = pandas.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
-    table["circuit"] = [stem or None for stem in table["circuit"]]
-    table["n_seeds"] = table["n_seeds"].astype(int)
-    for column in table.columns.drop(["task", "algorithm", "n_seeds", "circuit"]):
-        table[column] = [float(text or "nan") for text in table[column]]
+    with _as_a_sweep_writes(SUMMARY_FILE):
+        # As text first: a task may be named NA, and numbers must come back to the last digit.
+        table = pandas.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
+        table["circuit"] = [stem or None for stem in table["circuit"]]
+        table["n_seeds"] = table["n_seeds"].astype(int)
+        for column in table.columns.drop(["task", "algorithm", "n_seeds", "circuit"]):
+            table[column] = [float(text or "nan") for text in table[column]]
     return table
 
 

@@ -19,6 +19,7 @@ from auto_circuit.circuit_files import load_circuit
 from auto_circuit.compared_results import BOTH, OTHER_ONLY, THIS_ONLY
 from auto_circuit.errors import ConfigError, DataError, UnknownNameError
 from auto_circuit.files import checksum
+from auto_circuit.fingerprints import digest
 from auto_circuit.loaded_results import LoadedResults, load_results
 from auto_circuit.reports import REPORT_FILE, write_results
 from auto_circuit.runner import run_experiment
@@ -92,6 +93,7 @@ def test_rows_are_all_measurements(swept: Swept, loaded: LoadedResults) -> None:
     rows = loaded.rows
     expected = pd.DataFrame([asdict(row) for row in swept.found.rows])
     assert set(rows.columns) == {*expected.columns, "experiment", "algorithm"}
+    assert list(rows.columns)[:4] == ["experiment", "task", "algorithm", "algo"]
     assert len(rows) == len(expected) == 9
     for column in ("task", "algo", "metric", "ablation", "n_edges", "value", "seed"):
         assert rows[column].tolist() == expected[column].tolist(), column
@@ -468,3 +470,24 @@ def test_several_experiments_are_compared_by_name(
     renamed = replace(loaded, summary=loaded.summary.assign(experiment="x"))
     with pytest.raises(ConfigError, match="Compare one with one"):
         both.compare(renamed)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("measurements.parquet", b"no table"),
+        ("summary.csv", b"task,algorithm\na,b\n"),
+        ("config.json", b"\xff"),
+    ],
+)
+def test_what_no_sweep_writes_is_named_though_its_checksum_is_right(
+    copy: Path, name: str, content: bytes
+) -> None:
+    (copy / name).write_bytes(content)
+    report = json.loads((copy / REPORT_FILE).read_text())
+    report["files"][name] = digest(content)
+    del report["checksum"]
+    report["checksum"] = checksum(report)
+    (copy / REPORT_FILE).write_text(json.dumps(report))
+    with pytest.raises(DataError, match=f"{name} is not as a sweep writes it"):
+        load_results(copy)
