@@ -26,7 +26,7 @@ from auto_circuit.utils.graph_utils import (
 )
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import CLEAN, micro_model
-from tests.models import gpt2, pythia, tokens
+from tests.models import gpt2, llama, pythia, tokens
 
 
 def model(seq_len: int | None = None) -> PatchableModel:
@@ -171,6 +171,15 @@ def test_a_sum_is_checked_in_half_precision() -> None:
     bridge.blocks[0].hook_out.register_forward_hook(lambda _, __, out: 3 * out)
     with pytest.raises(ModelError, match="is not the sum of its sources"):
         patchable_model(bridge, True, separate_qkv=True)
+
+
+def test_a_token_that_is_embedded_as_zeros() -> None:
+    """As the padding token of a model that was trained with one: nothing is written there."""
+    bridge = llama()
+    with t.no_grad():
+        bridge.original_model.model.embed_tokens.weight[0] = 0
+    graph = patchable_model(bridge, True, separate_qkv=True)
+    assert graph.n_edges == patchable_model(llama(), True, separate_qkv=True).n_edges
 
 
 class SkipsABlock(MicroModel):
