@@ -18,12 +18,15 @@ from torch import Tensor
 from auto_circuit.checks import checked
 from auto_circuit.errors import DataError, GraphError
 from auto_circuit.explorer import plain_data
-from auto_circuit.metrics.area_under_curve import curve_interval, mean_curve
+from auto_circuit.metrics.area_under_curve import (
+    curve_interval,
+    edges_for_share,
+    mean_curve,
+)
 from auto_circuit.metrics.edge_ranks import best_first
 from auto_circuit.metrics.mean_interval import student_975
 from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
 from auto_circuit.ranking import circuit_mask, desc_prune_scores, score_tensors
-from auto_circuit.sweep import edges_that_do_it
 from auto_circuit.types import MeasurementRow, Measurements, PruneScores
 
 VERSION = 1
@@ -388,7 +391,7 @@ def _first_size(sizes: Sequence[MeasuredSize]) -> int:
         for size, value in zip(sizes, values, strict=True)
         if value is not None and value.mean is not None
     ]
-    wanted = edges_that_do_it(curve)
+    wanted = edges_for_share(curve, 0.8, target=100, stay=True) if curve else None
     if wanted is None or wanted == sizes[-1].n_edges:
         wanted = 100
     distances = [abs(size.n_edges - wanted) for size in sizes]
