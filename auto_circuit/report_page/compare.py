@@ -62,11 +62,15 @@ def _counted(table: Any) -> str:
 
 def compare_page(runs: ComparedRuns) -> str:
     """The page, as text: complete in itself."""
+    tables = {
+        ("asked", "What was asked"): _config_table(runs),
+        ("summary", "Summary, side by side"): summary_table(runs),
+        ("means", "What means something"): _statistics_table(runs),
+        ("measurements", "Measurements"): _measurement_table(runs),
+    }
     sections = [
-        Section("asked", "What was asked", {"tables": [_config_table(runs)]}),
-        Section("summary", "Summary, side by side", {"tables": [summary_table(runs)]}),
-        Section("means", "What means something", {"tables": [_statistics_table(runs)]}),
-        Section("measurements", "Measurements", {"tables": [_measurement_table(runs)]}),
+        Section(name, title, "section_summary.html", {"tables": [table]})
+        for (name, title), table in tables.items()
     ]
     return rendered(
         "compare.html",

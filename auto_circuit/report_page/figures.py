@@ -70,10 +70,11 @@ def plotly_js() -> str:
 def _figure(
     fig: Any, name: str, title: str, caption: str, table: Table | None = None
 ) -> PlotFigure:
+    top = 72 if "<br>" in str(fig.layout.annotations) else 36
     fig.update_layout(
         title=None,
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"},
-        margin={"l": 64, "r": 16, "t": 36, "b": 56},
+        margin={"l": fig.layout.margin.l or 64, "r": 16, "t": top, "b": 56},
         legend={"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0},
         paper_bgcolor="rgba(0, 0, 0, 0)",
         plot_bgcolor="rgba(0, 0, 0, 0)",
@@ -220,7 +221,6 @@ def area_figure(
     )
     title = f"Areas of {metric.name}"
     fig.update_xaxes(tickangle=-40)
-    fig.update_layout(margin={"t": 64})
     caption = f"{title}: the mean over tasks, each task's part in its own colour."
     return _figure(fig, name, title, caption, table)
 

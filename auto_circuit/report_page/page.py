@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from auto_circuit.comparisons import comparison_lines, comparisons
+from auto_circuit.errors import AutoCircuitError
 from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
 from auto_circuit.report_page import figures, words
 from auto_circuit.report_page.agreement import (
@@ -67,18 +68,24 @@ class PageData:
         return self.results.config
 
 
+Content = Mapping[str, Any]
+"""What a part's template shows."""
+
+
 @dataclass(frozen=True)
 class Section:
-    """A part of the page. name: its place in links. content: what its template shows."""
+    """A part of the page. name: its place in links."""
 
     name: str
     title: str
-    content: Mapping[str, Any] = field(default_factory=dict)
+    template: str
+    content: Content = field(default_factory=dict)
 
 
 def report_page(data: PageData) -> str:
     """The page, as text: complete in itself, and the same for the same data."""
-    sections = [section for make in SECTIONS if (section := make(data)) is not None]
+    made = [_made(name, title, make, data) for name, title, make in SECTIONS]
+    sections = [section for section in made if section is not None]
     return rendered(
         "page.html",
         data=data,
@@ -90,13 +97,26 @@ def report_page(data: PageData) -> str:
     )
 
 
+def _made(
+    name: str, title: str, make: Callable[[PageData], Content | None], data: PageData
+) -> Section | None:
+    """A part of the page; one that cannot be made says why, and leaves the others alone."""
+    try:
+        content = make(data)
+    except AutoCircuitError as error:
+        return Section(name, title, "section_error.html", {"error": str(error)})
+    if content is None:
+        return None
+    return Section(name, title, f"section_{name}.html", content)
+
+
 # ------------------------------------------------------------------------- what was asked
 
 
-def _asked(data: PageData) -> Section:
+def _asked(data: PageData) -> Content:
     tasks = [_task_view(data, key) for key in _tasks(data)]
     choices = words.choices_in_words(data.config)
-    return Section("asked", "What was asked", {"tasks": tasks, "choices": choices})
+    return {"tasks": tasks, "choices": choices}
 
 
 def _tasks(data: PageData) -> list[TaskKey]:
@@ -129,7 +149,7 @@ def _n_edges(data: PageData) -> dict[TaskKey, int]:
 # --------------------------------------------------------------------------- the verdicts
 
 
-def _verdicts(data: PageData) -> Section | None:
+def _verdicts(data: PageData) -> Content | None:
     if data.results.summary.empty:
         return None
     found = comparisons(data.results)
@@ -142,17 +162,13 @@ def _verdicts(data: PageData) -> Section | None:
     tasks = dict.fromkeys(data.results.summary["task"])
     verdicts = [words.verdict(task, facts) for task in tasks]
     heading, *lines = comparison_lines(found) or [""]
-    return Section(
-        "verdict",
-        "The verdict",
-        {"verdicts": verdicts, "heading": heading, "lines": lines},
-    )
+    return {"verdicts": verdicts, "heading": heading, "lines": lines}
 
 
-def _summary(data: PageData) -> Section | None:
+def _summary(data: PageData) -> Content | None:
     if data.results.summary.empty:
         return None
-    return Section("summary", "Summary", {"tables": [_summary_table(data)]})
+    return {"tables": [_summary_table(data)]}
 
 
 def _summary_table(data: PageData) -> Table:
@@ -203,7 +219,7 @@ def _interval(row: Mapping[str, Any], name: str) -> int | float:
 # ---------------------------------------------------------------------- curves and areas
 
 
-def _faithfulness(data: PageData) -> Section | None:
+def _faithfulness(data: PageData) -> Content | None:
     curves = _curves_percent_first(data)
     if not curves:
         return None
@@ -211,7 +227,7 @@ def _faithfulness(data: PageData) -> Section | None:
         figures.curve_figure(one, data.names, f"curve-{place}")
         for place, one in enumerate(curves)
     ]
-    return Section("faithfulness", "Faithfulness", {"figures": figs})
+    return {"figures": figs}
 
 
 def _curves_percent_first(data: PageData) -> list[figures.Curves]:
@@ -221,13 +237,13 @@ def _curves_percent_first(data: PageData) -> list[figures.Curves]:
     return sorted(curves, key=lambda one: one.metric.key != main)
 
 
-def _areas(data: PageData) -> Section | None:
+def _areas(data: PageData) -> Content | None:
     main = LOGIT_DIFF_PERCENT_METRIC.key
     curves = [one for one in _curves_percent_first(data) if one.metric.key == main]
     if not curves:
         return None
     fig = figures.area_figure(curves, data.names, "areas", _area_table(data))
-    return Section("areas", "Areas: CPR and CMD", {"figures": [fig]})
+    return {"figures": [fig]}
 
 
 def _area_table(data: PageData) -> Table:
@@ -247,9 +263,9 @@ def _area_table(data: PageData) -> Table:
     return Table("Areas: the numbers", columns, rows, is_sortable=True, n_headers=2)
 
 
-def _roc(data: PageData) -> Section | None:
+def _roc(data: PageData) -> Content | None:
     figs = figures.roc_figures(data.results, data.names)
-    return Section("roc", "The known circuit: ROC", {"figures": figs}) if figs else None
+    return {"figures": figs} if figs else None
 
 
 # ------------------------------------------------------------------ agreement, stability
@@ -280,19 +296,17 @@ def compared_sizes(data: PageData) -> dict[TaskKey, int]:
     return sizes
 
 
-def _agreement(data: PageData) -> Section | None:
+def _agreement(data: PageData) -> Content | None:
     sizes = compared_sizes(data)
     tables = [
         agreement_table(task, scores, sizes[task])
         for task, scores in _scores(data).items()
         if len(scores) > 1
     ]
-    if not tables:
-        return None
-    return Section("agreement", "Agreement of algorithms", {"tables": tables})
+    return {"tables": tables} if tables else None
 
 
-def _stability(data: PageData) -> Section | None:
+def _stability(data: PageData) -> Content | None:
     scores, sizes = _scores(data), compared_sizes(data)
     found = {task: stability(of_task, sizes[task]) for task, of_task in scores.items()}
     tables = [
@@ -300,21 +314,17 @@ def _stability(data: PageData) -> Section | None:
         for task, stable in found.items()
         if stable
     ]
-    if not scores:
-        return None
-    return Section("stability", "Stability over prompts and seeds", {"tables": tables})
+    return {"tables": tables} if scores else None
 
 
 # --------------------------------------------------------------------------- six choices
 
 
-def _choices(data: PageData) -> Section:
-    title = "The six choices of a test"
+def _choices(data: PageData) -> Content:
     if not data.robustness:
-        return Section("choices", title, {"figures": [], "tables": []})
+        return {"figures": [], "tables": []}
     fig = figures.robustness_figure(data.robustness, data.names, "robustness")
-    tables = [_verdict_table(data)]
-    return Section("choices", title, {"figures": [fig], "tables": tables})
+    return {"figures": [fig], "tables": [_verdict_table(data)]}
 
 
 def _verdict_table(data: PageData) -> Table:
@@ -354,20 +364,16 @@ def _verdict_cell(
 # ---------------------------------------------------------------------- how to reproduce
 
 
-def _reproduce(data: PageData) -> Section:
+def _reproduce(data: PageData) -> Content:
     origin = data.results.origin
-    return Section(
-        "reproduce",
-        "How to reproduce it",
-        {
-            "command": words.command_line(data.config, data.experiment),
-            "json": data.config.json,
-            "where": _where_table(data),
-            "hashes": _hash_table(data),
-            "n_cells": len(origin.cells),
-            "seconds": sum(float(cell.cost.get("seconds", 0)) for cell in origin.cells),
-        },
-    )
+    return {
+        "command": words.command_line(data.config, data.experiment),
+        "json": data.config.json,
+        "where": _where_table(data),
+        "hashes": _hash_table(data),
+        "n_cells": len(origin.cells),
+        "seconds": sum(float(cell.cost.get("seconds", 0)) for cell in origin.cells),
+    }
 
 
 def _where_table(data: PageData) -> Table:
@@ -401,8 +407,16 @@ def _hash_table(data: PageData) -> Table:
     )
 
 
-SECTIONS = (
-    *(_asked, _verdicts, _summary, _faithfulness, _areas, _roc, _agreement, _stability),
-    *(_choices, _reproduce),
+SECTIONS: tuple[tuple[str, str, Callable[[PageData], Content | None]], ...] = (
+    ("asked", "What was asked", _asked),
+    ("verdict", "The verdict", _verdicts),
+    ("summary", "Summary", _summary),
+    ("faithfulness", "Faithfulness", _faithfulness),
+    ("areas", "Areas: CPR and CMD", _areas),
+    ("roc", "The known circuit: ROC", _roc),
+    ("agreement", "Agreement of algorithms", _agreement),
+    ("stability", "Stability over prompts and seeds", _stability),
+    ("choices", "The six choices of a test", _choices),
+    ("reproduce", "How to reproduce it", _reproduce),
 )
-"""From top to bottom; what there is nothing of gives None."""
+"""(name, title, content) from top to bottom; what there is nothing of has None."""

@@ -13,13 +13,16 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
+        auto_reload=False,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.tests["with_space"] = lambda text: any(map(str.isspace, text))
+    return environment
 
 
 def rendered(template: str, **content: Any) -> str:

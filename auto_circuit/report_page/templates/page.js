@@ -33,28 +33,31 @@ function sorted(rows, column, isNumber, sign) {
   });
 }
 
-// Figures are drawn when they come near, so that the page opens at once.
+// Figures are drawn when they come near, and Plotly is read when the first one does, so that the
+// page opens at once.
 const config = { displayModeBar: false, responsive: true };
 function draw(place) {
+  if (typeof Plotly === "undefined") {
+    const library = document.createElement("script");
+    library.textContent = document.getElementById("plotly").textContent;
+    document.head.append(library);
+  }
   const { data, layout } = JSON.parse(document.getElementById(place.dataset.figure).textContent);
-  layout.height = undefined;
+  delete layout.height;
   layout.autosize = true;
   Plotly.newPlot(place, data, layout, config);
 }
-const places = document.querySelectorAll(".drawn");
-if (typeof Plotly !== "undefined") {
-  const watch = new IntersectionObserver(
-    (entries) => {
-      for (const entry of entries) {
-        if (!entry.isIntersecting) continue;
-        watch.unobserve(entry.target);
-        draw(entry.target);
-      }
-    },
-    { rootMargin: "600px" },
-  );
-  places.forEach((place) => watch.observe(place));
-}
+const near = new IntersectionObserver(
+  (entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      near.unobserve(entry.target);
+      draw(entry.target);
+    }
+  },
+  { rootMargin: "600px" },
+);
+document.querySelectorAll(".drawn").forEach((place) => near.observe(place));
 
 // The contents show where the reader is.
 const links = new Map([...document.querySelectorAll("nav a")].map((a) => [a.hash.slice(1), a]));

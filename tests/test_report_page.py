@@ -1,0 +1,136 @@
+"""The report in a browser: sorting, figures, narrow windows, no network, and without JavaScript."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from auto_circuit.runner import run_experiment
+from auto_circuit.sweep_config import ExperimentConfig
+from tests.browser import find_browser
+
+pytestmark = pytest.mark.slow
+REPO = Path(__file__).parents[1]
+AXE = "node_modules/axe-core/axe.min.js"
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(
+            executable_path=find_browser(),
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two algorithms on a task, one of them with two seeds."""
+    config = ExperimentConfig(
+        tasks=("Pocket IOI",),
+        algos=("EAP", "Random", "Act Mag"),
+        metrics=("Logit Diff Percent",),
+        circuit_sizes=(0, 10, 50, 100, 1519),
+        n_seeds=2,
+        once=("Random",),
+        out=tmp_path_factory.mktemp("report"),
+    )
+    run_experiment(config)
+    return config.folder / "report.html"
+
+
+class Opened:
+    """A page with what it has complained of and asked for."""
+
+    def __init__(self, browser: Any, path: Path, width: int, **options: Any) -> None:
+        viewport = {"width": width, "height": 900}
+        self.page = browser.new_page(viewport=viewport, **options)
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.as_uri())
+
+    def read(self) -> None:
+        """Scroll from the top to the end, as a reader does."""
+        height = self.page.evaluate("document.documentElement.scrollHeight")
+        for y in range(0, height, 700):
+            self.page.evaluate(f"window.scrollTo(0, {y})")
+            self.page.wait_for_timeout(50)
+
+    def column(self, title: str) -> list[str]:
+        """The texts of a column of the summary."""
+        table = self.page.locator("#summary table")
+        titles = table.locator("thead th").all_inner_texts()
+        (place,) = [i for i, text in enumerate(titles) if text.startswith(title)]
+        cells = table.locator(f"tbody tr > :nth-child({place + 1})")
+        return [text.strip() for text in cells.all_inner_texts()]
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_the_page_in_a_browser(width: int, browser: Any, report: Path) -> None:
+    opened = Opened(browser, report, width)
+    page = opened.page
+    opened.read()
+    page.wait_for_function("document.querySelectorAll('.drawn .main-svg').length >= 2")
+    n_figures = page.locator(".drawn").count()
+    drawn = page.locator(".drawn").filter(has=page.locator(".main-svg"))
+    assert drawn.count() == n_figures == 2
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert opened.said == [] and opened.asked == [report.as_uri()]
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_a_click_or_a_key_sorts(width: int, browser: Any, report: Path) -> None:
+    opened = Opened(browser, report, width)
+    assert opened.column("Algorithm") == ["EAP", "Random", "Act Mag"]
+    title = opened.page.locator("#summary th", has_text="Area")
+    title.get_by_role("button").click()
+    areas = [float(text.split(" ")[0]) for text in opened.column("Area")]
+    assert areas == sorted(areas) and areas[0] < areas[-1]
+    assert title.get_attribute("aria-sort") == "ascending"
+    title.get_by_role("button").focus()
+    opened.page.keyboard.press("Enter")
+    assert opened.column("Algorithm")[0] == "EAP"
+    assert title.get_attribute("aria-sort") == "descending"
+    name = opened.page.locator("#summary th", has_text="Algorithm")
+    name.get_by_role("button").click()
+    assert opened.column("Algorithm") == ["Act Mag", "EAP", "Random"]
+    assert title.get_attribute("aria-sort") is None and opened.said == []
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_axe_finds_nothing(width: int, browser: Any, report: Path) -> None:
+    places = [REPO / "auto_circuit/explorer" / AXE, Path(os.environ.get("AXE", "no"))]
+    found = [place for place in places if place.is_file()]
+    if not found:
+        pytest.skip("axe-core is not there: `npm ci` in auto_circuit/explorer gets it")
+    opened = Opened(browser, report, width)
+    opened.read()
+    for details in opened.page.locator("details").all():
+        details.evaluate("it => it.open = true")
+    opened.page.evaluate(found[0].read_text())
+    result = opened.page.evaluate(f"axe.run({{runOnly: {RULES}}})")
+    assert len(result["passes"]) > 10
+    assert [(one["id"], one["nodes"][0]["html"]) for one in result["violations"]] == []
+
+
+def test_without_javascript_there_are_tables(browser: Any, report: Path) -> None:
+    opened = Opened(browser, report, 1400, java_script_enabled=False)
+    page = opened.page
+    assert opened.column("Algorithm") == ["EAP", "Random", "Act Mag"]
+    assert page.locator("#summary button").count() == 0
+    numbers = page.locator("#faithfulness details")
+    numbers.locator("summary").first.click()
+    assert numbers.first.locator("tbody tr").count() >= 5
+    assert numbers.first.locator("tbody tr").first.is_visible()
+    assert page.get_by_text("drawn by JavaScript, which is off").first.is_visible()
