@@ -6,8 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch as t
-
+from auto_circuit.explorer.data import GraphView
 from auto_circuit.metrics.prune_metrics.prune_metrics import find_metric
 from auto_circuit.origins import CellOrigin, Origin, TaskOrigin
 from auto_circuit.prune_algos.prune_algos import PruneAlgo, find_prune_algo
@@ -18,12 +17,14 @@ from auto_circuit.summary import ExperimentResults, summarize
 from auto_circuit.sweep import FoundScores, ScoreMeasurements, TaskRun
 from auto_circuit.sweep_cells import MEASUREMENTS, SCORES
 from auto_circuit.sweep_config import ExperimentConfig
-from auto_circuit.types import MeasurementRow, PruneScores
+from auto_circuit.types import MeasurementRow
+from tests.explorer.views import made_graph, made_scores, made_view
 
-SIZES = (0, 1, 10, 100)
-N_EDGES = SIZES[-1]
-MODULES = {"blocks.0.mlp": (2, 20), "blocks.1.attn": (3, 20)}
+GRAPH = made_graph(n_blocks=2, n_heads=3)
+N_EDGES = GRAPH.n_edges
+SIZES = (0, 1, 10, N_EDGES)
 PERCENT = "Logit Diff Percent"
+TOKENS = ("The", " cat", " sat", " on", " the", " mat")
 
 
 def stub_config(
@@ -42,13 +43,16 @@ def stub_config(
 
 
 def stub_results(
-    config: ExperimentConfig, algos: Sequence[PruneAlgo] | None = None
+    config: ExperimentConfig,
+    graph: GraphView = GRAPH,
+    tokens: Sequence[str] = TOKENS,
 ) -> ExperimentResults:
-    """Curves and scores drawn at random, of two seeds but for the last algorithm."""
+    """Curves and scores drawn at random; those of `once` have one seed."""
     rng = random.Random(0)
-    algos = algos or [find_prune_algo(name) for name in config.algos]
+    algos = [find_prune_algo(name) for name in config.algos]
+    often = [algo for algo in algos if algo.short_name not in config.once]
     runs = [
-        _run(rng, task, seed, algos if seed == config.seed else algos[:-1])
+        _run(rng, (task, seed), algos if seed == config.seed else often, graph)
         for task in config.tasks
         for seed in config.seeds
     ]
@@ -57,37 +61,45 @@ def stub_results(
         runs,
         summarize(runs, algos),
         cells=tuple(sorted(cell.key for cell in _cells(runs))),
-        examples={task: _examples(task) for task in config.tasks},
+        examples={
+            task: made_view(graph, [], task, tokens).as_data() for task in config.tasks
+        },
         origin=Origin({task: _task_origin(task) for task in config.tasks}, _cells(runs)),
     )
 
 
-def _run(rng: random.Random, task: str, seed: int, algos: Sequence[PruneAlgo]) -> TaskRun:
+def _run(
+    rng: random.Random,
+    place: tuple[str, int],
+    algos: Sequence[PruneAlgo],
+    graph: GraphView,
+) -> TaskRun:
     found, measured = [], []
     for algo in algos:
-        scores = _scores(rng)
-        found.append(FoundScores(task, seed, algo.key, algo.short_name, scores, 1.5))
-        middle = rng.uniform(20, 95)
-        curve = zip(SIZES, (0.0, middle / 2, middle, 100.0), strict=True)
+        scores = made_scores(graph, rng.randrange(1000))
+        found.append(FoundScores(*place, algo.key, algo.short_name, scores, 1.5))
         rows = [
             MeasurementRow(
-                *(task, algo.key, PERCENT, "RESAMPLE", "TREE_PATCH"),
+                *(place[0], algo.key, PERCENT, "RESAMPLE", "TREE_PATCH"),
                 n_edges=n_edges,
                 value=value,
                 n_prompts=10,
-                seed=seed,
+                seed=place[1],
             )
-            for n_edges, value in curve
+            for n_edges, value in _curve(rng, graph.n_edges)
         ]
         roc = [(0.0, 0.0), (rng.random() / 2, 0.8), (1.0, 1.0)]
-        one = ScoreMeasurements(algo.key, tuple(rows), None, roc, 0.9)
-        measured.append(one)
-    return TaskRun(task, seed, tuple(found), tuple(measured))
+        measured.append(ScoreMeasurements(algo.key, tuple(rows), None, roc, 0.9))
+    return TaskRun(*place, tuple(found), tuple(measured))
 
 
-def _scores(rng: random.Random) -> PruneScores:
-    draw = t.Generator().manual_seed(rng.randrange(1000))
-    return {name: t.randn(shape, generator=draw) for name, shape in MODULES.items()}
+def _curve(rng: random.Random, n_edges: int) -> list[tuple[int, float]]:
+    if n_edges == N_EDGES:
+        middle = rng.uniform(20, 95)
+        return list(zip(SIZES, (0.0, middle / 2, middle, 100.0), strict=True))
+    power = rng.uniform(0.1, 0.6)
+    sizes = sorted({round(n_edges ** (step / 30)) for step in range(31)})
+    return [(0, 0.0), *((size, 100 * (size / n_edges) ** power) for size in sizes)]
 
 
 def stub_cell(kind: str, task: str, seed: int, algo: str) -> Cell:
@@ -115,17 +127,6 @@ def _cells(runs: Sequence[TaskRun]) -> tuple[CellOrigin, ...]:
 def _task_origin(task: str) -> TaskOrigin:
     what = {"weights": "ab" * 32, "prompts": "cd" * 32}
     return TaskOrigin(f"The behaviour of {task}", "a-model", "some/prompts", what)
-
-
-def _examples(task: str) -> dict[str, object]:
-    clean, corrupt = ["The", " cat", " sat"], ["The", " dog", " sat"]
-    prompt = {
-        "clean": {"tokens": clean, "differs": [1]},
-        "corrupt": {"tokens": corrupt, "differs": [1]},
-        "answers": [" on"],
-        "wrong_answers": [" off"],
-    }
-    return {"prompts": [prompt] * 4}
 
 
 def stub_folder(results: ExperimentResults) -> Path:

@@ -38,6 +38,7 @@ from auto_circuit.sweep_config import ExperimentConfig
 from auto_circuit.types import AblationType, PatchType
 from tests.stub_results import (
     N_EDGES,
+    TOKENS,
     robustness_stub,
     stub_config,
     stub_folder,
@@ -110,7 +111,8 @@ def without_plotly() -> Iterator[None]:
 def swept(tmp_path_factory: pytest.TempPathFactory) -> ExperimentResults:
     """Results of two tasks, with their folder, their store, and a test of robustness."""
     out = tmp_path_factory.mktemp("report") / "results"
-    results = stub_results(stub_config(out, TASKS, ALGOS))
+    config = stub_config(out, TASKS, ALGOS)
+    results = stub_results(config, tokens=(*TOKENS[:-1], HOSTILE))
     of_robustness = replace(results.config, name="robust", circuit_shares=(0.01, 0.1))
     out.mkdir()
     write_robustness(of_robustness, robustness_stub(TASKS), [find_prune_algo("EAP")])
@@ -142,6 +144,7 @@ def test_the_page_reads_from_the_question_to_how_to_reproduce_it(page: Page) -> 
         "Agreement of algorithms",
         "Stability over prompts and seeds",
         "The six choices of a test",
+        "The circuits",
         "How to reproduce it",
     ]
     links = {attrs["href"] for tag, attrs in page.tags if tag == "a"}
@@ -160,8 +163,10 @@ def test_the_page_asks_nothing_of_the_network(page: Page) -> None:
 
 def test_hostile_texts_are_texts(page: Page, text: str) -> None:
     assert HOSTILE in page.text and "49" not in re.findall(r"שלום (\d+)", text)
-    figures = [json.loads(script) for script in page.scripts if script[0] == "{"]
-    assert len(figures) == 6 and len(page.scripts) == len(figures) + 2
+    data = [json.loads(script) for script in page.scripts if script[0] == "{"]
+    figures = [one for one in data if "layout" in one]
+    # Besides: the explorer and its data, Plotly, and the page's own script.
+    assert len(figures) == 6 and len(page.scripts) == len(figures) + 4
     assert text.count("<script>") == 1 and text.count("</script") == len(page.scripts)
     assert "&lt;script&gt;" in json.dumps(figures)
     assert "<script" not in json.dumps(figures)
@@ -301,10 +306,16 @@ def pair(p_holm: float, difference: float = -10.0, best: float = 0.001) -> Compa
 def test_verdicts(
     rows: list[dict[str, Any]], comparisons: list[Comparison], expected: str
 ) -> None:
-    found = verdict("T", Facts(rows, {"T": 1519}, comparisons))
+    found = verdict("T", Facts(rows, {"T": 1519}, comparisons, ExperimentConfig()))
     assert expected in found.sentence
     of_known = "With the edges of the known circuit ranked first (GT), 10 ± 5 are needed."
     assert (of_known in found.more) == (rows[0]["algorithm"] == "GT")
+
+
+def test_no_verdict_without_percentages() -> None:
+    config = ExperimentConfig(metrics=("Logit Diff",))
+    found = verdict("T", Facts([row("EAP", float("nan"))], {}, [], config))
+    assert "no verdict" in found.sentence and "`metrics`" in found.sentence
 
 
 @pytest.mark.parametrize("ablation", AblationType)

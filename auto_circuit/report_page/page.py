@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from auto_circuit.comparisons import comparison_lines, comparisons
-from auto_circuit.errors import AutoCircuitError
+from auto_circuit.errors import AutoCircuitError, DataError
+from auto_circuit.explorer.data import TaskView, algorithm_view
+from auto_circuit.explorer.page import explorer_html
 from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
 from auto_circuit.report_page import figures, words
 from auto_circuit.report_page.agreement import (
@@ -27,7 +29,7 @@ from auto_circuit.report_page.tables import (
 from auto_circuit.robustness import LEFT_OUT, RobustnessRow, values_by_choice
 from auto_circuit.summary import ExperimentResults, summary_columns
 from auto_circuit.sweep_config import ExperimentConfig
-from auto_circuit.types import AlgoKey, PruneScores, TaskKey
+from auto_circuit.types import AlgoKey, MeasurementRow, PruneScores, TaskKey
 
 PAGE_VERSION = 1
 """Raised when the page of the same results changes."""
@@ -157,7 +159,7 @@ def _verdicts(data: PageData) -> Content | None:
         data.results.summary.to_dict("records"),
         _n_edges(data),
         found,
-        data.config.reverse_clean_corrupt,
+        data.config,
     )
     tasks = dict.fromkeys(data.results.summary["task"])
     verdicts = [words.verdict(task, facts) for task in tasks]
@@ -361,6 +363,53 @@ def _verdict_cell(
     return Cell(" / ".join(found) or LEFT_OUT.get(choice, "–"))
 
 
+# --------------------------------------------------------------------------- the explorer
+
+
+def _explorer(data: PageData) -> Content | None:
+    views, notes = [], []
+    for task, scores in _scores(data).items():
+        if task not in data.results.examples:
+            continue
+        try:
+            views.append(_explored(data, task, scores))
+        except DataError as error:
+            notes.append(f"{task}: {error}")
+    if not views:
+        return {"html": "", "notes": notes} if notes else None
+    return {"html": explorer_html(views), "notes": notes}
+
+
+def _explored(
+    data: PageData, task: TaskKey, scores: Mapping[str, Mapping[int, PruneScores]]
+) -> TaskView:
+    """A task with all algorithms. Raises DataError for a view of another version."""
+    view = TaskView.of_data(data.results.examples[task])
+    keys = {name: key for key, name in data.names.items()}
+    algorithms = [
+        algorithm_view(
+            view.graph,
+            name,
+            list(of_seeds.values()),
+            _rows_of(data, task, keys[name]),
+        )
+        for name, of_seeds in scores.items()
+    ]
+    # Two tasks that differ in their names alone share what was computed.
+    return replace(view, key=task).with_algorithms(algorithms)
+
+
+def _rows_of(data: PageData, task: TaskKey, algo: AlgoKey) -> list[MeasurementRow]:
+    return [
+        row
+        for run in data.results.runs
+        if run.task == task
+        for measured in run.measured
+        if measured.algo == algo
+        for row in measured.rows
+    ]
+
+
 # ---------------------------------------------------------------------- how to reproduce
 
 
@@ -417,6 +466,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[PageData], Content | None]], ...] = (
     ("agreement", "Agreement of algorithms", _agreement),
     ("stability", "Stability over prompts and seeds", _stability),
     ("choices", "The six choices of a test", _choices),
+    ("explorer", "The circuits", _explorer),
     ("reproduce", "How to reproduce it", _reproduce),
 )
 """(name, title, content) from top to bottom; what there is nothing of has None."""

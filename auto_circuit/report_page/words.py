@@ -11,6 +11,7 @@ from typing import Any
 
 from auto_circuit.errors import ConfigError
 from auto_circuit.metrics.paired_comparisons import Comparison
+from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
 from auto_circuit.prune_algos.prune_algos import find_prune_algo
 from auto_circuit.report_page.tables import shown_number
 from auto_circuit.sweep_config import ExperimentConfig
@@ -182,13 +183,18 @@ class Facts:
     """What verdicts are made of.
 
     summary: its rows as dictionaries. n_edges: of each task's graph. comparisons: of all
-    tasks and seeds. is_reversed: do tests take the circuit out of the model?
+    tasks and seeds. config: how it was measured.
     """
 
     summary: Sequence[Mapping[str, Any]]
     n_edges: Mapping[TaskKey, int]
     comparisons: Sequence[Comparison]
-    is_reversed: bool = False
+    config: ExperimentConfig
+
+    @property
+    def is_reversed(self) -> bool:
+        """Do tests take the circuit out of the model?"""
+        return self.config.reverse_clean_corrupt
 
 
 def verdict(task: TaskKey, facts: Facts) -> Verdict:
@@ -202,9 +208,9 @@ def verdict(task: TaskKey, facts: Facts) -> Verdict:
     n_edges = facts.n_edges.get(task)
     smaller = [row for row in ranked if row["edges_for_80_percent"] != n_edges]
     more = tuple(_of_known(row) for row in known if row["edges_for_80_percent"] > 0)
-    if not rows or all(math.isnan(_or_nan(row["area"])) for row in rows):
-        return Verdict(task, f"On {task} the logit difference was not measured, in which "
-                       "verdicts are stated.")  # fmt: skip
+    if LOGIT_DIFF_PERCENT_METRIC.key not in facts.config.metrics:
+        return Verdict(task, f"{task}: no verdict, which would be stated in "
+                       f"{LOGIT_DIFF_PERCENT_METRIC.key!r}: it is not in `metrics`.")  # fmt: skip
     if not smaller:
         return Verdict(
             task,
