@@ -48,8 +48,9 @@ format: $(VENV)/.stamp-dev  ## format the code and repair what ruff can
 bench: $(VENV)/.stamp-run  ## measure speed and memory
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
-docs: $(VENV)/.stamp-dev  ## build the documentation site into site/ (open site/index.html)
+docs: $(VENV)/.stamp-dev  ## build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+	@echo 'To read it, with search: $(BIN)/python -m http.server --directory site'
 
 pocket-model: $(VENV)/.stamp-run  ## train the small model that the package carries
 	$(BIN)/python scripts/train_pocket_model.py $(ARGS)

@@ -79,7 +79,7 @@ def tasks() -> str:
     """Every predefined task."""
     head = (
         "key",
-        "an example: clean, *corrupt*, answer",
+        "an example: clean, *corrupt*, **answer**",
         "model",
         "positions",
         "circuit",
@@ -111,13 +111,14 @@ def _example(task: Task) -> str:
         return "(a script writes the prompts)"
     prompt = json.loads(path.read_text())["prompts"][0]
     clean, corrupt = (_shown(prompt[side]) for side in ("clean", "corrupt"))
-    return f"`{clean}`<br>*`{corrupt}`*<br>`{_shown(prompt['answers'][0])}`"
+    return f"{clean}<br>*{corrupt}*<br>**{_shown(prompt['answers'][0])}**"
 
 
 def _shown(tokens: object) -> str:
     text = " ".join(map(str, tokens)) if isinstance(tokens, list) else str(tokens)
-    text = " ".join(text.split()).replace("`", "'")
-    return text if len(text) <= LONGEST else f"… {text[-LONGEST:]}"
+    text = " ".join(text.split())
+    text = text if len(text) <= LONGEST else f"… {text[-LONGEST:]}"
+    return re.sub(r"([*_`<\[\\])", r"\\\1", text)
 
 
 def architectures() -> str:

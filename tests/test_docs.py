@@ -9,16 +9,23 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 import auto_circuit as ac
 from auto_circuit.experiments import parse
+from tests.browser import find_browser
 
 REPO = Path(__file__).parents[1]
 ASKS_FOR = {
@@ -52,6 +59,12 @@ class _Page(HTMLParser):
 
 
 Pages = dict[Path, _Page]
+WIDTHS = (1400, 390)
+SEEN = (
+    *("index.html", "find-a-circuit.html", "how-patching-works.html", "own-prompts.html"),
+    *("coming-from-auto-circuit.html", "reference/auto_circuit.data.html"),
+)
+"""Pages that a browser opens: those with pictures, wide tables, long code."""
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +97,49 @@ def test_no_page_asks_the_network(site: Path, pages: Pages) -> None:
     ] == []
     styles = "".join(path.read_text() for path in site.rglob("*.css"))
     assert re.findall(r"(?:url\(|@import)\s*['\"]?(?:https?:)?//[^)]*", styles) == []
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address at which a folder is served."""
+    handler = partial(_Quiet, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.slow
+def test_a_browser_asks_nobody_else_fits_and_finds_pages(site: Path) -> None:
+    asked: list[str] = []
+    wrong: list[str] = []
+    with served(site) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=find_browser(), args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda said: wrong.append(said.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        for width, name in product(WIDTHS, SEEN):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.goto(address + name)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        page.set_viewport_size({"width": 1400, "height": 900})
+        page.keyboard.press("/")
+        page.keyboard.type("minimality")
+        result = page.locator(".md-search a[href*='how-to/minimality.html']").first
+        result.wait_for(timeout=30_000)
+        browser.close()
+    assert len(asked) > len(SEEN) and wrong == []
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
 
 
 @pytest.mark.slow
