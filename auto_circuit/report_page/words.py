@@ -16,6 +16,7 @@ from auto_circuit.prune_algos.prune_algos import find_prune_algo
 from auto_circuit.report_page.tables import shown_number
 from auto_circuit.sweep_config import ExperimentConfig
 from auto_circuit.types import AblationType, PatchType, TaskKey
+from auto_circuit.utils.edge_counts import COARSE_DIGITS
 
 ABLATIONS = {
     AblationType.RESAMPLE: "those of the other prompt of the pair (resample ablation)",
@@ -120,7 +121,7 @@ def _sizes(config: ExperimentConfig) -> str:
         what = "edges" if config.circuit_sizes else "of all edges"
         return f"{listed(sizes)} {what}."
     return {
-        "COARSE": "1, 2, 5, 10, 20, 50, ... edges, up to all.",
+        "COARSE": f"{', '.join(map(str, COARSE_DIGITS))}, 10, 20, ... edges, up to all.",
         "LOGARITHMIC": "1 to 9, 10, 20, ..., 100, 200, ... edges, up to all.",
         "ALL": "Every number of edges.",
         "GROUPS": "One for each group of edges that score alike.",
