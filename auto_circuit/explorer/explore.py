@@ -10,6 +10,7 @@ from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError
 from auto_circuit.explorer.data import TaskView, algorithm_view
 from auto_circuit.explorer.page import write_explorer
+from auto_circuit.explorer.picture import first_picture
 from auto_circuit.explorer.task_view import task_view
 from auto_circuit.tasks import Task
 from auto_circuit.types import MeasurementRow, PruneScores
@@ -17,7 +18,7 @@ from auto_circuit.types import MeasurementRow, PruneScores
 HOW_TO_INSTALL = (
     "The explorer in a notebook needs anywidget, which is not installed: "
     "`pip install auto-circuit[notebook]`, or write a page instead: "
-    '`explore(..., ).write("circuits.html")`.'
+    '`explore(task, scores).write("circuits.html")`.'
 )
 
 
@@ -47,7 +48,11 @@ class CircuitExplorer:
         return explorer_widget(self.views)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        return self.widget()._repr_mimebundle_(**kwargs)
+        bundle = self.widget()._repr_mimebundle_(**kwargs)
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
+        # Where a notebook is read and not run, a picture.
+        still = {"text/html": first_picture(self.views), "text/plain": repr(self)}
+        return {**data, **still}, metadata
 
     def __repr__(self) -> str:
         shown = [

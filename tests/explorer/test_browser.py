@@ -297,6 +297,8 @@ def test_hostile_texts_are_shown_as_text(
     assert HOSTILE[0] in page.get_by_label("Algorithm").inner_text()
     page.get_by_label("Circuit size").press("End")
     page.get_by_text("Example prompts").click()
+    page.get_by_label("Circuit size").press("ArrowLeft")
+    page.wait_for_timeout(300)  # the panel is made again, and the prompts stay open
     shown = page.locator(".ace-prompts").inner_text()
     assert all(text.split("\u2028")[0].strip() in shown for text in HOSTILE)
     page.get_by_label("Find a node").fill(HOSTILE[1])

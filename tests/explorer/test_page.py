@@ -174,9 +174,9 @@ def test_the_widget_has_the_same_javascript_and_data(task: Task) -> None:
     widget = explorer.widget()
     assert "AutoCircuit's circuit explorer" in str(widget._esm)
     assert TaskView.of_data(json.loads(widget.data)["tasks"][0]).key == "Micro"
-    bundle = explorer._repr_mimebundle_()
-    bundle = bundle[0] if isinstance(bundle, tuple) else bundle
-    assert any("widget-view" in kind for kind in bundle)
+    shown, _ = explorer._repr_mimebundle_()
+    assert any("widget-view" in kind for kind in shown)
+    assert shown["text/html"].startswith("<figure") and "<svg" in shown["text/html"]
     widget.close()
 
 

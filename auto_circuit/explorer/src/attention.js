@@ -1,6 +1,6 @@
 // Where a head attends on the first prompt, and which words a node writes for.
 
-import { arrayOf, plain, signed } from "./numbers.js";
+import { arrayOf, signed } from "./numbers.js";
 import { el, fill, newId, select, tokenText } from "./dom.js";
 
 const CELL = 13;
@@ -109,7 +109,8 @@ function percent(share) {
 
 function lookTable({ title, tokens, n, values }, query) {
   if (query >= n) return el("p", {}, `${title}: it has no such token.`);
-  const rows = strongest(values, n, query).slice(0, 5);
+  const most = strongest(values, n, query).slice(0, 5);
+  const rows = most.filter(({ share }, i) => i === 0 || share >= 0.01);
   return wordTable(
     `${title}: ${tokens[query]} looks at`,
     ["Token", "Share"],
@@ -159,7 +160,7 @@ export function effectsPanel(task, key) {
     ]);
     return wordTable(title, ["Word", "Adds to its logit"], rows);
   });
-  const toAnswer = SIDES.map(([side]) => answerText(data[side], source, side, prompt));
+  const toAnswer = SIDES.map(([side, title]) => answerText(data[side], source, title, prompt));
   const id = newId();
   return el(
     "section",
@@ -178,10 +179,8 @@ export function effectsPanel(task, key) {
 
 function answerText(side, source, name, prompt) {
   if (side.answer === null) return null;
-  const answer = arrayOf(side.answer)[source];
-  const word = tokenText(prompt.answers[0]);
-  const start = `${name}: ${plain(answer)} for the answer ${word}`;
-  if (side.wrong_answer === null) return start;
-  const wrong = tokenText(prompt.wrong_answers[0]);
-  return `${start}, ${plain(arrayOf(side.wrong_answer)[source])} for ${wrong}`;
+  const part = (values, word) => `${signed(arrayOf(values)[source])} to ${tokenText(word)}`;
+  const parts = [`${part(side.answer, prompt.answers[0])} (the answer)`];
+  if (side.wrong_answer !== null) parts.push(part(side.wrong_answer, prompt.wrong_answers[0]));
+  return `${name}: ${parts.join(", ")}`;
 }

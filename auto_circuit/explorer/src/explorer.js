@@ -227,14 +227,14 @@ export class Explorer {
 
   /** Which edges are drawn, and how. */
   looks() {
-    const { task, algorithm } = this;
+    const { algorithm } = this;
     const circuit = algorithm.circuit(this.nDrawn);
     const wanted = new Map();
     this.counts = {};
     if (this.view === "sign") {
       this.nWanted = circuit.length;
       for (const edge of circuit.subarray(0, this.cap)) {
-        wanted.set(edge, this.look(edge, algorithm.scores[edge] < 0 ? "negative" : "positive"));
+        wanted.set(edge, this.look(edge, algorithm.scores[edge] < 0 ? "negative" : "positive", algorithm));
       }
       const negative = circuit.reduce((n, edge) => n + (algorithm.scores[edge] < 0), 0);
       this.counts = { positive: circuit.length - negative, negative };
@@ -251,12 +251,12 @@ export class Explorer {
       for (let i = 0; wanted.size < Math.min(this.cap, this.nWanted); i += 1) {
         for (const list of [all, others]) {
           if (i < list.length && wanted.size < this.cap) {
-            wanted.set(list[i][0], this.look(list[i][0], list[i][1]));
+            const [edge, kind] = list[i];
+            wanted.set(edge, this.look(edge, kind, kind === "onlyB" ? other.algorithm : algorithm));
           }
         }
       }
     }
-    this.task = task;
     this.wanted = wanted;
   }
 
@@ -273,13 +273,12 @@ export class Explorer {
     this.otherSize = algorithm.sizes[algorithm.nearest(this.size.n_edges)];
     const n = this.otherSize.n_drawn;
     return [
-      { edges: algorithm.circuit(n), has: (edge) => algorithm.isIn(edge, n) },
+      { algorithm, edges: algorithm.circuit(n), has: (edge) => algorithm.isIn(edge, n) },
       ["both", "onlyA", "onlyB"],
     ];
   }
 
-  look(edge, kind) {
-    const { algorithm } = this;
+  look(edge, kind, algorithm) {
     const largest = Math.abs(algorithm.scores[algorithm.order[0]]) || 1;
     const score = Math.abs(algorithm.scores[edge]);
     const share = Number.isFinite(score) ? Math.sqrt(score / largest) : 1;

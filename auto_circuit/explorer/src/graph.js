@@ -29,7 +29,7 @@ const FONT = "Helvetica Neue, Helvetica, Arial, sans-serif";
 const GAP = { x: 58, y: 58 };
 const LINE = 30;
 const EDGE = 16;
-const MIN_ZOOM = 0.3;
+const MIN_ZOOM = 0.14;
 
 const STYLE = [
   {
@@ -45,6 +45,7 @@ const STYLE = [
       color: INK,
       "font-family": FONT,
       "font-size": 12,
+      "min-zoomed-font-size": 6,
       "text-valign": "center",
       "text-halign": "center",
     },
@@ -434,12 +435,14 @@ function placeColumn(task, rows, column, { left, bottoms, found }) {
   const widest = Math.max(1, ...column.flat().map((line) => line.length));
   const middle = left + ((widest - 1) * GAP.x) / 2;
   let hasBeside = false;
+  let least = 1;
   column.forEach((lines, y) => {
     lines.forEach((line, up) => {
       line.forEach((key, i) => {
         // MLPs stand beside the heads, so that no edge runs behind them.
         const isBeside = rows[y].length === 1 && task.nodeOf(key).kind === "mlp";
         hasBeside = hasBeside || isBeside;
+        if (className(task, key) === "end") least = 1.9;
         const place = isBeside ? widest / 2 + 0.35 : i - (line.length - 1) / 2;
         // Nor behind the only head of a layer.
         const shift = rows[y].length === 1 && !isBeside ? [0, -14, 14][y % 3] : 0;
@@ -451,7 +454,7 @@ function placeColumn(task, rows, column, { left, bottoms, found }) {
     });
   });
   const isEmpty = column.every((lines) => lines.length === 0);
-  return (isEmpty ? 1 : widest + 0.4 + (hasBeside ? 1 : 0)) * GAP.x;
+  return (isEmpty ? 1 : Math.max(least, widest + 0.4 + (hasBeside ? 1 : 0))) * GAP.x;
 }
 
 /** The tokens of the first prompt, which stand under their positions. */

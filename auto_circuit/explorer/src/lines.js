@@ -57,6 +57,7 @@ export class Lines {
     ctx.clearRect(0, 0, width, height);
     ctx.setTransform(ratio * zoom, 0, 0, ratio * zoom, ratio * pan.x, ratio * pan.y);
     const thin = 1 / (zoom * ratio);
+    const pixel = 1 / zoom;
     this.stroke(ctx, this.carried, { color: CARRY, width: thin, alpha: 1, dash: [] });
     for (const { segments, ...look } of this.thinGroups()) {
       this.stroke(ctx, segments, { ...look, width: thin });
@@ -65,16 +66,18 @@ export class Lines {
       const { color, dash } = this.kinds[segment.look.kind];
       const isFar = this.isFar(segment);
       const alpha = isFar ? 0.13 : 0.75;
-      const lineDash = isFar ? [] : dash;
-      const { width } = segment.look;
-      this.stroke(ctx, [segment], { color, width, alpha, dash: lineDash });
+      const onScreen = isFar ? [] : dash.map((length) => length * pixel);
+      const width = Math.max(segment.look.width, pixel);
+      this.stroke(ctx, [segment], { color, width, alpha, dash: onScreen });
     }
     const focused = this.byEdge?.get(this.focused);
     if (focused) {
       const { color, dash } = this.kinds[focused.look.kind];
-      const width = focused.look.width;
-      this.stroke(ctx, [focused], { color: ACCENT, width: width + 7, alpha: 0.35, dash: [] });
-      this.stroke(ctx, [focused], { color, width, alpha: 1, dash });
+      const width = Math.max(focused.look.width, pixel);
+      const glow = { color: ACCENT, width: width + 7 * pixel, alpha: 0.35, dash: [] };
+      this.stroke(ctx, [focused], glow);
+      const onScreen = dash.map((length) => length * pixel);
+      this.stroke(ctx, [focused], { color, width, alpha: 1, dash: onScreen });
     }
   }
 

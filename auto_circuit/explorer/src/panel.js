@@ -33,7 +33,7 @@ function edgeRow(edge, app) {
   const score = algorithm.scores[edge];
   const look = app.wanted.get(edge);
   const notes = [algorithm.rankText(edge)];
-  if (look && look.kind !== "positive" && look.kind !== "negative") notes.push(look.text);
+  if (look && look.kind !== "positive" && look.kind !== "negative") notes.push(app.naming(look.text));
   if (!algorithm.isIn(edge, app.nDrawn)) notes.push("not in this circuit");
   const button = el(
     "button",
@@ -63,7 +63,7 @@ export function circuitPanel(element, app) {
     el("p", { class: "ace-note" }, "Choose a node in the graph, or by search, to see its edges."),
     edgeList("Edges, strongest first", edges, app),
     notes(app),
-    prompts(app.task),
+    prompts(app),
   );
 }
 
@@ -113,8 +113,8 @@ function notes(app) {
 }
 
 /** The example prompts, clean and corrupt, what differs marked. */
-function prompts(task) {
-  const shown = task.data.prompts.map((prompt) =>
+function prompts(app) {
+  const shown = app.task.data.prompts.map((prompt) =>
     el(
       "li",
       {},
@@ -131,12 +131,20 @@ function prompts(task) {
     ),
   );
   if (!shown.length) return null;
-  return el(
+  const details = el(
     "details",
-    { class: "ace-prompts" },
+    {
+      class: "ace-prompts",
+      open: app.hasPrompts === true,
+      // It stays open when the panel is made again.
+      ontoggle: () => {
+        app.hasPrompts = details.open;
+      },
+    },
     el("summary", {}, "Example prompts"),
     el("ol", {}, shown),
   );
+  return details;
 }
 
 function side(name, { tokens, differs }) {
