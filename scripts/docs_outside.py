@@ -15,7 +15,6 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 CONTRIBUTING, EXAMPLES = "project/contributing.md", "project/examples.md"
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
-SHOWN_AS = ("text/plain",)
 
 
 def pages() -> dict[str, str]:
@@ -88,8 +87,7 @@ def _output(output: dict[str, Any]) -> str:
 
 def with_links(markdown: str, page: str) -> str:
     """A page's Markdown, with links out of `docs/` leading to the pages of those files."""
-    is_outside = page.startswith("project/")
-    folder = "" if is_outside else posixpath.dirname(f"docs/{page}")
+    folder = _written_in(page)
 
     def there(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(folder, match[1]))
@@ -99,6 +97,14 @@ def with_links(markdown: str, page: str) -> str:
         return posixpath.relpath(found, posixpath.dirname(page) or ".")
 
     return LINK.sub(there, markdown)
+
+
+def _written_in(page: str) -> str:
+    """The folder of the repository from which a page's links lead."""
+    if page in (CONTRIBUTING, EXAMPLES):
+        return ""
+    is_notebook = page in map(_page_of, notebooks())
+    return "notebooks" if is_notebook else posixpath.dirname(f"docs/{page}")
 
 
 def _site_path(target: str, anchor: str) -> str | None:

@@ -253,7 +253,7 @@ def test_every_block_is_found_and_short_where_it_answers_a_question() -> None:
         assert len(lines) <= 10 or not block.page.startswith("how-to/"), block
 
 
-COMMANDS = ("cd", "git", "hf", "ls", "pip", "ray")
+COMMANDS = ("cd", "git", "hf", "ls", "pip", "ray", "xdg-open")
 """What pages tell to type that is not ours."""
 HEREDOC = re.compile(r"^cat > \S+ <<'(\w+)'\n.*?^\1\n", re.S | re.M)
 EXPERIMENTS = (["python", "experiments.py"], ["python", "-m", "auto_circuit.experiments"])
