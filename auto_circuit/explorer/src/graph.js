@@ -50,7 +50,12 @@ const STYLE = [
       "text-halign": "center",
     },
   },
-  { selector: "node.mlp", style: { "background-color": "#e3ebfc", width: 64 } },
+  {
+    // Thousands of nodes: what is quick to draw.
+    selector: "node.many",
+    style: { shape: "rectangle", "border-width": 0, "background-color": "#e1e4ea" },
+  },
+  { selector: "node.mlp", style: { "background-color": "#dbe6fc", width: 64 } },
   {
     selector: "node.end",
     style: { shape: "rectangle", width: 96, "background-color": "#e5e7eb" },
@@ -157,7 +162,7 @@ export class Graph {
       keys.map((key) => ({
         group: "nodes",
         data: { id: key, label: task.nodeOf(key).name },
-        classes: `${className(task, key)} ${this.byPosition ? "gone" : "idle"}`,
+        classes: `${className(task, key)} ${this.byPosition ? "gone many" : "idle"}`,
       })),
     );
     this.cy.add(tokenNodes(task));
