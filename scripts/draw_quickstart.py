@@ -48,6 +48,15 @@ def found_browser() -> str | None:
     return next(filter(shutil.which, BROWSERS), None)
 
 
+def checked_browser(browser: str | None) -> str:
+    """It, if there is one; else the program ends."""
+    if browser is None:
+        sys.exit(
+            f"No browser was found ({', '.join(BROWSERS)}): name one, --browser PATH."
+        )
+    return browser
+
+
 def circuit() -> go.Figure:
     """The quickstart's figure."""
     task = ac.find_task("Pocket IOI")
@@ -88,10 +97,6 @@ def draw(
     size: tuple[int, int] = (WIDTH, HEIGHT),
 ) -> None:
     """What a browser shows of a figure alone, as PNG."""
-    if browser is None:
-        sys.exit(
-            f"No browser was found ({', '.join(BROWSERS)}): name one, --browser PATH."
-        )
     fig = go.Figure(fig).update_layout(width=size[0], height=size[1])
     html = fig.to_html(full_html=False, config={"displayModeBar": False})
     with tempfile.TemporaryDirectory() as folder:
@@ -100,13 +105,15 @@ def draw(
             f"<!doctype html><meta charset=utf-8><body style='margin:0'>{html}",
             encoding="utf-8",
         )
-        screenshot(browser, page, out, size)
+        screenshot(checked_browser(browser), page, out, size)
 
 
-def screenshot(browser: str, page: Path, out: Path, size: tuple[int, int]) -> None:
-    """What a browser shows of a page, in a size that is sharp on fine screens too."""
+def screenshot(
+    browser: str, page: Path, out: Path, size: tuple[int, int], scale: float = 1.5
+) -> None:
+    """What a browser shows of a page; larger ones are sharp on fine screens too."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    options += ["--virtual-time-budget=20000", "--force-device-scale-factor=1.5"]
+    options += ["--virtual-time-budget=20000", f"--force-device-scale-factor={scale}"]
     options += ["--disable-background-networking", f"--window-size={size[0]},{size[1]}"]
     subprocess.run(
         [browser, *options, f"--screenshot={out}", page.as_uri()],

@@ -18,12 +18,13 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import nbformat
-from draw_quickstart import draw, found_browser
+from draw_quickstart import checked_browser, draw, found_browser, screenshot
 from nbclient import NotebookClient
 
 REPO = Path(__file__).resolve().parents[1]
@@ -34,7 +35,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-PICTURE = (900, 540)
+PICTURE, EXPLORER = (900, 540), (1000, 900)
 MAX_BYTES = 1_000_000
 """No notebook is larger: pages that show notebooks give up on large ones."""
 
@@ -54,12 +55,15 @@ def main() -> None:
     args = parser.parse_args()
     different = []
     for path in args.paths:
-        notebook = executed(path)
-        if args.check:
-            old: Any = nbformat.read(path, as_version=4)
-            different += [f"{path.name}, {what}" for what in differences(old, notebook)]
-        else:
-            write(with_pictures(notebook, args.browser), path)
+        with tempfile.TemporaryDirectory() as folder:
+            notebook = executed(path, Path(folder))
+            if args.check:
+                old: Any = nbformat.read(path, as_version=4)
+                different += [
+                    f"{path.name}, {what}" for what in differences(old, notebook)
+                ]
+            else:
+                write(with_pictures(notebook, Path(folder), args.browser), path)
     if different:
         sys.exit("\n".join(different))
 
@@ -101,7 +105,7 @@ def shown(cell: Any) -> list[str]:
 
 def is_figure(output: Any) -> bool:
     """Is it a figure, or the picture that stands for it?"""
-    return bool({"image/png", FIGURE} & set(output.get("data", {})))
+    return bool({"image/png", FIGURE, WIDGET} & set(output.get("data", {})))
 
 
 def is_alike(one: str, other: str) -> bool:
@@ -119,7 +123,7 @@ def is_alike(one: str, other: str) -> bool:
 # ------------------------------------------------------------------------------- running
 
 
-def executed(path: Path) -> Any:
+def executed(path: Path, folder: Path) -> Any:
     """The notebook with what its cells show in an empty folder; an error ends it."""
     notebook: Any = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
@@ -131,15 +135,14 @@ def executed(path: Path) -> Any:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    with tempfile.TemporaryDirectory() as folder:
-        client = NotebookClient(
-            notebook,
-            timeout=600,
-            kernel_name="python3",
-            record_timing=False,
-            resources={"metadata": {"path": folder}},
-        )
-        client.execute(env=environment)
+    client = NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute(env=environment)
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -149,7 +152,8 @@ def executed(path: Path) -> Any:
 
 def is_kept(output: Any) -> bool:
     """Is it no progress bar, and no message to the person who runs it?"""
-    return output.get("name") != "stderr" and WIDGET not in output.get("data", {})
+    is_progress = output.output_type == "display_data" and WIDGET in output.data
+    return output.get("name") != "stderr" and not is_progress
 
 
 def kept(output: Any) -> Any:
@@ -159,28 +163,43 @@ def kept(output: Any) -> Any:
     return output
 
 
-def with_pictures(notebook: Any, browser: str | None) -> Any:
-    """The notebook with a picture in the place of each figure."""
-    import plotly.graph_objects as go
-
+def with_pictures(notebook: Any, folder: Path, browser: str | None) -> Any:
+    """The notebook with a picture in the place of each figure, and of the explorer."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            figure = output.get("data", {}).get(FIGURE)
-            if figure is not None:
-                fig = go.Figure(data=figure["data"], layout=figure["layout"])
-                output["data"] = nbformat.from_dict(picture(fig, browser))
-                output["metadata"] = nbformat.from_dict({})
+            data = output.get("data", {})
+            if FIGURE in data:
+                title, image = figure_picture(data[FIGURE], browser)
+            elif WIDGET in data:
+                title, image = "The circuit explorer", explorer_picture(folder, browser)
+            else:
+                continue
+            output["data"] = nbformat.from_dict({"image/png": image, "text/plain": title})
+            output["metadata"] = nbformat.from_dict({})
     return notebook
 
 
-def picture(fig: Any, browser: str | None) -> dict[str, str]:
-    """A figure as the data of an output: PNG, and its title for those who cannot see it."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "figure.png")
-        draw(browser, fig, out, PICTURE)
-        image = base64.b64encode(out.read_bytes()).decode("ascii")
+def figure_picture(figure: Any, browser: str | None) -> tuple[str, str]:
+    """A figure's title, for those who cannot see it, and its picture."""
+    import plotly.graph_objects as go
+
+    fig = go.Figure(data=figure["data"], layout=figure["layout"])
     title = re.sub("<[^>]*>", " ", fig.layout.title.text or "A figure")
-    return {"image/png": image, "text/plain": title}
+    return title, png(lambda out: draw(browser, fig, out, PICTURE))
+
+
+def explorer_picture(folder: Path, browser: str | None) -> str:
+    """What the page shows that is written in the cell that shows the explorer."""
+    (page,) = folder.glob("*.html")
+    return png(lambda out: screenshot(checked_browser(browser), page, out, EXPLORER, 1))
+
+
+def png(draw_into: Callable[[Path], None]) -> str:
+    """A picture as notebooks hold it."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "picture.png")
+        draw_into(out)
+        return base64.b64encode(out.read_bytes()).decode("ascii")
 
 
 if __name__ == "__main__":
