@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 
 from auto_circuit.explorer.data import AlgorithmView, TaskView
-from auto_circuit.explorer.page import write_explorer
+from auto_circuit.explorer.page import (
+    built_javascript,
+    explorer_json,
+    write_explorer,
+)
 from tests.browser import find_browser
 from tests.explorer.test_built import node_modules
 from tests.explorer.test_page import HOSTILE
@@ -338,6 +342,26 @@ def test_no_violation_of_accessibility(
             (one["id"], one["nodes"][0]["html"][:200]) for one in found["violations"]
         ]
     opened.check()
+
+
+def test_a_notebook_renders_the_same_explorer(
+    browser: Any, views: list[TaskView]
+) -> None:
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.set_content("<!DOCTYPE html><title>Notebook</title><main></main>")
+    page.evaluate(
+        """async ([code, data]) => {
+          const url = URL.createObjectURL(new Blob([code], { type: "text/javascript" }));
+          const { default: widget } = await import(url);
+          const model = { get: (name) => (name === "data" ? data : null) };
+          window.remove = widget.render({ model, el: document.querySelector("main") });
+        }""",
+        [built_javascript(), explorer_json(views)],
+    )
+    assert "edges of 262" in page.locator(".ace-outcome").inner_text()
+    page.evaluate("window.remove()")
+    assert page.locator(".ace-outcome").count() == 0
+    page.close()
 
 
 def test_without_javascript_there_is_a_picture(browser: Any, path: Path) -> None:

@@ -16,7 +16,8 @@ const DIRECTIONS = {
 };
 const HELP =
   "Arrow keys go from node to node, Enter shows a node's edges in the panel, + and − zoom, " +
-  "0 shows all, Escape lets go. The lists in the panel hold every edge of the graph.";
+  "0 shows all, Escape lets go; drag to move the picture. The lists in the panel hold every " +
+  "edge of the graph.";
 
 export class Explorer {
   constructor(root, data) {

@@ -29,7 +29,10 @@ const FONT = "Helvetica Neue, Helvetica, Arial, sans-serif";
 const GAP = { x: 58, y: 58 };
 const LINE = 30;
 const EDGE = 16;
-const MIN_ZOOM = 0.14;
+// What is larger than the picture at this zoom is seen in parts: in a narrow one, such that
+// names can be read.
+const MIN_ZOOM = { wide: 0.14, narrow: 0.5 };
+const NARROW = 600;
 
 const STYLE = [
   {
@@ -71,6 +74,7 @@ const STYLE = [
       "background-opacity": 0,
       "border-width": 0,
       "font-size": 11,
+      "min-zoomed-font-size": 0,
       "text-wrap": "wrap",
       events: "no",
     },
@@ -182,8 +186,10 @@ export class Graph {
     if (this.isFitted) this.fit();
   }
 
+  /** Of the width to the height that the graph should have. */
   get ratio() {
-    return (this.cy.width() || 3) / (this.cy.height() || 2);
+    const [w, h] = [this.cy.width() || 3, this.cy.height() || 2];
+    return w < NARROW ? Infinity : w / h;
   }
 
   placeTokens() {
@@ -267,9 +273,10 @@ export class Graph {
     const box = boxOf(this.places, this.byPosition);
     const [w, h] = [cy.width() - 2 * EDGE, cy.height() - 2 * EDGE];
     const whole = Math.min(w / (box.x2 - box.x1), h / (box.y2 - box.y1), 1.6);
-    const zoom = Math.max(whole, MIN_ZOOM);
+    const least = w < NARROW ? MIN_ZOOM.narrow : MIN_ZOOM.wide;
+    const zoom = Math.max(whole, least);
     // What is too large is as small as can be read, from its left end.
-    const x = whole < MIN_ZOOM ? EDGE : EDGE + (w - zoom * (box.x2 - box.x1)) / 2;
+    const x = whole < least ? EDGE : EDGE + (w - zoom * (box.x2 - box.x1)) / 2;
     const y = EDGE + (h - zoom * (box.y2 - box.y1)) / 2;
     cy.viewport({ zoom, pan: { x: x - zoom * box.x1, y: y - zoom * box.y1 } });
     // Tokens stay legible.
