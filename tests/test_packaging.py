@@ -90,7 +90,7 @@ def test_wheel_holds_the_package_and_its_data(wheel: Path) -> None:
     modules = {
         path.relative_to(REPO).as_posix()
         for path in (REPO / "auto_circuit").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and not {"__pycache__", "node_modules"} & set(path.parts)
     }
     prompts = {
         f"auto_circuit/datasets/{path.relative_to(REPO / 'datasets').as_posix()}"
@@ -101,9 +101,11 @@ def test_wheel_holds_the_package_and_its_data(wheel: Path) -> None:
     assert {
         "auto_circuit/experiments.py",
         "auto_circuit/py.typed",
+        "auto_circuit/explorer/built/explorer.js",
         "auto_circuit/pocket_model/config.json",
         "auto_circuit/pocket_model/model.safetensors",
     } <= names
+    assert not [name for name in names if "node_modules" in name]
 
 
 def test_source_distribution_builds_the_same_wheel(

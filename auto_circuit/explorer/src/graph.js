@@ -65,7 +65,7 @@ const STYLE = [
   },
   {
     selector: "node.idle",
-    style: { "background-color": "#fafafb", "border-color": "#dcdfe5", color: "#9aa1ad" },
+    style: { "background-color": "#fafafb", "border-color": "#dcdfe5", color: "#6b7280" },
   },
   { selector: "node.gone", style: { display: "none" } },
   {
