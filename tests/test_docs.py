@@ -25,6 +25,7 @@ from playwright.sync_api import sync_playwright
 
 import auto_circuit as ac
 from auto_circuit.experiments import parse
+from auto_circuit.model_utils.transformer_lens_utils import REFUSED, TRIED
 from tests.browser import find_browser
 
 REPO = Path(__file__).parents[1]
@@ -251,6 +252,20 @@ def test_every_block_is_found_and_short_where_it_answers_a_question() -> None:
     for block in BLOCKS:
         lines = [line for line in block.code.splitlines() if line.strip()]
         assert len(lines) <= 10 or not block.page.startswith("how-to/"), block
+
+
+def test_links_of_pages_lead_somewhere_where_the_code_is_read_too() -> None:
+    for path in (REPO / "docs").rglob("*.md"):
+        for link in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+
+
+def test_the_readme_names_the_architectures_that_the_adapter_names() -> None:
+    rows = re.findall(
+        r"^\| (run|refused) \| (.*) \|$", (REPO / "README.md").read_text(), re.M
+    )
+    said = {word: names.partition(":")[0] for word, names in rows}
+    assert said == {"run": ", ".join(TRIED), "refused": ", ".join(REFUSED)}
 
 
 COMMANDS = ("cd", "git", "hf", "ls", "pip", "ray", "xdg-open")
