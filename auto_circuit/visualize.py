@@ -632,7 +632,7 @@ def _size(links: Sequence[_Link], share: float, orientation: Orientation) -> flo
 
 
 def _domain(share: _Share, orientation: Orientation) -> dict[str, list[float]]:
-    start, stop = share
+    start, stop = share[0], min(1.0, share[1])  # sums of sizes are rounded
     if orientation == "h":
         return {"x": [0.0, 1.0], "y": [1 - stop, 1 - start]}
     return {"x": [start, stop], "y": [0.0, 1.0]}

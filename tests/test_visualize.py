@@ -367,3 +367,10 @@ def test_a_browser_shows_every_position_and_node(tmp_path: Path) -> None:
     path = tmp_path / "circuit.html"
     draw_seq_graph(model, scores, display_ipython=False, file_path=str(path))
     check_shown(path)
+
+
+def test_a_share_that_is_rounded_above_the_whole_is_drawn() -> None:
+    share = (0.9, math.nextafter(1.0, 2.0))
+    for orientation, axis in (("h", "y"), ("v", "x")):
+        low, high = visualize._domain(share, orientation)[axis]
+        assert 0.0 <= low < high <= 1.0
