@@ -151,10 +151,10 @@ def is_sound_page(path: Path, made_from: str) -> bool:
     return text == signed(page) and f'content="{made_from}"' in page[:2000]
 
 
-def made_from(config: ExperimentConfig, report: Mapping[str, Any], version: int) -> str:
+def made_from(config: ExperimentConfig, report: Mapping[str, Any], version: str) -> str:
     """What a page of these results is made from, in a word that changes with it.
 
-    version: of pages.
+    version: of what makes pages.
     """
     is_of_robustness = ROBUSTNESS_FILE in report.get("files", {})
     folders = [] if is_of_robustness else _robustness_folders(config)

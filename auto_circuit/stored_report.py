@@ -27,7 +27,8 @@ from auto_circuit.loaded_results import (
 )
 from auto_circuit.origins import CellOrigin, Origin
 from auto_circuit.prune_algos.prune_algos import PruneAlgo, find_prune_algo
-from auto_circuit.report_page.page import PAGE_VERSION, PageData
+from auto_circuit.report_page.page import PageData
+from auto_circuit.report_page.rendering import page_version
 from auto_circuit.results_folder import (
     CONFIG_FILE,
     FAILED_FILE,
@@ -82,7 +83,7 @@ def stored_report(folder: str | Path) -> PageData:
     is_sweep = "algorithms" in report
     data = _sweep_data(stored) if is_sweep else _robustness_data(stored)
     # Once it is mended, the page of what is damaged has to be written again.
-    source = "damaged" if data.damaged else made_from(config, report, PAGE_VERSION)
+    source = "damaged" if data.damaged else made_from(config, report, page_version())
     return replace(data, made_from=source)
 
 

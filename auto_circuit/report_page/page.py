@@ -31,9 +31,6 @@ from auto_circuit.summary import ExperimentResults, summary_columns
 from auto_circuit.sweep_config import ExperimentConfig
 from auto_circuit.types import AlgoKey, MeasurementRow, PruneScores, TaskKey
 
-PAGE_VERSION = 1
-"""Raised when the page of the same results changes."""
-
 N_PROMPTS = 3
 """How many example prompts are shown of each task."""
 
@@ -383,8 +380,13 @@ def _explorer(data: PageData) -> Content | None:
 def _explored(
     data: PageData, task: TaskKey, scores: Mapping[str, Mapping[int, PruneScores]]
 ) -> TaskView:
-    """A task with all algorithms. Raises DataError for a view of another version."""
+    """A task with all algorithms, the best first. Raises DataError for another version's."""
     view = TaskView.of_data(data.results.examples[task])
+    needed = {
+        row["algorithm"]: words.rank(row)
+        for row in data.results.summary.to_dict("records")
+        if row["task"] == task
+    }
     keys = {name: key for key, name in data.names.items()}
     algorithms = [
         algorithm_view(
@@ -393,7 +395,7 @@ def _explored(
             list(of_seeds.values()),
             _rows_of(data, task, keys[name]),
         )
-        for name, of_seeds in scores.items()
+        for name, of_seeds in sorted(scores.items(), key=lambda one: needed[one[0]])
     ]
     # Two tasks that differ in their names alone share what was computed.
     return replace(view, key=task).with_algorithms(algorithms)

@@ -8,6 +8,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from auto_circuit.explorer.page import BUILT
+from auto_circuit.files import checksum
+from auto_circuit.fingerprints import digest
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -29,6 +33,14 @@ def rendered(template: str, **content: Any) -> str:
     """A template's text. What is given is text: HTML is only what a template calls safe."""
     page = _environment().get_template(template)
     return page.render(style=asset("page.css"), script=asset("page.js"), **content) + "\n"
+
+
+@cache
+def page_version() -> str:
+    """Another one whenever what makes pages changes: they are then written again."""
+    own = TEMPLATES.parent.rglob("*.*")
+    sources = [path for path in own if path.suffix in (".py", ".html", ".css", ".js")]
+    return checksum([digest(path.read_bytes()) for path in sorted([*sources, BUILT])])
 
 
 @cache

@@ -204,7 +204,7 @@ def verdict(task: TaskKey, facts: Facts) -> Verdict:
     known = [row for row in rows if _needs_true_edges(row["algorithm"])]
     ranked = sorted(
         (row for row in rows if row not in known and row["edges_for_80_percent"] > 0),
-        key=lambda row: (row["edges_for_80_percent"], -_or_zero(row["area"])),
+        key=rank,
     )
     n_edges = facts.n_edges.get(task)
     smaller = [row for row in ranked if row["edges_for_80_percent"] != n_edges]
@@ -226,6 +226,12 @@ def verdict(task: TaskKey, facts: Facts) -> Verdict:
         f"{'do' if not facts.is_reversed else 'carry'} 80 % of the task"
     )
     return Verdict(task, f"{sentence}; {_beside(best, others, facts)}.", more)
+
+
+def rank(row: Mapping[str, Any]) -> tuple[bool, int | float, int | float]:
+    """What is lowest for the best algorithm: of a row of the summary of one task."""
+    needed = _or_nan(row["edges_for_80_percent"])
+    return math.isnan(needed), _or_zero(needed), -_or_zero(row["area"])
 
 
 def _does(facts: Facts) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 from auto_circuit.errors import FileError
 from auto_circuit.files import write_text
 from auto_circuit.prune_algos.prune_algos import PruneAlgo
-from auto_circuit.report_page.page import PAGE_VERSION, PageData, Progress, report_page
+from auto_circuit.report_page.page import PageData, Progress, report_page
+from auto_circuit.report_page.rendering import page_version
 from auto_circuit.results_folder import (
     PAGE_FILE,
     REPORT_FILE,
@@ -53,13 +54,13 @@ def write_page(folder: Path, data: PageData) -> None:
 
 def finished_page(folder: Path, data: PageData) -> str:
     """The page of the results in a folder; it says what it was made from."""
-    source = made_from(data.config, read_report_file(folder), PAGE_VERSION)
+    source = made_from(data.config, read_report_file(folder), page_version())
     return signed(report_page(replace(data, made_from=source)))
 
 
 def has_sound_page(config: ExperimentConfig) -> bool:
     """Would the page of finished results be the same if it was written again?"""
-    source = made_from(config, read_report_file(config.folder), PAGE_VERSION)
+    source = made_from(config, read_report_file(config.folder), page_version())
     return is_sound_page(config.folder / PAGE_FILE, source)
 
 
