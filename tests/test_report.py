@@ -277,14 +277,14 @@ def pair(p_holm: float, difference: float = -10.0, best: float = 0.001) -> Compa
             [row("Act Mag", 70), row("EAP", 60)],
             [pair(0.01)],
             "On T, EAP does best: 60 ± 5 of 1,519 edges do 80 % of the task; that is fewer "
-            "than the runner-up, Act Mag (70 ± 5) needs, by more than chance: over all 9 "
-            "draws of prompts, p = 0.01.",
+            "than the runner-up, Act Mag (70 ± 5) needs, by more than chance: over the 9 "
+            "draws of prompts of all tasks, p = 0.01.",
         ),
         (
             [row("EAP", 60), row("Act Mag", 70)],
             [pair(0.4)],
-            "it is not told apart from the runner-up, Act Mag (70 ± 5): over all 9 draws of "
-            "prompts, p = 0.4.",
+            "it is not told apart from the runner-up, Act Mag (70 ± 5): over the 9 draws of "
+            "prompts of all tasks, p = 0.4.",
         ),
         (
             [row("EAP", 60), row("Act Mag", 70)],
@@ -295,8 +295,8 @@ def pair(p_holm: float, difference: float = -10.0, best: float = 0.001) -> Compa
         (
             [row("EAP", 60), row("Act Mag", 70)],
             [pair(0.0001, difference=10.0)],
-            "but over all 9 draws of prompts, p < 0.001, it is Act Mag (70 ± 5 here) that needs "
-            "fewer.",
+            "but over the 9 draws of prompts of all tasks, p < 0.001, it is Act Mag (70 ± 5 "
+            "here) that needs fewer.",
         ),
         ([row("EAP", 1519)], [], "no algorithm finds a circuit smaller than the whole"),
         ([row("GT", 10), row("EAP", 60)], [], "On T, EAP does best"),

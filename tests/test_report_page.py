@@ -85,6 +85,8 @@ def test_the_page_in_a_browser(width: int, browser: Any, report: Path) -> None:
     n_figures = page.locator(".drawn").count()
     drawn = page.locator(".drawn").filter(has=page.locator(".main-svg"))
     assert drawn.count() == n_figures == 2
+    assert page.locator("#explorer input[type=range]").is_visible()
+    assert page.locator("#explorer select").nth(1).input_value() == "0"
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert opened.said == [] and opened.asked == [report.as_uri()]
 
@@ -134,3 +136,5 @@ def test_without_javascript_there_are_tables(browser: Any, report: Path) -> None
     assert numbers.first.locator("tbody tr").count() >= 5
     assert numbers.first.locator("tbody tr").first.is_visible()
     assert page.get_by_text("drawn by JavaScript, which is off").first.is_visible()
+    picture = page.locator("#explorer svg").first
+    assert picture.is_visible() and picture.locator("text", has_text="MLP 0").count()

@@ -74,8 +74,18 @@ def _figure(
     fig.update_layout(
         title=None,
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"},
-        margin={"l": fig.layout.margin.l or 64, "r": 16, "t": top, "b": 56},
-        legend={"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0},
+        margin={
+            "l": fig.layout.margin.l or 64,
+            "r": 16,
+            "t": top,
+            "b": fig.layout.margin.b or 56,
+        },
+        legend={
+            "orientation": "h",
+            "y": fig.layout.legend.y or -0.2,
+            "yanchor": "top",
+            "x": 0,
+        },
         paper_bgcolor="rgba(0, 0, 0, 0)",
         plot_bgcolor="rgba(0, 0, 0, 0)",
         width=None,
@@ -220,7 +230,8 @@ def area_figure(
         ],
     )
     title = f"Areas of {metric.name}"
-    fig.update_xaxes(tickangle=-40)
+    fig.update_xaxes(tickangle=-40, title_text=None)
+    fig.update_layout(legend={"y": -0.42}, margin={"b": 150}, height=HEIGHT + 80)
     caption = f"{title}: the mean over tasks, each task's part in its own colour."
     return _figure(fig, name, title, caption, table)
 

@@ -282,7 +282,7 @@ def _beside(
             f"{n_draws} {draws} of prompts that both ran on"
         )
     p_value = "p < 0.001" if pair.p_holm < 0.001 else f"p = {pair.p_holm:.2g}"
-    where = f"over all {pair.n_draws} draws of prompts, {p_value}"
+    where = f"over the {pair.n_draws} draws of prompts of all tasks, {p_value}"
     if not pair.is_significant:
         return f"it is not told apart from {runner_up}: {where}"
     better = pair.first if pair.difference < 0 else pair.second
