@@ -613,7 +613,8 @@ def find_task(key: str) -> Task:
     if key not in TASK_DICT:
         raise ConfigError(
             f"There is no task {key!r}.{near_matches(key, TASK_DICT)} "
-            f"Known: {', '.join(TASK_DICT)}."
+            f"Known: {', '.join(TASK_DICT)}; of a sweep also prompt files of your own "
+            f"({', '.join(READERS)})."
         )
     return TASK_DICT[key]
 

@@ -80,8 +80,8 @@ def labels(traces: list[dict[str, Any]], layout: dict[str, Any]) -> Counter[str]
     return Counter(text for text in texts if text)
 
 
-def check_shown(path: Path) -> None:
-    """Chromium draws each trace of a figure, and writes each of its labels."""
+def drawn(path: Path) -> str:
+    """The HTML of a page when its scripts have run."""
     done = subprocess.run(
         [
             find_browser(),
@@ -95,8 +95,13 @@ def check_shown(path: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_shown(path: Path) -> None:
+    """Chromium draws each trace of a figure, and writes each of its labels."""
     shown = _Shown()
-    shown.feed(done.stdout)
+    shown.feed(drawn(path))
     traces, layout = figure_in(path)
     assert shown.n_traces == len(traces) > 0, path
     missing = set(labels(traces, layout)) - shown.texts

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +16,7 @@ import pytest
 
 from auto_circuit.experiments import parse
 from auto_circuit.sweep_config import check_config
+from tests.browser import drawn
 
 REPO = Path(__file__).parents[1]
 README = REPO / "README.md"
@@ -71,26 +77,62 @@ def test_the_files_of_the_map_exist() -> None:
     assert [path for path in paths if not (REPO / path).exists()] == []
 
 
+def typed_lines() -> list[str]:
+    """What the README has one type, from clone to circuit."""
+    part = README.read_text().partition("## Your own prompts, from clone to circuit")[2]
+    return part.partition("```sh\n")[2].partition("\n```")[0].splitlines()
+
+
+def options_and_prompts(folder: Path) -> tuple[list[str], int]:
+    """The options of `make run` there, and how many prompts are now in their file."""
+    lines = typed_lines()
+    start, end = lines.index("cat > mine.jsonl <<'END'") + 1, lines.index("END")
+    (folder / "mine.jsonl").write_text("\n".join(lines[start:end]))
+    make = re.fullmatch(r'make run ARGS="(.+)"', lines[end + 1])
+    assert make is not None
+    return shlex.split(make[1]), end - start
+
+
 def test_from_clone_to_circuit_in_twelve_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the README has one type is a prompt file and a sweep that the checks let pass."""
-    part = README.read_text().partition("## Your own prompts, from clone to circuit")[2]
-    lines = part.partition("```sh\n")[2].partition("\n```")[0].splitlines()
+    """A prompt file, in whose prompts one name differs, and a sweep that the checks let pass."""
+    lines = typed_lines()
     assert len(lines) <= 12 and lines[0].startswith("git clone ")
-    start = lines.index("cat > mine.jsonl <<'END'")
-    end = lines.index("END")
+    assert lines[-1].startswith("xdg-open results/mine-") and "report.html" in lines[-1]
+    options, n_prompts = options_and_prompts(tmp_path)
     monkeypatch.chdir(tmp_path)
-    Path("mine.jsonl").write_text("\n".join(lines[start + 1 : end]))
-    make = re.fullmatch(r'make run ARGS="(.+)"', lines[end + 1])
-    assert make is not None
-    _, config, _ = parse(shlex.split(make[1]))
+    _, config, _ = parse(options)
     (task,) = check_config(config).tasks
     train, test = task.read_prompts()
-    assert len(train) == len(test) == (end - start - 1) // 2
+    assert len(train) == len(test) == n_prompts // 2
     for prompt in (*train, *test):
         clean, corrupt = (str(side).split() for side in (prompt.clean, prompt.corrupt))
         differing = [
-            pair for pair in zip(clean, corrupt, strict=True) if len({*pair}) > 1
+            pair for pair in zip(clean, corrupt, strict=True) if len(set(pair)) > 1
         ]
         assert differing == [(prompt.wrong_answers[0].strip(), prompt.answers[0].strip())]
+
+
+@pytest.mark.slow
+def test_ones_own_prompts_and_circuit_are_in_the_report(tmp_path: Path) -> None:
+    """The same with one quick algorithm: its page has the prompts and the circuit to explore."""
+    options, _ = options_and_prompts(tmp_path)
+    words = [sys.executable, "-m", "auto_circuit.experiments", *options, "--algos", "EAP"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*words, "--n-seeds", "1"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (report,) = tmp_path.glob("results/mine-*/report.html")
+    assert str(report.relative_to(tmp_path)) in done.stdout
+    # Each name of a prompt is an element of its own, where the two prompts differ.
+    page = html.unescape(re.sub("<[^>]*>", " ", drawn(report)))
+    prompts = map(json.loads, (tmp_path / "mine.jsonl").read_text().splitlines())
+    names = {prompt["answers"][0].strip() for prompt in prompts}
+    assert "mine.jsonl" in page and len(names & set(re.findall(r"\w+", page))) >= 2
+    assert "A0.3->Resid End" in page and "rank 1 of 1,519" in page
