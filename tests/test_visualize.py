@@ -371,6 +371,8 @@ def test_a_browser_shows_every_position_and_node(tmp_path: Path) -> None:
 
 def test_a_share_that_is_rounded_above_the_whole_is_drawn() -> None:
     share = (0.9, math.nextafter(1.0, 2.0))
-    for orientation, axis in (("h", "y"), ("v", "x")):
-        low, high = visualize._domain(share, orientation)[axis]
+    for low, high in (
+        visualize._domain(share, "h")["y"],
+        visualize._domain(share, "v")["x"],
+    ):
         assert 0.0 <= low < high <= 1.0

@@ -398,7 +398,7 @@ def _explored(
         for name, of_seeds in sorted(scores.items(), key=lambda one: needed[one[0]])
     ]
     # Two tasks that differ in their names alone share what was computed.
-    return replace(view, key=task).with_algorithms(algorithms)
+    return replace(view, key=task, name=task).with_algorithms(algorithms)
 
 
 def _rows_of(data: PageData, task: TaskKey, algo: AlgoKey) -> list[MeasurementRow]:
