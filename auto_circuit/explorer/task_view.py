@@ -130,9 +130,11 @@ class _Drawn:
         if key not in self._places:
             self._places[key] = len(self.nodes)
             component = node.component
+            is_taken = any(other.name == node.name for other in self.nodes)
             self.nodes.append(
                 NodeView(
-                    name=node.name,
+                    # Keys and values that several heads share.
+                    name=f"{node.name} (in)" if is_taken else node.name,
                     kind=node.kind or "",
                     layer=node.layer,
                     head=node.head_idx,
@@ -149,7 +151,7 @@ def _identity(node: Node) -> Any:
     is_whole = node.heads is None and node.head_idx is None
     # A sparse autoencoder's latents are many sources of one component.
     named = "" if is_whole or len(node.heads or ()) == 1 else node.name
-    return (node.component, node.heads, named, node.layer)
+    return (node.component, node.heads, named)
 
 
 def _true_edges(
@@ -244,6 +246,17 @@ def _answers(answers: Tensor, texts: _Texts) -> tuple[str, ...]:
 # ------------------------------------------------------------------- the model on a prompt
 
 
+def _heads_drawn(graph: GraphView) -> dict[tuple[int | None, int | None], int]:
+    """(block, head) -> the node that is drawn for it; its query's, if no head writes alone."""
+    ends = [*graph.sources, *(d for d in graph.destinations if d.name.endswith(".Q"))]
+    found: dict[tuple[int | None, int | None], int] = {}
+    for end in ends:
+        node = graph.nodes[end.node]
+        if node.kind == "attention" and node.head is not None:
+            found.setdefault((node.block, node.head), end.node)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class _Example:
     """The prompt that attention and effects are shown on."""
@@ -258,12 +271,7 @@ class _Example:
         whole = self._whole()
         if not whole:
             return None, "The model's inputs are no tokens, so no attention is shown."
-        written = {source.node: graph.nodes[source.node] for source in graph.sources}
-        place = {
-            (node.block, node.head): i
-            for i, node in written.items()
-            if node.kind == "attention"
-        }
+        place = _heads_drawn(graph)
         longest = max(tokens.shape[1] for tokens in whole.values())
         if len(place) * longest**2 > MAX_PATTERN_BYTES:
             return None, f"Attention is not shown: the prompt has {longest} tokens."
@@ -301,7 +309,10 @@ class _Example:
 
     def effects(self) -> tuple[EffectsView | None, str]:
         """Which words the sources write for, or why it is not shown."""
-        why = "The model's output is no sum over its nodes, so no words are shown."
+        why = (
+            "The model's final norm or unembedding is of a kind that is not known, so the "
+            "words that nodes write for are not shown."
+        )
         if not self.model.is_transformer:
             return None, why
         batch = collate_fn([self.pair])

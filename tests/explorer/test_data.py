@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from auto_circuit.types import MeasurementRow, PruneScores
 from tests.models import (
     ARCHITECTURES,
     D_MODEL,
+    MORE_ARCHITECTURES,
     N_CTX,
     N_HEADS,
     N_LAYERS,
@@ -355,6 +357,38 @@ def test_prompts_are_whole_and_show_what_differs(task: Task, view: TaskView) -> 
         differs = (pair.clean != pair.corrupt).nonzero()[:, 0].tolist()
         assert list(prompt.clean.differs) == list(prompt.corrupt.differs) == differs
         assert prompt.answers == (str(int(pair.answers[0])),)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        *((name, {}) for name in MORE_ARCHITECTURES),
+        ("gpt2", {"factorized": False}),
+        ("llama", {"separate_qkv": False}),
+        ("llama", {"ungroup": True}),
+    ],
+)
+def test_every_architecture_has_a_view(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = MORE_ARCHITECTURES[name]()
+    task = replace(id_task(tmp_path, "gpt2"), _model_def=model, **options)
+    view = task_view(task)
+    names = [view.graph.edge_name(edge) for edge in range(view.graph.n_edges)]
+    assert names == [repr(edge) for edge in task.model.edges]
+    scores = random_scores(task)
+    expected = [float(edge.prune_score(scores)) for edge in task.model.edges]
+    assert view.graph.flat_scores(scores).tolist() == expected
+    drawn = [node.name for node in view.graph.nodes]
+    assert len(set(drawn)) == len(drawn)
+    assert view.attention is not None and len(set(view.attention.nodes)) == 8
+    assert view.effects is not None and not view.notes
+    # An edge goes up.
+    nodes, graph = view.graph.nodes, view.graph
+    for src, dest in zip(graph.src, graph.dest, strict=True):
+        below, above = graph.sources[src].node, graph.destinations[dest].node
+        assert nodes[below].layer < nodes[above].layer
 
 
 @pytest.mark.slow
