@@ -25,7 +25,13 @@ from playwright.sync_api import sync_playwright
 
 import auto_circuit as ac
 from auto_circuit.experiments import parse
+from auto_circuit.metrics.prune_metrics.prune_metrics import PRUNE_METRIC_DICT
+from auto_circuit.model_utils.adapters import ADAPTERS
 from auto_circuit.model_utils.transformer_lens_utils import REFUSED, TRIED
+from auto_circuit.prune_algos.prune_algos import PRUNE_ALGOS
+from auto_circuit.tasks import TASK_DICT
+from scripts.docs_docstrings import as_markdown
+from scripts.docs_tables import TABLES
 from tests.browser import find_browser
 
 REPO = Path(__file__).parents[1]
@@ -182,6 +188,46 @@ def test_every_public_name_is_in_the_reference(site: Path, pages: Pages) -> None
     assert len(public_names()) > 700
     assert sorted(public_names() - anchors) == []
     assert (site / "objects.inv").is_file()
+
+
+DOCSTRING = """What it does, at <n> most.
+
+key: its name, such as `<a>`;
+    on two lines.
+other, more: two at once.
+
+Raises Error: never.
+
+    code < here
+"""
+MARKDOWN = """What it does, at &lt;n> most.
+
+
+- `key`: its name, such as `<a>`;
+    on two lines.
+- `other`, `more`: two at once.
+
+Raises Error: never.
+
+    code < here"""
+
+
+def test_docstrings_become_lists_where_they_say_what_arguments_are() -> None:
+    assert as_markdown(DOCSTRING, {"key", "other", "more"}) == MARKDOWN
+    assert as_markdown("Raises Error: never.", set()) == "Raises Error: never."
+
+
+def test_tables_have_every_object_and_keep_their_columns() -> None:
+    found = {name: make().splitlines() for name, make in TABLES.items()}
+    algorithms = found["algorithms"][2:] + found["number_algorithms"][2:]
+    assert {row.split("`")[1] for row in algorithms} == {
+        a.short_name for a in PRUNE_ALGOS
+    }
+    assert [row.split("`")[1] for row in found["metrics"][2:]] == [*PRUNE_METRIC_DICT]
+    assert [row.split("`")[1] for row in found["tasks"][2:]] == [*TASK_DICT]
+    assert len(found["architectures"][2:]) == len(ADAPTERS)
+    for rows in found.values():
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
 
 
 # ------------------------------------------------------------------- what pages tell to type
