@@ -14,8 +14,12 @@ from pathlib import Path
 
 import pytest
 
+import auto_circuit as ac
 from auto_circuit.experiments import parse
+from auto_circuit.metrics.prune_metrics.prune_metrics import PRUNE_METRICS
+from auto_circuit.prune_algos.prune_algos import PRUNE_ALGOS
 from auto_circuit.sweep_config import check_config
+from auto_circuit.types import AblationType
 from tests.browser import drawn
 
 REPO = Path(__file__).parents[1]
@@ -136,3 +140,17 @@ def test_ones_own_prompts_and_circuit_are_in_the_report(tmp_path: Path) -> None:
     names = {prompt["answers"][0].strip() for prompt in prompts}
     assert "mine.jsonl" in page and len(names & set(re.findall(r"\w+", page))) >= 2
     assert "A0.3->Resid End" in page and "rank 1 of 1,519" in page
+
+
+def test_what_the_readme_counts() -> None:
+    text = README.read_text()
+    rows = {
+        line.split("|")[1].strip(): line.split("|")[-2].strip()
+        for line in text.partition("## What others have")[2].splitlines()
+        if line.count("|") == 7
+    }
+    assert rows["algorithms"].startswith(f"{len(PRUNE_ALGOS)}: ")
+    assert rows["metrics"].startswith(f"{len(PRUNE_METRICS)}, ")
+    assert rows["what is patched in"] == f"resample, zero, {len(AblationType) - 2} means"
+    for words in (text, (REPO / "CITATION.cff").read_text()):
+        assert ac.__version__ in words
