@@ -38,6 +38,7 @@ from tests.models import (
     SIZES,
     VOCAB,
     randomize,
+    state_snapshot,
     tokens,
 )
 
@@ -423,6 +424,26 @@ def test_a_model_that_is_no_transformer(micro_view: TaskView) -> None:
     assert len(micro_view.notes) == 2
     assert micro_view.prompts[0].clean.tokens == ("3, 3", "1, 2.5")
     assert micro_view.prompts[0].clean.differs == (0,)
+
+
+def test_the_model_and_the_callers_state_are_left_alone(
+    task: Task, view: TaskView
+) -> None:
+    model = task.model
+    model.wrapped_model.train()
+    before = state_snapshot(model)
+    dtype = t.get_default_dtype()
+    try:
+        with t.inference_mode():
+            inside = task_view(task)
+        t.set_default_dtype(t.float64)
+        other_dtype = task_view(task)
+    finally:
+        t.set_default_dtype(dtype)
+    after = state_snapshot(model)
+    model.wrapped_model.eval()
+    assert {key for key in before if before[key] != after[key]} == set()
+    assert inside.as_data() == other_dtype.as_data() == view.as_data()
 
 
 # --------------------------------------------------------------------------- plain data

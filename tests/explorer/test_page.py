@@ -120,6 +120,21 @@ def test_the_first_size_does_the_task() -> None:
     assert unmeasured.sizes[unmeasured.first_size].n_edges == 100
 
 
+@pytest.mark.slow
+def test_pages_stay_small() -> None:
+    """Plotly takes 5 of the 15 MB of a report of 3 tasks and 10 algorithms."""
+    views = []
+    for n_positions in (None, 13, 34):
+        graph = made_graph(4, 8, n_positions)
+        algorithms = [made_algorithm(graph, f"A{i}", (0, 1), SIZES) for i in range(10)]
+        views.append(made_view(graph, algorithms))
+    assert len(explorer_html(views)) < 10e6
+    gpt2 = made_graph(12, 12)
+    assert gpt2.n_edges == 32_491
+    algorithms = [made_algorithm(gpt2, f"A{i}", (0, 1), (20_000,)) for i in range(10)]
+    assert len(explorer_html([made_view(gpt2, algorithms)])) < 6e6
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     numbers = {"clean": [[3.0, 3.0], [1.0, 2.5]], "corrupt": [[1.0, 1.0], [1.0, 2.5]]}
