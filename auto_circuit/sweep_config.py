@@ -72,7 +72,8 @@ class ExperimentConfig(Choices, NamesResults):
     """The first part of the result folder's name."""
     tasks: tuple[str, ...] = tuple(task.key for task in POCKET_TASKS)
     """Keys of tasks (see auto_circuit/tasks.py), or prompt files of your own (.json, .jsonl,
-    .csv): half of the prompts are for the algorithms, half to test circuits."""
+    .csv): half of the prompts are for the algorithms, another half with each seed, and the
+    others to test circuits."""
     algos: tuple[str, ...] = (
         *("GT", "Random", "Act Mag", "EAP", "EAP-IG inputs", "STP quick", "MAttr quick"),
     )
