@@ -1,4 +1,5 @@
 "use strict";
+document.documentElement.classList.add("with-script");
 // Sortable tables: each title becomes a button. Without this script they are plain tables.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
