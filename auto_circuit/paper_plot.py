@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from auto_circuit.checks import checked
+from auto_circuit.metrics.panels import panels, wrapped
 from auto_circuit.paper import GridRow, grid_values
-from auto_circuit.robustness_plot import LINE_COLOR, ROW_HEIGHT, list_from_the_top
+from auto_circuit.robustness_plot import (
+    LEFT,
+    LINE_COLOR,
+    ROW_HEIGHT,
+    list_from_the_top,
+)
 
 
 @checked
@@ -24,26 +29,24 @@ def grid_fig(rows: Sequence[GridRow]) -> go.Figure:
     tasks = list(dict.fromkeys(row.task for row in rows))
     tests = [", ".join(value) for value in grid_values(rows)]
     titles = {row.task: f"{row.task}, {row.circuit}" for row in rows}
-    fig = make_subplots(
-        rows=1,
-        cols=max(1, len(tasks)),
-        subplot_titles=list(titles.values()),
+    drawn = panels(
+        list(titles.values()),
         shared_yaxes=True,
+        height=ROW_HEIGHT * len(tests),
+        gap=90,
+        left=LEFT,
     )
-    for col, task in enumerate(tasks, start=1):
+    fig = drawn.fig
+    for idx, task in enumerate(tasks):
         of_task = [row for row in rows if row.task == task]
-        for trace in _traces(of_task, in_legend=col == 1):
-            fig.add_trace(trace, row=1, col=col)
-        place: dict[str, Any] = {"row": 1, "col": col}
+        place = drawn.place(idx)
+        for trace in _traces(of_task, in_legend=idx == 0):
+            fig.add_trace(trace, **place)
         fig.add_vline(x=100, line={"color": LINE_COLOR, "dash": "dot"}, **place)
-    fig.update_xaxes(title_text="% of the logit difference")
+    fig.update_xaxes(title_text=wrapped("% of the logit difference", drawn.width))
     list_from_the_top(fig, tests)
-    fig.update_layout(
-        template="plotly_white",
-        title="The same circuit in other graphs, and with other ablations",
-        height=220 + ROW_HEIGHT * len(tests),
-    )
-    return fig
+    fig.update_yaxes(tickmode="array", tickvals=tests)
+    return drawn.finish("The same circuit in other graphs, and with other ablations")
 
 
 def _traces(rows: Sequence[GridRow], in_legend: bool) -> list[go.Scatter]:

@@ -8,15 +8,17 @@ from typing import Any
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
-from plotly.subplots import make_subplots
 
 from auto_circuit.checks import checked
+from auto_circuit.metrics.panels import panels, wrapped
 from auto_circuit.robustness import RobustnessRow, values_by_choice
 from auto_circuit.types import AlgoKey
 
 ROW_HEIGHT = 22
 """The height of one value of a choice, in pixels."""
 LINE_COLOR = "rgb(200, 200, 200)"
+LEFT = 240
+"""The pixels of a value's name."""
 
 
 @checked
@@ -25,42 +27,37 @@ def robustness_fig(
 ) -> go.Figure:
     """The verdict on each circuit for every value of every choice.
 
-    A panel for each task (and row of panels for each algorithm), a line for each value of
+    A panel for each algorithm and task, a line for each value of
     a choice, a dot for each size of the circuit, darker for larger ones. Dotted lines are
     the verdicts of the experiment's own choices, whose dots are diamonds.
     """
     tasks = list(dict.fromkeys(row.task for row in rows))
     algos = list(dict.fromkeys(row.algo for row in rows))
     labels = [_label(choice, value) for choice, value, _ in values_by_choice(rows)]
-    fig = make_subplots(
-        rows=max(1, len(algos)),
-        cols=max(1, len(tasks)),
-        subplot_titles=[
+    drawn = panels(
+        [
             f"{task}, {(algo_names or {}).get(algo, algo)}"
             for algo in algos
             for task in tasks
         ],
         shared_yaxes=True,
-        horizontal_spacing=0.03,
-        vertical_spacing=0.3 / max(1, len(algos)),
+        height=ROW_HEIGHT * len(labels),
+        gap=110,
+        left=LEFT,
     )
-    panels = itertools.product(enumerate(algos, start=1), enumerate(tasks, start=1))
-    for (row_idx, algo), (col_idx, task) in panels:
+    fig = drawn.fig
+    for idx, (algo, task) in enumerate(itertools.product(algos, tasks)):
         points = [row for row in rows if (row.task, row.algo) == (task, algo)]
-        place: dict[str, Any] = {"row": row_idx, "col": col_idx}
-        _draw_panel(fig, points, place, in_legend=row_idx == col_idx == 1)
+        place = drawn.place(idx)
+        _draw_panel(fig, points, place, in_legend=idx == 0)
         for border in _borders(labels):
             fig.add_hline(y=border, line={"color": LINE_COLOR}, **place)
-    fig.update_xaxes(title_text="Verdict: % of the task that the circuit does")
+    title = wrapped("Verdict: % of the task that the circuit does", drawn.width)
+    fig.update_xaxes(title_text=title)
     list_from_the_top(fig, labels)
     fig.update_yaxes(tickmode="array", tickvals=labels)
-    fig.update_layout(
-        template="plotly_white",
-        title="How the same circuits fare in other tests",
-        hovermode="closest",
-        height=220 + len(algos) * (ROW_HEIGHT * len(labels) + 90),
-    )
-    return fig
+    fig.update_layout(hovermode="closest")
+    return drawn.finish("How the same circuits fare in other tests", below=105)
 
 
 def list_from_the_top(fig: go.Figure, labels: Sequence[str]) -> None:

@@ -49,6 +49,10 @@ NODE_PAD: dict[Orientation, int] = {"h": 16, "v": 40}
 LENGTH = 820
 """Pixels along the layers, where they run from top to bottom."""
 IMAGE_WIDTH = 1400
+LAST_STEP, FEW_COLUMNS = 0.5, 6
+"""By how much the last step between two columns is longer than the others, of so many more."""
+MAX_LABEL = 16
+"""The most letters of a position's label."""
 EMPTY_SIZE, MIN_SIZE = 16, 40
 """Pixels of a position's graph, however little is in it."""
 GAP = 24
@@ -504,8 +508,11 @@ def _columns(links: Sequence[_Link], layers: Collection[int]) -> dict[_Column, f
     used = {end.column for link in links for end in (link.start, link.stop)}
     used |= {(layer, 1) for layer in layers}
     # Plotly takes 0 for "no place given".
-    step = 0.998 / max(1, len(used) - 1)
-    return {column: 0.001 + step * idx for idx, column in enumerate(sorted(used))}
+    # The last name stands left of its node, and needs room beside the name before it.
+    longer = LAST_STEP if len(used) > FEW_COLUMNS else 0.0
+    step = 0.998 / max(1, len(used) - 1 + longer)
+    places = {column: 0.001 + step * idx for idx, column in enumerate(sorted(used))}
+    return {**places, max(places): 0.999} if len(places) > 1 else places
 
 
 def _placed(
@@ -648,7 +655,14 @@ def _add_position_label(
         else {"x": middle, "y": 1, "yanchor": "bottom", "yshift": 8}
     )
     color = TEXT_COLOR if has_edges else EMPTY_COLOR
-    _add_text(fig, escape(label), 14, color, **place)
+    _add_text(fig, escape(_short(label)), 14, color, **place)
+
+
+def _short(label: str) -> str:
+    """Of a long label the beginning, which leaves room for the graph."""
+    if len(label) <= MAX_LABEL:
+        return label
+    return f"{label[: MAX_LABEL - 1]}\u2026"
 
 
 def _add_border(fig: go.Figure, middle: float, orientation: Orientation) -> None:
@@ -675,7 +689,7 @@ def _add_text(fig: go.Figure, text: str, size: int, color: str, **place: Any) ->
 def _style(
     fig: go.Figure, size: float, labels: Sequence[str], orientation: Orientation
 ) -> None:
-    longest = max((len(label) for label in labels), default=0)
+    longest = max((len(_short(label)) for label in labels), default=0)
     left = 30 + (9 * longest if orientation == "h" else 0)
     margin = {"l": left, "r": 30, "t": 95 if orientation == "h" else 125, "b": 30}
     fig.update_layout(margin=margin, template="plotly_white")

@@ -8,11 +8,11 @@ from statistics import fmean
 from warnings import warn
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from auto_circuit.checks import checked
 from auto_circuit.metrics.area_under_curve import Areas, task_areas
 from auto_circuit.metrics.mean_interval import MeanInterval, mean_interval
+from auto_circuit.metrics.panels import listed, panels, shortened
 from auto_circuit.types import COLOR_PALETTE, AlgoKey, TaskKey, TaskMeasurements
 
 PANELS = {
@@ -20,6 +20,12 @@ PANELS = {
     "off": "How far are circuits from the model?<br>(area of |1 - share|; 0 is best)",
 }
 """Which of `Areas` -> the question that it answers."""
+
+
+SIDE_BY_SIDE, MAX_LEVEL = 16, 2
+"""The most algorithms with which both panels stand in a row, and with level names."""
+MAX_LABEL = 28
+"""The most letters of an algorithm's name under a bar."""
 
 
 @checked
@@ -65,7 +71,12 @@ def average_auc_plot(
         for by_algo in task_measurements.values()
         for algo in by_algo
     }
-    fig = make_subplots(rows=1, cols=len(PANELS), subplot_titles=[*PANELS.values()])
+    # Names of many algorithms need the whole width, and stand under the lower panel.
+    n_columns = 2 if len(names) <= SIDE_BY_SIDE else 1
+    drawn = panels(
+        [*PANELS.values()], max_columns=n_columns, shared_xaxes=n_columns == 1, gap=30
+    )
+    fig = drawn.fig
     left_out: dict[str, None] = {}
     for col, which in enumerate(PANELS, start=1):
         areas = {
@@ -79,17 +90,26 @@ def average_auc_plot(
             left_out |= {name: None for name, mean in means.items() if math.isnan(mean)}
             color = COLOR_PALETTE[task_idx % len(COLOR_PALETTE)]
             bar = _bar(means, len(areas), task, color)
-            fig.add_trace(bar.update(showlegend=col == 1), row=1, col=col)
+            fig.add_trace(bar.update(showlegend=col == 1), **drawn.place(col - 1))
         intervals = _total_intervals(areas)
         if intervals:
             named = {names[algo]: mean for algo, mean in intervals.items()}
-            fig.add_trace(_error_bars(named, showlegend=col == 1), row=1, col=col)
+            fig.add_trace(_error_bars(named, showlegend=col == 1), **drawn.place(col - 1))
     if left_out:
-        title = f"{title or ''}<br><sub>No area for: {', '.join(left_out)}</sub>"
-    fig.update_xaxes(title_text="Algorithm")
+        title = f"{title or ''}<br><sub>No area for: {listed(left_out)}</sub>"
+    # Every algorithm has its name; of a long one the beginning.
+    labels = {name: shortened(name, MAX_LABEL) for name in names.values()}
+    fig.update_xaxes(
+        tickmode="array",
+        tickvals=list(labels),
+        ticktext=list(labels.values()),
+        tickangle=-90 if len(labels) > MAX_LEVEL else 0,
+    )
+    fig.update_xaxes(title_text="Algorithm", row=drawn.n_rows)
     fig.update_yaxes(title_text="Mean over Tasks")
-    fig.update_layout(title=title, barmode="relative", template="plotly_white")
-    return fig
+    fig.update_layout(barmode="relative")
+    longest = max(map(len, labels.values()), default=0) if len(labels) > MAX_LEVEL else 0
+    return drawn.finish(title, below=75 + 6.5 * longest)
 
 
 def _bar(means: Mapping[str, float], n_tasks: int, task: TaskKey, color: str) -> go.Bar:

@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from auto_circuit.checks import checked
 from auto_circuit.metrics.bands import BAND_NOTE, band_traces
-from auto_circuit.metrics.line_style import line_style
 from auto_circuit.metrics.mean_interval import MeanInterval, mean_interval
+from auto_circuit.metrics.panels import LineOfMany, in_legend, line_of_many, panels
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import (
     AlgoKey,
@@ -57,46 +56,44 @@ def roc_plot(
         (`mean_roc`), and a band the 95 % interval of the mean.
 
     Points are joined by straight lines, whose area is `roc_auc`. An algorithm has the
-    same colour and dash in every panel.
+    same colour and dash in every panel. Of more than 12, all after the 11th are thin and
+    grey; hovering shows their names.
     """
     algos = list(
         dict.fromkeys(a for by_algo in taskname_measurements.values() for a in by_algo)
     )
-    fig = make_subplots(
-        rows=1,
-        cols=max(1, len(taskname_measurements)),
-        subplot_titles=list(taskname_measurements),
-        shared_yaxes=True,
-    )
-    in_legend: set[AlgoKey] = set()
+    drawn = panels(list(taskname_measurements), shared_yaxes=True)
+    fig = drawn.fig
+    seen: set[str] = set()
     has_bands = False
-    for col, (task, by_algo) in enumerate(taskname_measurements.items(), start=1):
-        fig.add_trace(_chance_line(), row=1, col=col)
+    for idx, (task, by_algo) in enumerate(taskname_measurements.items()):
+        fig.add_trace(_chance_line(), **drawn.place(idx))
         for algo, points in by_algo.items():
+            line = line_of_many(algos.index(algo), len(algos))
             curves = [m[task][algo] for m in of_seeds if algo in m.get(task, {})]
             band: list[go.Scatter] = []
             if len(curves) > 1:
                 means = mean_roc(curves)
                 points = [(x, y) for x, y, _ in means]
-                color = line_style(algos.index(algo))["color"]
-                band = band_traces([(x, y - h, y + h) for x, y, h in means], color, algo)
+                around = [(x, y - h, y + h) for x, y, h in means]
+                band = [] if line.is_other else band_traces(around, line.color, algo)
             has_bands |= bool(band)
             name = (algo_names or {}).get(algo, algo)
             area = (areas or {}).get((task, algo))
             if area is not None and len(taskname_measurements) == 1:
                 name = f"{name} ({_shown_area(area)})"
-            trace = _trace(points, name, area, algos, algos.index(algo), variable_width)
-            trace.update(legendgroup=algo, showlegend=algo not in in_legend)
-            in_legend.add(algo)
+            trace = _trace(points, name, area, line)
+            if variable_width and not line.is_other:
+                n_wider = len(algos) - 1 - algos.index(algo)
+                trace.update(line={"width": BASE_WIDTH + WIDTH_STEP * n_wider})
+            in_legend(trace, line, algo, len(algos), seen)
             for one in (*band, trace):
-                fig.add_trace(one, row=1, col=col)
-    if has_bands:
-        fig.update_layout(title=f"<sub>{BAND_NOTE}</sub>")
+                fig.add_trace(one, **drawn.place(idx))
     fig.update_xaxes(title_text="False Positive Rate", range=[-0.02, 1.02])
     fig.update_yaxes(range=[-0.02, 1.02])
     fig.update_yaxes(title_text="True Positive Rate", col=1)
-    fig.update_layout(template="plotly_white", hovermode="closest")
-    return fig
+    fig.update_layout(hovermode="closest")
+    return drawn.finish(f"<sub>{BAND_NOTE}</sub>" if has_bands else None)
 
 
 def mean_roc(curves: Sequence[Measurements]) -> list[tuple[float, float, float]]:
@@ -144,20 +141,14 @@ def _chance_line() -> go.Scatter:
 
 
 def _trace(
-    points: Measurements,
-    name: str,
-    area: float | MeanInterval | None,
-    algos: Sequence[AlgoKey],
-    algo_idx: int,
-    variable_width: bool,
+    points: Measurements, name: str, area: float | MeanInterval | None, line: LineOfMany
 ) -> go.Scatter:
     shown_area = "" if area is None else f"<br>AUROC {_shown_area(area)}"
-    n_behind = len(algos) - 1 - algo_idx if variable_width else 0
     return go.Scatter(
         x=[false_rate for false_rate, _ in points],
         y=[true_rate for _, true_rate in points],
         name=name,
         mode="lines",
-        line={**line_style(algo_idx), "width": BASE_WIDTH + WIDTH_STEP * n_behind},
+        line={"color": line.color, "dash": line.dash, "width": line.width},
         hovertemplate="false %{x:.4f}, true %{y:.4f}" + shown_area,
     )

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from auto_circuit.checks import checked
 from auto_circuit.metrics.area_under_curve import curve_interval
 from auto_circuit.metrics.area_under_curve_plot import average_auc_plot
 from auto_circuit.metrics.bands import BAND_NOTE, band_traces
-from auto_circuit.metrics.line_style import line_style
+from auto_circuit.metrics.panels import (
+    LineOfMany,
+    Panels,
+    in_legend,
+    line_of_many,
+    panels,
+    shortened,
+    wrapped,
+)
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     PRUNE_METRICS,
     PruneMetric,
@@ -87,7 +95,8 @@ def edge_patching_plot(
 
     An algorithm with a single point is a labelled cross. On a logarithmic axis 0 edges
     stand at 0.5, and values below the metric's `y_min` at `y_min`; hovering shows the
-    true numbers. An algorithm has the same colour in every panel.
+    true numbers. An algorithm has the same colour in every panel. Of more than 12, all after
+    the 11th are thin and grey; hovering shows their names.
 
     of_seeds: each seed's curves, of which the steps are the mean (`mean_curve`). Where there are
         several, a band around the steps is the 95 % interval of the mean.
@@ -95,31 +104,28 @@ def edge_patching_plot(
     algos = list(
         dict.fromkeys(a for by_algo in task_measurements.values() for a in by_algo)
     )
-    fig = make_subplots(
-        rows=1,
-        cols=max(1, len(task_measurements)),
-        subplot_titles=list(task_measurements),
-        shared_yaxes=metric.y_axes_match,
-    )
-    in_legend: set[AlgoKey] = set()
+    drawn = panels(list(task_measurements), shared_yaxes=metric.y_axes_match)
+    seen: set[str] = set()
     has_bands = False
-    for col, (task, by_algo) in enumerate(task_measurements.items(), start=1):
+    for idx, (task, by_algo) in enumerate(task_measurements.items()):
+        singles = [algo for algo, points in by_algo.items() if len(points) == 1]
         for algo, points in by_algo.items():
-            style = line_style(algos.index(algo))
+            line = line_of_many(algos.index(algo), len(algos))
             intervals = _intervals(points, task, algo, of_seeds)
-            bands = _band(intervals, metric, style["color"], algo)
+            bands = [] if line.is_other else _band(intervals, metric, line.color, algo)
             has_bands |= bool(bands)
             name = (algo_names or {}).get(algo, algo)
-            trace = _trace(intervals or sorted(points), metric, name, **style)
-            trace.update(legendgroup=algo, showlegend=algo not in in_legend)
-            in_legend.add(algo)
+            trace = _trace(intervals or sorted(points), metric, name, line)
+            if algo in singles:
+                trace.update(_cross(name, singles.index(algo)))
+            in_legend(trace, line, algo, len(algos), seen)
             for one in (*bands, trace):
-                fig.add_trace(one, row=1, col=col)
-    _style_axes(fig, task_measurements, metric)
+                drawn.fig.add_trace(one, **drawn.place(idx))
+    _style_axes(drawn, task_measurements, metric)
     if has_bands:
         title = f"{title or ''}<br><sub>{BAND_NOTE}</sub>"
-    fig.update_layout(title=title, template="plotly_white", hovermode="closest")
-    return fig
+    drawn.fig.update_layout(hovermode="closest")
+    return drawn.finish(title)
 
 
 def _intervals(
@@ -153,11 +159,9 @@ def _trace(
     points: Sequence[tuple[int | float, ...]],
     metric: PruneMetric,
     name: str,
-    color: str,
-    dash: str,
+    line: LineOfMany,
 ) -> go.Scatter:
     """points: (edges, value), or (edges, value, half the width of its interval)."""
-    single = len(points) == 1
     has_interval = bool(points) and len(points[0]) > 2
     return go.Scatter(
         x=[_shown_x(x, metric) for x, *_ in points],
@@ -166,12 +170,26 @@ def _trace(
         hovertemplate="%{customdata[0]} edges: %{customdata[1]:.5g}"
         + " ± %{customdata[2]:.2g}" * has_interval,
         name=name,
-        mode="markers+text" if single else "lines+markers",
-        text=[name] if single else None,
-        textposition="top center",
-        marker={"color": color, "symbol": "x" if single else "circle", "size": 6},
-        line={"color": color, "dash": dash, "shape": STEPS},
+        mode="lines" if line.is_other else "lines+markers",
+        marker={"color": line.color, "symbol": "circle", "size": 6},
+        line={
+            "color": line.color,
+            "dash": line.dash,
+            "width": line.width,
+            "shape": STEPS,
+        },
     )
+
+
+def _cross(name: str, idx: int) -> dict[str, Any]:
+    """How a single point is drawn; of several in a panel two have labels, which fit."""
+    is_labelled = idx < 2
+    return {
+        "mode": "markers+text" if is_labelled else "markers",
+        "text": [shortened(name, 20)] if is_labelled else None,
+        "textposition": ("top center", "bottom center")[idx % 2],
+        "marker": {"symbol": "x"},
+    }
 
 
 def _shown_x(n_edges: int | float, metric: PruneMetric) -> int | float:
@@ -185,10 +203,11 @@ def _shown_y(value: int | float, metric: PruneMetric) -> int | float:
 
 
 def _style_axes(
-    fig: go.Figure, task_measurements: TaskMeasurements, metric: PruneMetric
+    drawn: Panels, task_measurements: TaskMeasurements, metric: PruneMetric
 ) -> None:
+    fig = drawn.fig
     fig.update_xaxes(title_text="Circuit Edges")
-    fig.update_yaxes(title_text=metric.name, col=1)
+    fig.update_yaxes(title_text=wrapped(metric.name, drawn.height), col=1)
     if metric.log_y:
         fig.update_yaxes(type="log")
     if metric.log_x:

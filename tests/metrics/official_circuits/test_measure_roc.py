@@ -257,7 +257,17 @@ def test_areas_in_the_figure() -> None:
 
 
 def test_lines_of_many_algorithms_differ() -> None:
+    """Up to 12 of them; of more, all after the 11th are one group, named where the mouse is."""
     points: Measurements = [(0.0, 0.0), (1.0, 1.0)]
-    fig = roc_plot({"Task": {f"algo {i}": points for i in range(26)}})
-    styles = {(trace.line.color, trace.line.dash) for trace in fig.data if trace.name}
-    assert len(styles) == 26
+    for n in (12, 26):
+        fig = roc_plot({"Task": {f"algo {i}": points for i in range(n)}})
+        lines = [trace for trace in fig.data if trace.name]
+        assert len(lines) == n
+        styles = {(trace.line.color, trace.line.dash) for trace in lines}
+        assert len(styles) == 12
+        in_legend = [trace.name for trace in lines if trace.showlegend]
+        assert len(in_legend) == 12
+    assert in_legend[:2] == ["algo 0", "algo 1"] and in_legend[-1].startswith("15 more")
+    for i, trace in enumerate(lines[11:], start=11):
+        assert trace.legendgroup == "others"
+        assert trace.hovertemplate.endswith(f"<extra>algo {i}</extra>")
