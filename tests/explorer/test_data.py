@@ -177,6 +177,12 @@ def test_circuits_are_those_that_are_run(
         drawn = algorithm.order[:size]
         assert {view.graph.edge_name(e) for e in drawn} == set(circuit.names)
     assert (len(algorithm.ties) > 0) == (n_values > 0)
+    # Sizes that other seeds' circuits have may end within edges that tie here.
+    asked = algorithm_view(view.graph, "A", [scores], rows_of({s: [1.0] for s in sizes}))
+    assert [size.n_edges for size in asked.sizes] == sizes
+    drawn = [circuit_of_scores(task.model, scores, size).n_edges for size in sizes]
+    assert [size.n_drawn for size in asked.sizes] == drawn
+    assert (drawn != sizes) == (n_values > 0)
 
 
 def test_ties_are_the_runs_of_equal_scores(task: Task, view: TaskView) -> None:

@@ -68,6 +68,7 @@ def test_texts_stay_texts(hostile_view: TaskView) -> None:
     page.feed(html)
     assert page.tags.count("script") == 2 and "img" not in page.tags
     assert "onerror" not in page.attributes
+    assert not set("<>&\u2028\u2029") & set(page.scripts[0])
     data = json.loads(page.scripts[0])
     assert TaskView.of_data(data["tasks"][0]).prompts == hostile_view.prompts
     before_code = html[: html.index('<script type="module">')]
