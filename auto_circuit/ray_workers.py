@@ -295,7 +295,7 @@ def _imported_ray() -> Any:
     except ImportError:
         raise ConfigError(
             "Ray, which computes on several processes, is not installed: "
-            "pip install 'auto-circuit[ray]'."
+            "pip install 'ray>=2.60,<3'."
         ) from None
     return ray
 

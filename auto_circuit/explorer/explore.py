@@ -17,7 +17,7 @@ from auto_circuit.types import MeasurementRow, PruneScores
 
 HOW_TO_INSTALL = (
     "The explorer in a notebook needs anywidget, which is not installed: "
-    "`pip install auto-circuit[notebook]`, or write a page instead: "
+    "`pip install anywidget`, or write a page instead: "
     '`explore(task, scores).write("circuits.html")`.'
 )
 
