@@ -282,7 +282,7 @@ def test_a_work_goes_where_its_task_is_open(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"pip install 'auto-circuit\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'ray>=2.60"):
         RayWorkers()
 
 
