@@ -102,7 +102,9 @@ def load_results(folder: str | Path) -> LoadedResults:
     return _loaded(experiments, left_out)
 
 
-def nothing_there(folder: str | Path, left_out: Mapping[str, str]) -> str:
+def nothing_there(
+    folder: str | Path, left_out: Mapping[str, str], can_be_several: bool = True
+) -> str:
     """What to say of a folder without results."""
     found = "".join(f" {why}" for why in left_out.values())
     if folder_at(str(folder)).read(PAGE_FILE) is not None:
@@ -112,8 +114,8 @@ def nothing_there(folder: str | Path, left_out: Mapping[str, str]) -> str:
         )
     return (
         f"There are no results of a sweep in {str(folder)!r:.300}: expected a folder that a "
-        f"sweep has written, such as results/pocket-0123abcd, with {REPORT_FILE} in it, or a "
-        f"folder of such folders.{found}"
+        f"sweep has written, such as results/pocket-0123abcd, with {REPORT_FILE} in it"
+        f"{', or a folder of such folders' * can_be_several}.{found}"
     )
 
 

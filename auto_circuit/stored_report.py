@@ -69,7 +69,7 @@ def stored_report(folder: str | Path) -> PageData:
     place = folder_at(str(folder))
     report = read_report(place, str(folder))
     if report is None:
-        raise ConfigError(nothing_there(folder, {}))
+        raise ConfigError(nothing_there(folder, {}, can_be_several=False))
     _, out = name_and_out(folder)
     content = place.read(CONFIG_FILE)
     if content is None or digest(content) != report["files"].get(CONFIG_FILE):

@@ -304,7 +304,7 @@ def robustness_figure(
     """How the verdict on the same circuits changes with the way of testing."""
     escaped = [_with_escaped_task(row) for row in rows]
     fig = robustness_fig(escaped, _escaped(names))
-    fig.update_layout(margin={"l": 190})
+    fig.update_layout(margin={"l": 250})
     title = "The same circuits in other tests"
     caption = (
         f"{title}: % of the task that they do. One choice is changed at a time; diamonds "

@@ -66,6 +66,12 @@ class PageData:
         """The sweep's configuration."""
         return self.results.config
 
+    @property
+    def title(self) -> str:
+        """What the page is called."""
+        is_sweep = self.experiment == "sweep"
+        return f"{'Circuits' if is_sweep else 'Six choices'} of {self.config.name}"
+
 
 Content = Mapping[str, Any]
 """What a part's template shows."""
@@ -89,7 +95,7 @@ def report_page(data: PageData) -> str:
         "page.html",
         data=data,
         made_from=data.made_from,
-        title=f"Circuits of {data.config.name}",
+        title=data.title,
         sections=sections,
         needs_plotly=any(section.content.get("figures") for section in sections),
         plotly_js=figures.plotly_js,
