@@ -137,6 +137,7 @@ def check_mib_config(config: MibConfig) -> list[PruneAlgo]:
     return algos
 
 
+@checked
 @dataclass(frozen=True)
 class MibSplit:
     """The rows of a split, before they are a model's prompts. n_prompts: how many; None: all."""
