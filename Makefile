@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run robustness test fuzz lint format bench docs pocket-model datasets lock clean
+.PHONY: help run robustness test fuzz lint format bench docs explorer pocket-model datasets lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -51,6 +51,9 @@ bench: $(VENV)/.stamp-run  ## measure speed and memory
 docs: $(VENV)/.stamp-dev  ## build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 	@echo 'To read it, with search: $(BIN)/python -m http.server --directory site'
+
+explorer:  ## build the explorer's JavaScript from its source (needs Node)
+	cd auto_circuit/explorer && npm ci && npm run build
 
 pocket-model: $(VENV)/.stamp-run  ## train the small model that the package carries
 	$(BIN)/python scripts/train_pocket_model.py $(ARGS)
