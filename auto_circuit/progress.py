@@ -46,18 +46,31 @@ class Watch(Protocol):
 
 
 class Bar:
-    """A bar for cells; what is at work inside one has its own. In terminals and notebooks."""
+    """A bar for cells, and one for what is at work inside. In terminals and notebooks."""
 
     @contextmanager
     def watching(self, n_cells: int) -> Iterator[None]:
         """As `Watch.watching`."""
-        with tqdm(total=n_cells, desc="Cells") as self._bar:
-            yield
+        self._at_work: Any = None
+        with tqdm(total=n_cells, desc="Cells") as self._bar, tqdm(leave=False) as inside:
+            self._inside = inside
+            with reported_to(self._inner):
+                yield
 
     def ended(self, outcome: Outcome, results: Results | None) -> None:
         """As `Watch.ended`."""
-        self._bar.update()
-        self._bar.set_postfix_str(outcome.cell.label)
+        with reported_to(None):
+            self._bar.update()
+            self._bar.set_postfix_str(outcome.cell.label)
+
+    def _inner(self, bar: Any) -> None:
+        """A loop inside the cell at work has come so far."""
+        with reported_to(None):
+            if bar is not self._at_work:  # the time left begins anew
+                self._at_work = bar
+                self._inside.reset(total=bar.total)
+            self._inside.n = bar.n
+            self._inside.set_description(bar.desc or "Inside")
 
 
 class Lines:

@@ -6,10 +6,13 @@ import io
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 import torch as t
+from nbclient import NotebookClient
 from rich.console import Console
 
 from auto_circuit.cells import Outcome
@@ -125,3 +128,36 @@ def test_a_library_call_is_silent_without_a_terminal(
     with bar.watching(1):
         bar.ended(SCORES, results)
     assert capsys.readouterr() == ("", "")
+
+
+SWEEP_IN_A_NOTEBOOK = """
+from auto_circuit.runner import run_experiment
+from auto_circuit.sweep_config import ExperimentConfig
+run_experiment(ExperimentConfig(
+    tasks=("Pocket IOI",), algos=("EAP", "ACDC quick"), metrics=("Logit Diff Percent",),
+    circuit_sizes=(0, 100, 1519), n_seeds=1, out=OUT))
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_two_bars(tmp_path: Path) -> None:
+    """One for cells and one for what is inside, however many loops there are."""
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [
+        nbformat.v4.new_code_cell(f"OUT = {str(tmp_path)!r}{SWEEP_IN_A_NOTEBOOK}")
+    ]
+    resources = {"metadata": {"path": str(Path(__file__).parents[1])}}
+    NotebookClient(notebook, timeout=300, resources=resources).execute()
+    outputs = notebook.cells[0].outputs
+    bars = [
+        output["data"]["text/plain"]
+        for output in outputs
+        if output.output_type == "display_data" and "%|" in str(output["data"])
+    ]
+    ours = [bar for bar in bars if not bar.startswith("Loading weights")]
+    assert len(ours) == 2 and ours[0].startswith("Cells:")
+    printed = [
+        o.text for o in outputs if o.output_type == "stream" and o.name == "stdout"
+    ]
+    assert printed == ["done\n"]

@@ -18,14 +18,22 @@ _told: ContextVar[Callable[[Any], None] | None] = ContextVar("told", default=Non
 class _Bar(auto.tqdm):  # type: ignore[type-arg]
     """Draws itself, unless somebody else wants to draw it."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if IS_NOTEBOOK and _told.get() is not None:
+            kwargs["display"] = False  # no widget of its own
+        super().__init__(*args, **kwargs)
+
     def display(self, *args: Any, **kwargs: Any) -> Any:
         tell = _told.get()
         return super().display(*args, **kwargs) if tell is None else tell(self)
 
 
 @contextmanager
-def reported_to(tell: Callable[[Any], None]) -> Iterator[None]:
-    """Inside, bars draw nothing: `tell` is called with each when it has come further."""
+def reported_to(tell: Callable[[Any], None] | None) -> Iterator[None]:
+    """Inside, bars draw nothing: `tell` is called with each when it has come further.
+
+    None: inside, they draw themselves again.
+    """
     token = _told.set(tell)
     try:
         yield
