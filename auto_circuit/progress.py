@@ -52,10 +52,12 @@ class Bar:
     def watching(self, n_cells: int) -> Iterator[None]:
         """As `Watch.watching`."""
         self._at_work: Any = None
-        with tqdm(total=n_cells, desc="Cells") as self._bar, tqdm(leave=False) as inside:
-            self._inside = inside
-            with reported_to(self._inner):
-                yield
+        with (
+            tqdm(total=n_cells, desc="Cells") as self._bar,
+            tqdm(total=1, desc="Inside", leave=False) as self._inside,
+            reported_to(self._inner),
+        ):
+            yield
 
     def ended(self, outcome: Outcome, results: Results | None) -> None:
         """As `Watch.ended`."""
