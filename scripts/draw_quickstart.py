@@ -62,7 +62,7 @@ def circuit() -> go.Figure:
     task = ac.find_task("Pocket IOI")
     scores = ac.find_prune_algo("EAP").func(task.model, task.train_loader, None)
     fig = ac.draw_seq_graph(task.model, scores, THRESHOLD)
-    return fig.update_traces(textfont={"size": 14})
+    return fig.update_traces(textfont={"size": 14}).update_layout(height=HEIGHT)
 
 
 def curves() -> go.Figure:
@@ -96,8 +96,9 @@ def draw(
     out: Path,
     size: tuple[int, int] = (WIDTH, HEIGHT),
 ) -> None:
-    """What a browser shows of a figure alone, as PNG."""
-    fig = go.Figure(fig).update_layout(width=size[0], height=size[1])
+    """What a browser shows of a figure alone, as PNG; of its own height, if it has one."""
+    height = round(fig.layout.height or size[1])  # type: ignore[attr-defined]
+    fig = go.Figure(fig).update_layout(width=size[0], height=height)
     html = fig.to_html(full_html=False, config={"displayModeBar": False})
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder, "figure.html")
@@ -105,7 +106,7 @@ def draw(
             f"<!doctype html><meta charset=utf-8><body style='margin:0'>{html}",
             encoding="utf-8",
         )
-        screenshot(checked_browser(browser), page, out, size)
+        screenshot(checked_browser(browser), page, out, (size[0], height))
 
 
 def screenshot(
