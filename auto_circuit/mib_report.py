@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import UInt8
 from torch import Tensor
 
 from auto_circuit.cell_runs import at_work, choice_of, watched
@@ -119,7 +120,9 @@ class _Writing:
 # -------------------------------------------------------------------------------- files
 
 
-def write_submission(config: MibConfig, result: MibResult, file: Tensor) -> Path:
+def write_submission(
+    config: MibConfig, result: MibResult, file: UInt8[Tensor, " n_bytes"]
+) -> Path:
     """Write an algorithm's scores as the leaderboard takes them; the file's path."""
     method = f"{_file_part(result.found.name)}_patching_edge"
     folder = made(config.folder / "submission" / method / config.cell)
