@@ -184,7 +184,8 @@ def figure_picture(figure: Any, browser: str | None) -> tuple[str, str]:
     import plotly.graph_objects as go
 
     fig = go.Figure(data=figure["data"], layout=figure["layout"])
-    title = re.sub("<[^>]*>", " ", fig.layout.title.text or "A figure")
+    layout: Any = fig.layout
+    title = re.sub("<[^>]*>", " ", layout.title.text or "A figure")
     return title, png(lambda out: draw(browser, fig, out, PICTURE))
 
 

@@ -7,11 +7,15 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from auto_circuit.explorer.page import BUILT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOW_TO_GET = (
@@ -19,8 +23,24 @@ HOW_TO_GET = (
     "with `apt-get install chromium` (Debian), `snap install chromium` (Ubuntu) or `brew "
     "install --cask chromium` (macOS), and run this again with --runslow."
 )
+EXPLORER = BUILT.parents[1]
+WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
 LAYER_CLASSES = ("trace scatter", "trace bars", "sankey", "hm")
 """The first words of the class of the element that each kind of trace is drawn as."""
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Playwright's browser."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=find_browser(),
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        yield browser
+        browser.close()
 
 
 class _Shown(HTMLParser):
@@ -106,3 +126,30 @@ def check_shown(path: Path) -> None:
     assert shown.n_traces == len(traces) > 0, path
     missing = set(labels(traces, layout)) - shown.texts
     assert not missing, f"{path} does not show {missing}"
+
+
+def explorer_with_packages(folder: Path) -> Path:
+    """The explorer's source in a folder, with its packages installed."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed, which builds the explorer's JavaScript")
+    ignored = shutil.ignore_patterns("node_modules", "__pycache__", "*.py", "built")
+    shutil.copytree(EXPLORER, folder, ignore=ignored)
+    (folder / "built").mkdir()
+    install = ["npm", "ci", "--no-audit", "--no-fund"]
+    done = subprocess.run(install, cwd=folder, capture_output=True, text=True)
+    if done.returncode and re.search("ENOTFOUND|EAI_AGAIN|ECONN|network", done.stderr):
+        pytest.skip("npm cannot be reached: this machine has no network")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def violations(page: Any, packages: Path) -> list[tuple[str, str]]:
+    """(rule, element) of what axe finds against WCAG 2.1 A and AA; packages: with npm's."""
+    if page.evaluate("typeof axe") == "undefined":
+        axe = packages / "node_modules" / "axe-core" / "axe.min.js"
+        page.evaluate(axe.read_text(encoding="utf-8"))
+    found = page.evaluate(
+        "(tags) => axe.run({runOnly: {type: 'tag', values: tags}})", WCAG
+    )
+    assert len(found["passes"]) > 10
+    return [(one["id"], one["nodes"][0]["html"][:200]) for one in found["violations"]]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 # Before torch: a thread that waits for another must not burn the core that it waits for.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -50,3 +52,20 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, driven by Playwright; skips, and says how to get it, where there is none."""
+    from tests.browser import chromium
+
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def explorer_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The explorer's JavaScript with the packages of npm that it is made and tested with."""
+    from tests.browser import explorer_with_packages
+
+    return explorer_with_packages(tmp_path_factory.mktemp("npm") / "explorer")

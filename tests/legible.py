@@ -12,7 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tests.browser import find_browser
+from tests.browser import chromium
 
 WIDTH, HEIGHT = 1000, 720
 
@@ -68,15 +68,8 @@ PROBLEMS = """
 @contextmanager
 def browser_page() -> Iterator[Any]:
     """A page of Chromium, 1000 px wide."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=find_browser(), args=["--no-sandbox", "--disable-gpu"]
-        )
-        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
-        yield page
-        browser.close()
+    with chromium() as browser:
+        yield browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
 
 
 def problems(page: Any, fig: go.Figure, folder: Path, name: str) -> list[str]:

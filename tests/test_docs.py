@@ -17,11 +17,10 @@ from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 import auto_circuit as ac
 from auto_circuit.experiments import parse
@@ -32,7 +31,6 @@ from auto_circuit.prune_algos.prune_algos import PRUNE_ALGOS
 from auto_circuit.tasks import TASK_DICT
 from scripts.docs_docstrings import as_markdown
 from scripts.docs_tables import TABLES
-from tests.browser import find_browser
 
 REPO = Path(__file__).parents[1]
 ASKS_FOR = {
@@ -124,13 +122,12 @@ def served(folder: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_browser_asks_nobody_else_fits_and_finds_pages(site: Path) -> None:
+def test_a_browser_asks_nobody_else_fits_and_finds_pages(
+    site: Path, browser: Any
+) -> None:
     asked: list[str] = []
     wrong: list[str] = []
-    with served(site) as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=find_browser(), args=["--no-sandbox", "--disable-gpu"]
-        )
+    with served(site) as address:
         page = browser.new_page()
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda said: wrong.append(said.text))
@@ -144,7 +141,6 @@ def test_a_browser_asks_nobody_else_fits_and_finds_pages(site: Path) -> None:
         page.keyboard.type("minimality")
         result = page.locator(".md-search a[href*='how-to/minimality.html']").first
         result.wait_for(timeout=30_000)
-        browser.close()
     assert len(asked) > len(SEEN) and wrong == []
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
 

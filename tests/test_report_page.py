@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +9,9 @@ import pytest
 
 from auto_circuit.runner import run_experiment
 from auto_circuit.sweep_config import ExperimentConfig
-from tests.browser import find_browser
+from tests.browser import violations
 
 pytestmark = pytest.mark.slow
-REPO = Path(__file__).parents[1]
-AXE = "node_modules/axe-core/axe.min.js"
-RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(
-            executable_path=find_browser(),
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -111,19 +94,14 @@ def test_a_click_or_a_key_sorts(width: int, browser: Any, report: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [1400, 390])
-def test_axe_finds_nothing(width: int, browser: Any, report: Path) -> None:
-    places = [REPO / "auto_circuit/explorer" / AXE, Path(os.environ.get("AXE", "no"))]
-    found = [place for place in places if place.is_file()]
-    if not found:
-        pytest.skip("axe-core is not there: `npm ci` in auto_circuit/explorer gets it")
+def test_axe_finds_nothing(
+    width: int, browser: Any, report: Path, explorer_packages: Path
+) -> None:
     opened = Opened(browser, report, width)
     opened.read()
     for details in opened.page.locator("details").all():
         details.evaluate("it => it.open = true")
-    opened.page.evaluate(found[0].read_text())
-    result = opened.page.evaluate(f"axe.run({{runOnly: {RULES}}})")
-    assert len(result["passes"]) > 10
-    assert [(one["id"], one["nodes"][0]["html"]) for one in result["violations"]] == []
+    assert violations(opened.page, explorer_packages) == []
 
 
 def test_without_javascript_there_are_tables(browser: Any, report: Path) -> None:

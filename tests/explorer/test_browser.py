@@ -17,8 +17,7 @@ from auto_circuit.explorer.page import (
     explorer_json,
     write_explorer,
 )
-from tests.browser import find_browser
-from tests.explorer.test_built import node_modules
+from tests.browser import violations
 from tests.explorer.test_page import HOSTILE
 from tests.explorer.views import made_algorithm, made_graph, made_view
 
@@ -27,17 +26,6 @@ pytestmark = pytest.mark.slow
 SIZES = (0, 1, 5, 20, 60, 150)
 WIDTHS = (1400, 390)
 EXPLORER = "document.querySelector('[data-auto-circuit-explorer]').explorer"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(
-            executable_path=find_browser(), args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -322,25 +310,16 @@ def test_no_violation_of_accessibility(
     browser: Any,
     views: list[TaskView],
     tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    explorer_packages: Path,
 ) -> None:
-    folder = node_modules(tmp_path_factory.getbasetemp() / "explorer")
     path = write_explorer(tmp_path / "page.html", [views[which]])
     opened = Opened(browser, path, width)
-    opened.page.add_script_tag(path=folder / "node_modules" / "axe-core" / "axe.min.js")
-    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
     for node in ("", "A1.1")[which:]:
         opened.page.get_by_label("Find a node").fill(node)
         opened.page.keyboard.press("Enter")
         opened.page.get_by_label("Graph of the circuit").focus()
         opened.page.wait_for_timeout(200)
-        found = opened.page.evaluate(
-            "(tags) => axe.run({runOnly: {type: 'tag', values: tags}})", tags
-        )
-        assert len(found["passes"]) > 10
-        assert not [
-            (one["id"], one["nodes"][0]["html"][:200]) for one in found["violations"]
-        ]
+        assert violations(opened.page, explorer_packages) == []
     opened.check()
 
 

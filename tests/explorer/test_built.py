@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -51,30 +50,10 @@ def test_the_lock_file_names_no_place() -> None:
         assert resolved.startswith("https://registry.npmjs.org/"), name
 
 
-def node_modules(folder: Path) -> Path:
-    """The explorer's source in a folder, with its packages installed."""
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed, which builds the explorer's JavaScript")
-    if not folder.exists():
-        ignored = shutil.ignore_patterns("node_modules", "__pycache__", "*.py", "built")
-        shutil.copytree(EXPLORER, folder, ignore=ignored)
-        (folder / "built").mkdir()
-        done = subprocess.run(
-            ["npm", "ci", "--no-audit", "--no-fund"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode and re.search(
-            "ENOTFOUND|EAI_AGAIN|ECONN|network", done.stderr
-        ):
-            pytest.skip("npm cannot be reached: this machine has no network")
-        assert done.returncode == 0, done.stderr
-    return folder
-
-
 @pytest.mark.slow
-def test_building_gives_the_same_bytes(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = node_modules(tmp_path_factory.getbasetemp() / "explorer")
-    subprocess.run(["npm", "run", "build"], cwd=folder, check=True, capture_output=True)
-    assert (folder / "built" / "explorer.js").read_bytes() == BUILT.read_bytes()
+def test_building_gives_the_same_bytes(explorer_packages: Path) -> None:
+    build = ["npm", "run", "build"]
+    subprocess.run(build, cwd=explorer_packages, check=True, capture_output=True)
+    assert (
+        explorer_packages / "built" / "explorer.js"
+    ).read_bytes() == BUILT.read_bytes()

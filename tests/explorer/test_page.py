@@ -209,4 +209,4 @@ except ConfigError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert re.search(r"pip install auto-circuit\[notebook\]", done.stdout), done.stderr
+    assert re.search(r"pip install anywidget", done.stdout), done.stderr
