@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 import auto_circuit as ac
 from auto_circuit.data import PromptDataLoader, check_wrong_answers
-from auto_circuit.prune_algos.prune_algo import PruneAlgo
+from auto_circuit.prune_algos.prune_algo import AlgoNotes, PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.ablation_activations import iter_src_ablations
 from auto_circuit.utils.graph_utils import patch_mode, set_all_masks, train_mask_mode
@@ -43,6 +43,12 @@ HALFWAY_GRADIENT_PRUNE_ALGO = PruneAlgo(
     name="Halfway Gradient",
     func=halfway_gradient_prune_scores,
     needs_wrong_answers=True,
+    notes=AlgoNotes(
+        idea="The mask's gradient halfway between clean and corrupt",
+        paper="none: an example",
+        cost="F + (F + B)",
+        use="To see how an algorithm is added.",
+    ),
 )
 
 

@@ -34,6 +34,7 @@ ANSWER_RATIO_METRIC = PruneMetric(
     prompt_func=prompt_answer_ratios,
     bounds=(0.0, math.inf),
     needs_wrong_answers=True,
+    question="How many times as likely as the wrong answers are the correct ones?",
 )
 
 
