@@ -350,8 +350,9 @@ def _sankey(
     orientation: Orientation,
 ) -> go.Sankey:
     """size: the diagram's pixels across the layers."""
-    pad = NODE_PAD[orientation]
-    vertices = _placed(links, columns, pad / size)
+    pad: int | float = NODE_PAD[orientation]
+    vertices, scale = _placed(links, columns, pad / size)
+    widened = _padding(links, vertices, scale * size, size, pad)
     # Plotly turns a vertical diagram only after it has placed the nodes, so it takes a
     # place along the layers as a share of the diagram's width, and vice versa.
     stretch = 1.0 if orientation == "h" else LENGTH / size
@@ -359,14 +360,15 @@ def _sankey(
     placed = list(vertices.values())
     return go.Sankey(
         orientation=orientation,
-        arrangement="snap",
+        # To snap, plotly would move the nodes apart by the widened space.
+        arrangement="snap" if widened == pad else "freeform",
         textfont={"size": 12, "color": TEXT_COLOR},
         node={
             "label": [_label(name, vertex.kind) for name, vertex in vertices.items()],
             "x": [vertex.x * stretch for vertex in placed],
             "y": [vertex.y / stretch for vertex in placed],
             "color": [_node_color(vertex.kind) for vertex in placed],
-            "pad": pad,
+            "pad": widened,
             "thickness": 12,
             "line": {"width": 0},
             "customdata": [[name, v.n_in, v.n_out] for name, v in vertices.items()],
@@ -517,8 +519,11 @@ def _columns(links: Sequence[_Link], layers: Collection[int]) -> dict[_Column, f
 
 def _placed(
     links: Sequence[_Link], columns: Mapping[_Column, float], pad: float
-) -> dict[str, _Vertex]:
-    """The nodes of the links and their places. pad: between them, as a share of all."""
+) -> tuple[dict[str, _Vertex], float]:
+    """The nodes of the links and their places, and how high a value of 1 is.
+
+    pad: between them. Heights are shares of the whole.
+    """
     vertices = _vertices(links)
     by_column = sorted(vertices.items(), key=lambda item: item[1].column)
     groups = [
@@ -539,7 +544,48 @@ def _placed(
         _stack([vertices[name] for name in names], scale, pad)
         for name in names:
             vertices[name].x = columns[vertices[name].column]
-    return vertices
+    return vertices, scale
+
+
+def _padding(
+    links: Sequence[_Link],
+    vertices: Mapping[str, _Vertex],
+    scale: float,
+    size: int | float,
+    pad: int | float,
+) -> int | float:
+    """The space between nodes with which plotly makes them as high as they were placed.
+
+    Plotly makes a value of 1 as high as the fullest of its own columns lets it, which are not
+    ours. Where ours are fuller, wider spaces in its columns leave less for the nodes. For
+    example 100 pixels, scale 3 and a column of two nodes with a value of 20: with a space of
+    16 they would be 84 / 20 = 4.2 high, with one of 100 - 3 * 20 = 40 they are 3.
+    scale: pixels of a value of 1, as placed.
+    """
+    columns = _plotly_columns(links)
+    sums = [(len(c), sum(vertices[name].value for name in c)) for c in columns]
+    if not all((size - (n - 1) * pad) / total > scale for n, total in sums):
+        return pad
+    wider = ((size - scale * total) / (n - 1) for n, total in sums if n > 1)
+    return max(pad, min(wider, default=pad))
+
+
+def _plotly_columns(links: Sequence[_Link]) -> list[list[str]]:
+    """Plotly's columns: by the longest way to a node; those that lead nowhere in the last."""
+    stops: dict[str, set[str]] = defaultdict(set)
+    for link in links:
+        stops[link.start.name].add(link.stop.name)
+        stops[link.stop.name] |= set()
+    depth: dict[str, int] = {}
+    reached, step = set(stops), 0
+    while reached:
+        depth.update(dict.fromkeys(reached, step))
+        reached = {stop for name in reached for stop in stops[name]}
+        step += 1
+    columns: dict[int, list[str]] = defaultdict(list)
+    for name, after in stops.items():
+        columns[depth[name] if after else step - 1].append(name)
+    return list(columns.values())
 
 
 def _vertices(links: Sequence[_Link]) -> dict[str, _Vertex]:

@@ -204,6 +204,8 @@ CIRCUITS = {
     "empty": (0, False, {}),
     "positions": (40, True, {}),
     "vertical": (40, False, {"orientation": "v"}),
+    "many edges": (500, False, {}),
+    "all edges": (1519, False, {}),
     "spaced": (40, True, {"layer_spacing": True}),
     "many edges and positions": (500, True, {}),
 }

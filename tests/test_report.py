@@ -137,7 +137,7 @@ def test_the_page_reads_from_the_question_to_how_to_reproduce_it(page: Page) -> 
         "Summary",
         "Faithfulness",
         "Areas: CPR and CMD",
-        "The known circuit: ROC",
+        "The true edges: ROC",
         "Agreement of algorithms",
         "Stability over prompts and seeds",
         "The six choices of a test",
@@ -305,7 +305,7 @@ def test_verdicts(
 ) -> None:
     found = verdict("T", Facts(rows, {"T": 1519}, comparisons, ExperimentConfig()))
     assert expected in found.sentence
-    of_known = "With the edges of the known circuit ranked first (GT), 10 ± 5 are needed."
+    of_known = "With the true edges ranked first (GT), 10 ± 5 are needed."
     assert (of_known in found.more) == (rows[0]["algorithm"] == "GT")
 
 

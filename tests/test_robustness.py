@@ -326,6 +326,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
         "plotly.min.js",
+        "report.html",
         "report.json",
         "robustness.html",
         "robustness.parquet",

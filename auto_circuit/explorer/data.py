@@ -102,7 +102,7 @@ class GraphView:
         `e // len(src)`.
     n_positions: how many positions have edges of their own; None: they are not told apart.
     position_labels: a name for each. first_token: the prompts' token at the first of them.
-    true_edges: the indices of the known circuit's edges; None if none is known.
+    true_edges: the indices of the true edges; None if none are known.
     separate_qkv: are the queries, keys and values of a head destinations of their own?
     """
 

@@ -263,7 +263,7 @@ def _roc_figure(
     )
     title = f"ROC on {task}"
     caption = (
-        f"{title}: how well scores tell the known circuit's edges from all others. Dotted is "
+        f"{title}: how well scores tell the true edges from all others. Dotted is "
         "chance."
     )
     curves = {algo: [rocs[algo] for rocs in of_seeds if algo in rocs] for algo in firsts}

@@ -470,7 +470,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[PageData], Content | None]], ...] = (
     ("summary", "Summary", _summary),
     ("faithfulness", "Faithfulness", _faithfulness),
     ("areas", "Areas: CPR and CMD", _areas),
-    ("roc", "The known circuit: ROC", _roc),
+    ("roc", "The true edges: ROC", _roc),
     ("agreement", "Agreement of algorithms", _agreement),
     ("stability", "Stability over prompts and seeds", _stability),
     ("choices", "The six choices of a test", _choices),

@@ -247,7 +247,7 @@ def _needs_true_edges(name: str) -> bool:
 
 def _of_known(row: Mapping[str, Any]) -> str:
     return (
-        f"With the edges of the known circuit ranked first ({row['algorithm']}), "
+        f"With the true edges ranked first ({row['algorithm']}), "
         f"{_edges(row)} are needed."
     )
 

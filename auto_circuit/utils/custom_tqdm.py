@@ -18,10 +18,10 @@ _told: ContextVar[Callable[[Any], None] | None] = ContextVar("told", default=Non
 class _Bar(auto.tqdm):  # type: ignore[type-arg]
     """Draws itself, unless somebody else wants to draw it."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, iterable: Any = None, *args: Any, **kwargs: Any) -> None:
         if IS_NOTEBOOK and _told.get() is not None:
             kwargs["display"] = False  # no widget of its own
-        super().__init__(*args, **kwargs)
+        super().__init__(iterable, *args, **kwargs)
 
     def display(self, *args: Any, **kwargs: Any) -> Any:
         tell = _told.get()
