@@ -39,12 +39,11 @@ from auto_circuit.mib import (
 from auto_circuit.mib_config import MibConfig
 from auto_circuit.prune_algos.prune_algos import PruneAlgo
 from auto_circuit.store import Cell, CellResult
-from auto_circuit.sweep import FoundScores
-from auto_circuit.sweep_cells import weights_description
+from auto_circuit.sweep_cells import found_scores, weights_description
 from auto_circuit.types import PruneScores
 
 if TYPE_CHECKING:
-    from auto_circuit.tasks import Task
+    pass
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ class _Measure:
     def __call__(self, loaded: LoadedMib, scores: CellResult) -> CellResult:
         import pandas
 
-        found = _found(self.algo, loaded.task, scores)
+        found = found_scores(loaded.task, self.algo, scores)
         rows = measurement_rows(mib_curves(loaded, found))
         numbers = {
             "n_edges": loaded.task.model.n_edges,
@@ -194,12 +193,6 @@ class _Submit:
 
 
 # ------------------------------------------------------------------------ results <-> data
-
-
-def _found(algo: PruneAlgo, task: Task, scores: CellResult) -> FoundScores:
-    named = (task.key, task.seed, algo.key, algo.short_name)
-    seconds = float(scores.cost["scoring_seconds"])
-    return FoundScores(*named, dict(scores.tensors), seconds)
 
 
 def measurement_rows(result: MibResult) -> list[dict[str, Any]]:
@@ -250,5 +243,6 @@ def _outcome(
     for row in measured.rows.to_dict("records"):
         ranking = row.pop("ranking")
         curves[ranking].append(FaithfulnessPoint(**row))  # type: ignore[misc]
-    found_scores = _found(of_algo.algo, unloaded_mib_task(of_algo.uses.config), scores)
-    return MibResult(found_scores, tuple(curves["signed"]), tuple(curves["absolute"]))
+    task = unloaded_mib_task(of_algo.uses.config)
+    found_on_task = found_scores(task, of_algo.algo, scores)
+    return MibResult(found_on_task, tuple(curves["signed"]), tuple(curves["absolute"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from auto_circuit.errors import DataError
@@ -64,14 +65,14 @@ class Origin:
                 f"This says of no sweep where it comes from: {error}."
             ) from None
 
-    def seconds(self, task: TaskKey, seed: int, algo: AlgoKey) -> float:
-        """How long an algorithm took to score the edges; NaN if it is not known."""
-        costs = [
-            cell.cost.get("scoring_seconds")
+    @cached_property
+    def seconds(self) -> dict[tuple[TaskKey, int, AlgoKey | None], float]:
+        """How long algorithms took to score the edges, as far as it is known."""
+        return {
+            (cell.task, cell.seed, cell.algo): float(cell.cost["scoring_seconds"])
             for cell in self.cells
-            if (cell.task, cell.seed, cell.algo) == (task, seed, algo)
-        ]
-        return next((float(one) for one in costs if one is not None), float("nan"))
+            if cell.cost.get("scoring_seconds") is not None
+        }
 
     def peak_bytes(self, task: TaskKey, algo: AlgoKey) -> int | None:
         """The most memory that a process had by the end of one of an algorithm's cells."""

@@ -28,9 +28,9 @@ from auto_circuit.paper_config import PaperConfig
 from auto_circuit.prune_algos.prune_algos import PruneAlgo
 from auto_circuit.robustness import RobustnessRow
 from auto_circuit.store import Cell, CellResult
-from auto_circuit.sweep import FoundScores
 from auto_circuit.sweep_cells import (
     OpenTask,
+    found_scores,
     has_true_edges,
     scores_work,
     task_description,
@@ -174,15 +174,9 @@ class _MeasureRoc:
 
     def __call__(self, opened: OpenTask, scores: CellResult) -> CellResult:
         task = opened.of_seed(self.seed)
-        row = roc_row(task, _found(task, self.algo, scores))
+        row = roc_row(task, found_scores(task, self.algo, scores))
         points = [list(point) for point in row.points]
         return CellResult(numbers={"auroc": row.auroc, "points": points})
-
-
-def _found(task: Task, algo: PruneAlgo, scores: CellResult) -> FoundScores:
-    named = (task.key, task.seed, algo.key, algo.short_name)
-    seconds = float(scores.cost["scoring_seconds"])
-    return FoundScores(*named, dict(scores.tensors), seconds)
 
 
 # ------------------------------------------------------------------------ results <-> data

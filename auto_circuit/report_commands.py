@@ -12,6 +12,7 @@ from auto_circuit.report_config import CompareConfig, ReportConfig
 from auto_circuit.report_page.compare import ComparedRuns, changes_table, compare_page
 from auto_circuit.report_page.page import report_page
 from auto_circuit.report_page.tables import Table
+from auto_circuit.reports import say
 from auto_circuit.results_folder import PAGE_FILE, signed
 from auto_circuit.store import folder_at
 from auto_circuit.stored_report import stored_report
@@ -37,10 +38,10 @@ def report_and_print(config: ReportConfig, console: Console) -> None:
     else:
         write_text(config.out, page)
     for line in stored.damaged:
-        _say(console, f"Damaged: {one_line(line)}")
+        say(console, f"Damaged: {one_line(line)}")
     for label, error in stored.results.failed.items():
-        _say(console, f"Failed: {label}: {error}")
-    _say(console, f"Report: {config.out or f'{folder}/{PAGE_FILE}'}")
+        say(console, f"Failed: {label}: {error}")
+    say(console, f"Report: {config.out or f'{folder}/{PAGE_FILE}'}")
 
 
 def _named(folder: str, example: str) -> str:
@@ -64,8 +65,8 @@ def compare_and_print(config: CompareConfig, console: Console) -> None:
     write_text(out, compare_page(runs))
     console.print(_as_rich(changes_table(runs)))
     for line in runs.lines:
-        _say(console, line)
-    _say(console, f"Comparison: {out}")
+        say(console, line)
+    say(console, f"Comparison: {out}")
 
 
 def _beside(first: str, second: str) -> Path:
@@ -85,7 +86,3 @@ def _as_rich(table: Table) -> RichTable:
     for row in table.rows[:MAX_ROWS]:
         shown.add_row(*(Text(cell.text) for cell in row))
     return shown
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False, markup=False)

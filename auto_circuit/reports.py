@@ -55,9 +55,9 @@ from auto_circuit.results_folder import (
     write_report_file,
 )
 from auto_circuit.robustness import (
-    LEFT_OUT,
     RobustnessRow,
     values_by_choice,
+    verdict_text,
 )
 from auto_circuit.store import put_folder
 from auto_circuit.summary import (
@@ -302,21 +302,22 @@ def print_summary(results: ExperimentResults, console: Console) -> None:
     if results.runs:
         console.print(summary_table(results))
         for line in comparison_lines(comparisons(results)):
-            _say(console, line)
+            say(console, line)
         _print_folder(results.config, console)
         _print_circuits(results, console)
     for label, error in results.failed.items():
-        _say(console, f"Failed: {label}: {error}")
+        say(console, f"Failed: {label}: {error}")
     if results.failed:
         n = len(results.failed) + len(results.cells)
-        _say(
+        say(
             console,
             f"{len(results.failed)} of {n} cells failed; the same command computes these "
             f"again, and nothing else: what is finished is in {results.config.store}",
         )
 
 
-def _say(console: Console, line: str) -> None:
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: not broken, and nothing in it is markup."""
     console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -362,7 +363,7 @@ def _shown_mean(mean: MeanInterval, digits: int, with_interval: bool) -> str:
 
 
 def _print_folder(config: ExperimentConfig, console: Console) -> None:
-    _say(console, f"Report: {config.address}/{PAGE_FILE}")
+    say(console, f"Report: {config.address}/{PAGE_FILE}")
     console.print(f"Results: {config.address}", soft_wrap=True)
     for path in [] if config.is_remote else sorted(config.folder.glob("*.html")):
         if path.name != PAGE_FILE:
@@ -371,13 +372,13 @@ def _print_folder(config: ExperimentConfig, console: Console) -> None:
 
 def _print_circuits(results: ExperimentResults, console: Console) -> None:
     """A line for each task and algorithm: its circuit's files, or why there are none."""
-    say = partial(_say, console)
+    tell = partial(say, console)
     config = results.config
     if LOGIT_DIFF_PERCENT_METRIC.key not in config.metrics:
-        say(f"No circuits: {LOGIT_DIFF_PERCENT_METRIC.key!r}, which picks them, is not in "
+        tell(f"No circuits: {LOGIT_DIFF_PERCENT_METRIC.key!r}, which picks them, is not in "
             "`metrics`.")  # fmt: skip
         return
-    say(
+    tell(
         f"Circuits: the smallest tested ones, of seed {config.seed}, from which on all do "
         f"80 % of the task; as JSON and as a picture, of at most {MAX_DRAWN} edges"
     )
@@ -389,10 +390,12 @@ def _print_circuits(results: ExperimentResults, console: Console) -> None:
     for row in results.summary.to_dict("records"):
         circuit = circuits[row["task"], row["algorithm"]]
         if circuit is None:
-            say(f"  {row['task']}, {row['algorithm']}: none but the whole graph, if that")
+            tell(
+                f"  {row['task']}, {row['algorithm']}: none but the whole graph, if that"
+            )
             continue
         stem = f"{config.address}/{row['circuit']}"
-        say(
+        tell(
             f"  {stem}.json, .html: {circuit.n_edges:,} of {circuit.n_graph_edges:,} "
             f"edges do {circuit.percent:.0f} %"
         )
@@ -446,15 +449,7 @@ def verdict_table(rows: Sequence[RobustnessRow], caption: str) -> Table:
     for choice, value, is_base in values_by_choice(rows):
         if choice != last_choice:
             table.add_section()
-        cells = [
-            " / ".join(
-                f"{round(row.verdict, 0) + 0.0:.0f}"  # no minus before a zero
-                for row in rows
-                if (row.task, row.algo, row.choice, row.value) == (*column, choice, value)
-            )
-            or LEFT_OUT[choice]
-            for column in columns
-        ]
+        cells = [verdict_text(rows, column, choice, value) for column in columns]
         shown = choice if choice != last_choice else ""
         table.add_row(shown, value + ("*" if is_base else ""), *cells)
         last_choice = choice

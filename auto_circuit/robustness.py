@@ -281,6 +281,18 @@ def values_by_choice(rows: Sequence[RobustnessRow]) -> list[tuple[str, str, bool
     return sorted(values, key=lambda value: choices.index(value[0]))
 
 
+def verdict_text(
+    rows: Sequence[RobustnessRow], column: tuple[str, str], choice: str, value: str
+) -> str:
+    """The verdicts on a (task, algorithm)'s circuits; or why there are none."""
+    verdicts = [
+        f"{round(row.verdict, 0) + 0.0:.0f}"  # no minus before a zero
+        for row in rows
+        if (row.task, row.algo, row.choice, row.value) == (*column, choice, value)
+    ]
+    return " / ".join(verdicts) or LEFT_OUT.get(choice, "–")
+
+
 def _graph_kind(choices: Choices) -> tuple[bool, bool | None]:
     return choices.nodes, choices.token_positions
 

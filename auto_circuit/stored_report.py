@@ -8,6 +8,7 @@ folder has lost, the cells give.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -267,7 +268,7 @@ def _run(
     scores = _scores(stored, *place)
     found, measured = [], []
     for algo, of_algo in rows.items():
-        seconds = stored.origin.seconds(*place, algo)
+        seconds = stored.origin.seconds.get((*place, algo), math.nan)
         name = names.get(algo, algo)
         found.append(FoundScores(*place, algo, name, scores.get(algo, {}), seconds))
         roc = rocs.get((*place, algo), {})

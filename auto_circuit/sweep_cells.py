@@ -262,11 +262,7 @@ class _Measure:
 
     def __call__(self, opened: OpenTask, scores: CellResult) -> CellResult:
         task = opened.of_seed(self.seed)
-        found = FoundScores(
-            *(task.key, task.seed, self.algo.key, self.algo.short_name),
-            scores=dict(scores.tensors),
-            seconds=0.0,
-        )
+        found = found_scores(task, self.algo, scores)
         full = opened.full_model_outs(self.seed)
         measured = measure_scores(task, found, self.metrics, self.config, full)
         return _result_of(measured)
@@ -288,6 +284,13 @@ def _result_of(measured: ScoreMeasurements) -> CellResult:
         columns=[f.name for f in fields(MeasurementRow)],
     )
     return CellResult(rows=rows, numbers=numbers)
+
+
+def found_scores(task: Task, algo: PruneAlgo, scores: CellResult) -> FoundScores:
+    """What the cell of an algorithm's scores holds."""
+    named = (task.key, task.seed, algo.key, algo.short_name)
+    seconds = float(scores.cost["scoring_seconds"])
+    return FoundScores(*named, dict(scores.tensors), seconds)
 
 
 def _measured_of(result: CellResult, cell: SweepCell) -> ScoreMeasurements:

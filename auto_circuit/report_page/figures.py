@@ -9,7 +9,7 @@ import html
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -111,8 +111,6 @@ def metric_of(key: str) -> PruneMetric:
 
 
 def _unknown_metric(key: str) -> PruneMetric:
-    from dataclasses import replace
-
     return replace(LOGIT_DIFF_PERCENT_METRIC, key=key, name=html.escape(key))
 
 
@@ -314,6 +312,4 @@ def robustness_figure(
 
 
 def _with_escaped_task(row: RobustnessRow) -> RobustnessRow:
-    from dataclasses import replace
-
     return replace(row, task=html.escape(row.task, quote=False))

@@ -26,7 +26,7 @@ from auto_circuit.report_page.tables import (
     number_cell,
     plain_table,
 )
-from auto_circuit.robustness import LEFT_OUT, RobustnessRow, values_by_choice
+from auto_circuit.robustness import RobustnessRow, values_by_choice, verdict_text
 from auto_circuit.summary import ExperimentResults, summary_columns
 from auto_circuit.sweep_config import ExperimentConfig
 from auto_circuit.types import AlgoKey, MeasurementRow, PruneScores, TaskKey
@@ -346,24 +346,13 @@ def _verdict_table(data: PageData) -> Table:
             (
                 name_cell(choice),
                 name_cell(value + " (as in the experiment)" * is_base),
-                *(_verdict_cell(rows, column, choice, value) for column in columns),
+                *(Cell(verdict_text(rows, column, choice, value)) for column in columns),
             )
             for choice, value, is_base in values_by_choice(rows)
         ),
         n_headers=2,
         note=f"Circuits of {shares} % of the edges.",
     )
-
-
-def _verdict_cell(
-    rows: Sequence[RobustnessRow], column: tuple[str, str], choice: str, value: str
-) -> Cell:
-    found = [
-        f"{round(row.verdict, 0) + 0.0:.0f}"
-        for row in rows
-        if (row.task, row.algo, row.choice, row.value) == (*column, choice, value)
-    ]
-    return Cell(" / ".join(found) or LEFT_OUT.get(choice, "–"))
 
 
 # --------------------------------------------------------------------------- the explorer

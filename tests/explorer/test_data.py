@@ -18,7 +18,6 @@ from auto_circuit.explorer import plain_data
 from auto_circuit.explorer.data import AlgorithmView, TaskView, algorithm_view
 from auto_circuit.explorer.model_view import direct_logit_effects
 from auto_circuit.explorer.task_view import task_view
-from auto_circuit.model_utils.micro_model_utils import MicroModel
 from auto_circuit.prune import run_circuits
 from auto_circuit.tasks import (
     POCKET_DOCSTRING_TASK,
@@ -28,6 +27,7 @@ from auto_circuit.tasks import (
     Task,
 )
 from auto_circuit.types import MeasurementRow, PruneScores
+from tests.explorer.views import micro_task
 from tests.models import (
     ARCHITECTURES,
     D_MODEL,
@@ -408,21 +408,7 @@ def test_a_program_whose_answers_are_numbers() -> None:
 
 @pytest.fixture(scope="module")
 def micro_view(tmp_path_factory: pytest.TempPathFactory) -> TaskView:
-    numbers = {"clean": [[3.0, 3.0], [1.0, 2.5]], "corrupt": [[1.0, 1.0], [1.0, 2.5]]}
-    prompt = {**numbers, "answers": [1], "wrong_answers": [0]}
-    path = tmp_path_factory.mktemp("micro") / "numbers.json"
-    path.write_text(json.dumps({"prompts": [prompt, prompt]}))
-    return task_view(
-        Task(
-            key="Micro",
-            name="Micro",
-            batch_size=1,
-            batch_count=1,
-            token_circuit=False,
-            _model_def=MicroModel(),
-            _dataset_name=path,
-        )
-    )
+    return task_view(micro_task(tmp_path_factory.mktemp("micro")))
 
 
 def test_a_model_that_is_no_transformer(micro_view: TaskView) -> None:

@@ -19,10 +19,9 @@ from auto_circuit.explorer.data import TaskView
 from auto_circuit.explorer.explore import CircuitExplorer, explore
 from auto_circuit.explorer.page import explorer_html, write_explorer
 from auto_circuit.explorer.picture import circuit_picture
-from auto_circuit.model_utils.micro_model_utils import MicroModel
 from auto_circuit.tasks import Task
 from auto_circuit.types import MeasurementRow
-from tests.explorer.views import made_algorithm, made_graph, made_view
+from tests.explorer.views import made_algorithm, made_graph, made_view, micro_task
 
 HOSTILE = (
     "</script><script>alert(1)</script>",
@@ -138,19 +137,7 @@ def test_pages_stay_small() -> None:
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    numbers = {"clean": [[3.0, 3.0], [1.0, 2.5]], "corrupt": [[1.0, 1.0], [1.0, 2.5]]}
-    prompt = {**numbers, "answers": [1], "wrong_answers": [0]}
-    path = tmp_path_factory.mktemp("micro") / "numbers.json"
-    path.write_text(json.dumps({"prompts": [prompt, prompt]}))
-    return Task(
-        key="Micro",
-        name="Micro",
-        batch_size=1,
-        batch_count=1,
-        token_circuit=False,
-        _model_def=MicroModel(),
-        _dataset_name=path,
-    )
+    return micro_task(tmp_path_factory.mktemp("micro"))
 
 
 def test_explore_takes_scores_of_one_seed_or_of_several(

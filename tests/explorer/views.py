@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,27 @@ from auto_circuit.explorer.data import (
     TaskView,
     algorithm_view,
 )
+from auto_circuit.model_utils.micro_model_utils import MicroModel
+from auto_circuit.tasks import Task
 from auto_circuit.types import MeasurementRow, PruneScores
+
+
+def micro_task(folder: Path) -> Task:
+    """A task of a model that is no transformer."""
+    numbers = {"clean": [[3.0, 3.0], [1.0, 2.5]], "corrupt": [[1.0, 1.0], [1.0, 2.5]]}
+    prompt = {**numbers, "answers": [1], "wrong_answers": [0]}
+    path = folder / "numbers.json"
+    path.write_text(json.dumps({"prompts": [prompt, prompt]}))
+    return Task(
+        key="Micro",
+        name="Micro",
+        batch_size=1,
+        batch_count=1,
+        token_circuit=False,
+        _model_def=MicroModel(),
+        _dataset_name=path,
+    )
+
 
 TOKENS = ("<bos>", "When", "Mary", "and", "John", "met")
 
