@@ -291,6 +291,10 @@ ENGINE: tuple[Fault, ...] = (
         "        if True:\n"
         "            return grad_out, None, None",
         GRADIENTS),
+    fault("a transform's gradient is what is sent back", MATRICES,
+        "if self.site.transform is None or out is None:",
+        "if self.site.transform is not None or out is None:",
+        "engine/test_src_transform.py"),
     fault("no gradients where all masks are 0", WORK,
         "if self.does_nothing and not self.weights.requires_grad:",
         "if self.does_nothing:",

@@ -20,7 +20,7 @@ from auto_circuit.model_utils.model_adapter import HeadInputs, SrcSite
 from auto_circuit.utils.user_hooks import Bypassed
 
 Written = Float[Tensor, "batch seq *part"]
-"""The output of a module that writes: what its sources write, or heads' values."""
+"""The output of a module that writes: what its sources write, or what that follows from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,8 @@ class SrcPort:
 
     def outputs(self, out: Written) -> Float[Tensor, "batch seq src d_model"]:
         """What the sources write, from the output of the site's module."""
+        if self.site.transform is not None:
+            out = self.site.transform(out)
         weights = self.weights()
         if weights is None:
             return out if self.wrapper.head_dim is not None else out.unsqueeze(2)
@@ -51,6 +53,27 @@ class SrcPort:
         # heads' weights [2 3 d_model] -> [2 4 d_model] -> [batch seq 2 d_model].
         parts = out.flatten(0, 1).unflatten(1, (len(weights), -1)).transpose(0, 1)
         return t.bmm(parts, weights).transpose(0, 1).unflatten(0, out.shape[:2])
+
+    def grad_of_out(
+        self, out: Written | None, grad: Float[Tensor, "token src d_model"]
+    ) -> Float[Tensor, "..."]:
+        """The gradient of the site's output, from that of what the sources write.
+
+        out: the site's output; only a transform needs it. The values are in its order.
+        """
+        weights = self.weights()
+        if weights is not None:
+            # A module of 4 heads gives their values, 4 d_head wide: the gradient of those
+            # of head h is one product with its own weights.
+            return t.bmm(grad.transpose(0, 1), weights.mT).transpose(0, 1)
+        if self.site.transform is None or out is None:
+            return grad
+        with t.enable_grad():
+            x = out.detach().requires_grad_()
+            written = self.outputs(x)
+        grad = grad.reshape(written.shape).to(written.dtype)
+        (grad_x,) = t.autograd.grad(written, x, grad)
+        return grad_x
 
 
 @dataclass(frozen=True, eq=False)

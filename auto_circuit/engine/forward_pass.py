@@ -128,6 +128,8 @@ class _WriteSource(Function):
         ctx: Any, out: Written, forward_pass: ForwardPass, port: SrcPort
     ) -> Written:
         ctx.forward_pass, ctx.port = forward_pass, port
+        if port.site.transform is not None:
+            ctx.save_for_backward(out)
         return out.view_as(out)
 
     @staticmethod
@@ -137,10 +139,8 @@ class _WriteSource(Function):
         if not forward_pass.has_grad:
             return grad_out, None, None
         # A module of 4 heads that are the sources 9..12: slots 9..12 of each token,
-        # [token 4 d_model]. If the module writes the heads' values (4 d_head wide), what
-        # head h sends back to them is one product with its own weights.
-        sent_back = forward_pass.grad_buffer[:, port.srcs]
-        weights = port.weights()
-        if weights is not None:
-            sent_back = t.bmm(sent_back.transpose(0, 1), weights.mT).transpose(0, 1)
+        # [token 4 d_model].
+        of_srcs = forward_pass.grad_buffer[:, port.srcs]
+        (out,) = ctx.saved_tensors or (None,)
+        sent_back = port.grad_of_out(out, of_srcs)
         return grad_out - sent_back.reshape(grad_out.shape), None, None

@@ -145,8 +145,7 @@ class PatchSession:
                 self._remember(port, port.component)
         for src_port in self.plan.src_ports:
             site = src_port.site
-            is_last = site.projection is not None
-            self._hook(site.module, partial(self._write, src_port), is_last)
+            self._hook(site.module, partial(self._write, src_port), site.is_computed)
         for port in self.plan.dest_ports:
             if port.additive:
                 self._hook(port.module, partial(self._read, port))
@@ -196,8 +195,8 @@ class PatchSession:
                 residual = f"the residual stream that {port.name} reads"
                 check_no_backward_hooks([Bypassed(residual, port.module)])
         for src_port in self.plan.src_ports:
-            if src_port.site.projection is not None:
-                name = f"the input of {src_port.wrapper.module_name}"
+            if src_port.site.is_computed:
+                name = f"what {src_port.wrapper.module_name} follows from"
                 check_no_backward_hooks([Bypassed(name, src_port.site.module)])
 
     # ------------------------------------------------------------------ starting late

@@ -32,10 +32,20 @@ class SrcSite:
         `part[h] @ projection(n_heads)[h]`. The model itself then never computes what a
         single head writes; the engine does, where it needs it. The weights are
         [head, d_head, d_model], as they are at the moment of the call.
+    transform: if given (instead of `projection`), what the sources write is this function
+        of the output of `module`: any that autograd can differentiate, with
+        [batch seq head d_model] as its value, or [batch seq d_model] where the module is
+        one source. It is asked anew in each pass, so it may depend on weights.
     """
 
     module: Module
     projection: Callable[[int], Float[Tensor, "head d_head d_model"]] | None = None
+    transform: Callable[[Tensor], Float[Tensor, "batch seq *head d_model"]] | None = None
+
+    @property
+    def is_computed(self) -> bool:
+        """Does the engine compute what the sources write, where the model does not?"""
+        return self.projection is not None or self.transform is not None
 
 
 @dataclass(frozen=True, eq=False)
