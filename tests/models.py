@@ -1,4 +1,8 @@
-"""Tiny random models of every architecture that the engine knows. No download."""
+"""Tiny random models that most tests run on. No download.
+
+`tests/families.py` has all architectures that are known, `FAMILIES`, as plain Hugging Face
+models (`make`) and as what TransformerLens makes of them (`bridge_of`).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,6 @@ import torch as t
 from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources._bridge_builder import (
-    build_bridge_from_module,
-)
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -32,8 +33,15 @@ from transformers import (
 )
 
 from auto_circuit.model_utils.transformer_lens_utils import native_bridge
-
-N_LAYERS, N_HEADS, D_MODEL, VOCAB, N_CTX = 2, 4, 32, 40, 16
+from tests.families import (
+    D_MODEL,
+    N_CTX,
+    N_HEADS,
+    N_LAYERS,
+    VOCAB,
+    bridge_of,
+    randomize,
+)
 
 SIZES: dict[str, Any] = {
     "num_hidden_layers": N_LAYERS,
@@ -45,17 +53,9 @@ SIZES: dict[str, Any] = {
 }
 
 
-def randomize(model: t.nn.Module, seed: int = 0) -> None:
-    """Every parameter random, biases and norm weights included."""
-    generator = t.Generator().manual_seed(seed)
-    for param in model.parameters():
-        param.data = 0.2 * t.randn(param.shape, generator=generator, dtype=param.dtype)
-
-
 def _bridge(model: PreTrainedModel) -> TransformerBridge:
     randomize(model)
-    bridge = build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
-    return bridge.eval().requires_grad_(False)
+    return bridge_of(model)
 
 
 def gpt2(
