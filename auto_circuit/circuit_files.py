@@ -66,19 +66,10 @@ def scored_edges(
     """
     if threshold != math.inf:  # the edges that ACDC never takes out
         threshold = check_number("threshold", threshold)
-    prune_scores = _ranked(model, prune_scores)
-    dests = {(dest.module_name, dest.head_idx): dest for dest in model.dests}
-    found = []
-    for module_name, raw_scores in prune_scores.items():
-        scores = raw_scores.cpu().double()
-        idxs = ((scores.abs() >= threshold) & (scores != 0)).nonzero()
-        values = scores[tuple(idxs.T)].tolist()
-        has_heads = (module_name, None) not in dests
-        for idx, value in zip(idxs.tolist(), values, strict=True):
-            dest = dests[module_name, idx[-2] if has_heads else None]
-            src = model.srcs[dest.min_src_idx + idx[-1]]
-            found.append((Edge(src, dest, idx[0] if model.seq_len else None), value))
-    return sorted(found)
+    scores = model.in_edge_order(_ranked(model, prune_scores)).double()
+    places = ((scores.abs() >= threshold) & (scores != 0)).nonzero()[:, 0]
+    edges = map(model.edge_table.edge, places.tolist())
+    return list(zip(edges, scores[places].tolist(), strict=True))
 
 
 def _ranked(model: PatchableModel, prune_scores: PruneScores) -> PruneScores:
@@ -90,36 +81,16 @@ def _ranked(model: PatchableModel, prune_scores: PruneScores) -> PruneScores:
     return prune_scores
 
 
-class _EdgeFinder:
-    """Finds edges by name, without making all the others."""
-
-    def __init__(self, model: PatchableModel) -> None:
-        self.model = model
-        self.srcs: dict[str, SrcNode] = {src.name: src for src in model.srcs}
-        self.dests: dict[str, DestNode] = {dest.name: dest for dest in model.dests}
-
-    def __call__(self, name: str) -> Edge:
-        bare_name, position = split_edge_name(name)
-        if self.model.seq_len is not None and position is None:
-            raise GraphError(
-                f"The edge {name!r} has no position, but in this graph each of "
-                f'{self.model.seq_len} positions has its own: "{name} @ 0".'
-            )
-        src_name, _, dest_name = bare_name.partition("->")
-        src, dest = self.srcs.get(src_name), self.dests.get(dest_name)
-        if src is not None and dest is not None and self._is_edge(src, dest, position):
-            return Edge(src, dest, position)
-        # Only for its error, which names the nearest edges.
-        return self.model.find_edges(name)[0]
-
-    def _is_edge(self, src: SrcNode, dest: DestNode, position: int | None) -> bool:
-        in_srcs = self.model.wrapper(dest.module_name).in_srcs
-        assert in_srcs is not None
-        if not in_srcs.start <= src.src_idx < in_srcs.stop:
-            return False
-        if self.model.seq_len is None or position is None:
-            return self.model.seq_len is position
-        return position < self.model.seq_len
+def _edge_named(model: PatchableModel, name: str) -> Edge:
+    """The one edge of a name. Raises GraphError, also if the name lacks its position."""
+    _, position = split_edge_name(name)
+    if model.seq_len is not None and position is None:
+        raise GraphError(
+            f"The edge {name!r} has no position, but in this graph each of "
+            f'{model.seq_len} positions has its own: "{name} @ 0".'
+        )
+    (edge,) = model.find_edges(name)
+    return edge
 
 
 # ------------------------------------------------------------------------- our format
@@ -311,11 +282,10 @@ def _score(path: Path | str, name: str, value: Any) -> float:
 def _scores_by_name(
     path: Path | str, model: PatchableModel, named: Mapping[str, float]
 ) -> PruneScores:
-    find_edge = _EdgeFinder(model)
     scores = model.new_prune_scores()
     for name, value in named.items():
         try:
-            edge = find_edge(name)
+            edge = _edge_named(model, name)
         except GraphError as error:
             raise GraphError(f"{path}: {error}") from None
         of_module = scores[edge.dest.module_name]

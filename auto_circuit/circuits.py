@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch as t
 from jaxtyping import Float, Shaped
@@ -27,6 +28,8 @@ from auto_circuit.utils.patchable_model import PatchableModel
 
 CircuitMasks = Mapping[str, PerEdge]
 """Destination module -> `[seq?, head?, src]`: True for the edges of the circuit."""
+_Place = int | EllipsisType
+"""A position; `...`: all, or that of a graph which tells none apart."""
 
 
 @checked
@@ -56,7 +59,8 @@ class Circuit(Mapping[str, PerEdge]):
     @property
     def edges(self) -> list[Edge]:
         """Its edges, in the order of the graph."""
-        return [edge for edge in self.model.edges if edge.prune_score(self.masks)]
+        places = self.model.in_edge_order(self.masks).nonzero()[:, 0].tolist()
+        return [self.model.edge_table.edge(place) for place in places]
 
     @property
     def names(self) -> list[str]:
@@ -142,20 +146,23 @@ class Circuit(Mapping[str, PerEdge]):
         by_node = not (self.model.is_factorized and other.is_factorized)
         by_position = self.model.seq_len is not None and other.seq_len is not None
 
-        def key(edge: Edge) -> tuple[str, int | None]:
-            name = edge.src.name if by_node else edge.name
-            return name, edge.seq_idx if by_position else None
-
-        inside = {key(edge) for edge in self.edges}
         components = {src.name for src in self.model.srcs}
-        return circuit_of_edges(
-            other,
-            [
-                edge
-                for edge in other.edges
-                if key(edge) in inside or edge.src.name not in components
-            ],
-        )
+        kept: set[tuple[str, _Place]] = {
+            (src.name, ...) for src in other.srcs if src.name not in components
+        }
+        names: set[tuple[str, _Place]] = set()
+        for edge in self.edges:
+            place = edge.seq_idx if by_position and edge.seq_idx is not None else ...
+            if by_node:
+                kept.add((edge.src.name, place))
+            else:
+                names.add((edge.name, place))
+        masks = all_edges(other).complement().masks
+        for name, place in kept:
+            _keep_all_from(other, masks, name, place)
+        for name, place in names:
+            _keep_named(other, masks, name, place)
+        return Circuit(other, masks)
 
     def _with(self, masks: CircuitMasks) -> Circuit:
         return Circuit(self.model, masks)
@@ -224,6 +231,35 @@ def all_edges(model: PatchableModel) -> Circuit:
     """The circuit that is the whole graph."""
     zeros = model.new_prune_scores()
     return Circuit(model, {name: score == 0 for name, score in zeros.items()})
+
+
+def _keep_all_from(
+    model: PatchableModel, masks: CircuitMasks, src_name: str, place: _Place
+) -> None:
+    """Put all edges of a source into a circuit's masks, if the graph has the source."""
+    src = model.edge_table.srcs_by_name.get(src_name)
+    if src is None or not _is_there(model, place):
+        return
+    for wrapper in model.dest_wrappers:
+        srcs = wrapper.in_srcs
+        if srcs is not None and srcs.start <= src.src_idx < srcs.stop:
+            # At one position [head? src], at all [seq? head? src]: for all heads.
+            masks[wrapper.module_name][place][..., src.src_idx - srcs.start] = True
+
+
+def _keep_named(
+    model: PatchableModel, masks: CircuitMasks, name: str, place: _Place
+) -> None:
+    """Put the edge of a name into a circuit's masks, if the graph has it."""
+    table = model.edge_table
+    edge = table.named(name, table.positions[0])
+    if edge is not None and _is_there(model, place):
+        at_no_position = Edge(edge.src, edge.dest).patch_idx
+        masks[edge.dest.module_name][(place, *at_no_position)] = True
+
+
+def _is_there(model: PatchableModel, place: _Place) -> bool:
+    return place is ... or model.edge_table.has_position(place)
 
 
 @checked

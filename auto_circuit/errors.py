@@ -49,13 +49,17 @@ class TrainingError(AutoCircuitError, ArithmeticError):
     """A training of masks has diverged."""
 
 
-def near_matches(name: str, known: Iterable[str], n: int = 3) -> str:
-    """A clause that names the closest known names, for the end of an error's text."""
+def nearest_names(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """The known names that are closest to one, the closest first; none if all are far."""
     by_lower = {word.lower(): word for word in known}
     matches = difflib.get_close_matches(name.lower(), list(by_lower), n=n, cutoff=0.5)
-    if not matches:
-        return ""
-    return f" Did you mean {' or '.join(repr(by_lower[match]) for match in matches)}?"
+    return [by_lower[match] for match in matches]
+
+
+def near_matches(name: str, known: Iterable[str], n: int = 3) -> str:
+    """A clause that names the closest known names, for the end of an error's text."""
+    matches = nearest_names(name, known, n)
+    return f" Did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 
 
 def one_line(text: object) -> str:

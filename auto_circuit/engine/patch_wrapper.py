@@ -120,6 +120,11 @@ class PatchWrapperImpl(PatchWrapper):
         assert self.patch_mask is not None, f"{self.module_name} is no destination"
         return self.patch_mask
 
+    @property
+    def one_mask(self) -> Mask:
+        """The mask's values; where every example has its own, the first one's."""
+        return self.mask.data if self.mask_batch_size is None else self.mask.data[0]
+
     def set_mask_batch_size(self, batch_size: int | None) -> None:
         """Repeat the mask for each of `batch_size` examples, or keep the first's (None).
 

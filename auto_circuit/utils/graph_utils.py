@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from auto_circuit.checks import check_count, check_number, checked
+from auto_circuit.edge_sequence import EdgeSequence
 from auto_circuit.engine.edge_matrices import (
     DestPort,
     PatchPlan,
@@ -33,7 +34,12 @@ from auto_circuit.types import DestNode, Edge, MaskFn, Node, OutputSlice, SrcNod
 from auto_circuit.utils.component_links import check_words
 from auto_circuit.utils.edge_counts import edge_counts_util
 from auto_circuit.utils.module_use import in_use
-from auto_circuit.utils.patchable_model import LAST_POSITION, PatchableModel, unpatched
+from auto_circuit.utils.patchable_model import (
+    LAST_POSITION,
+    EdgeDict,
+    PatchableModel,
+    unpatched,
+)
 from auto_circuit.utils.torch_state import (
     eval_mode,
     in_own_state,
@@ -196,8 +202,8 @@ def graph_edges(
     OrderedSet[Node],
     OrderedSet[SrcNode],
     OrderedSet[DestNode],
-    dict[int | None, list[Edge]],
-    OrderedSet[Edge],
+    EdgeDict,
+    EdgeSequence,
     int,
     int | None,
 ]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
 from auto_circuit.checks import checked, is_number, shown
+from auto_circuit.edge_sequence import EdgeSequence, EdgeTable, NamedEdges
 from auto_circuit.engine.buffers import PassBuffers
 from auto_circuit.engine.edge_matrices import PatchPlan
 from auto_circuit.engine.masks_put_back import MasksPutBack, MasksPutBackWarning
@@ -44,7 +45,7 @@ from auto_circuit.prefix_cache import (
     make_prefix_cache,
 )
 from auto_circuit.ranking import score_in_dtype, score_tensors
-from auto_circuit.types import DestNode, Edge, Node, PruneScores, SrcNode
+from auto_circuit.types import DestNode, Edge, Node, PerEdge, PruneScores, SrcNode
 from auto_circuit.utils.module_use import being_read, in_use, is_in_use
 from auto_circuit.utils.torch_state import (
     all_modules,
@@ -57,7 +58,7 @@ from auto_circuit.utils.user_hooks import UserHooks
 from auto_circuit.weights import WeightFingerprint
 
 LAST_POSITION = (slice(None), -1)
-EdgeDict = dict[int | None, list[Edge]]
+EdgeDict = Mapping[int | None, Sequence[Edge]]
 
 
 class PatchableModel(Module):
@@ -67,7 +68,8 @@ class PatchableModel(Module):
 
     nodes, srcs, dests: the graph's nodes, in their fixed order.
     edges, edge_dict, edge_name_dict, n_edges: the edges, in their fixed order; by
-        position (None without positions); by position and name; how many there are.
+        position (None without positions); by position and name; how many there are. No list
+        of them is kept: an edge is made when it is asked for.
     seq_dim, seq_len: the position dimension of activations, and the number of positions
         if each has edges of its own.
     wrappers, src_wrappers, dest_wrappers: the patch wrappers.
@@ -107,7 +109,7 @@ class PatchableModel(Module):
         kv_caches: Sequence[PrefixCache | None] = (None,),
         keep_positions: bool = False,
         edge_dict: EdgeDict | None = None,
-        edges: OrderedSet[Edge] | None = None,
+        edges: Sequence[Edge] | None = None,
     ) -> None:
         super().__init__()
         self.nodes = nodes
@@ -204,36 +206,45 @@ class PatchableModel(Module):
     # ------------------------------------------------------------------- the graph
 
     @cached_property
+    def edge_table(self) -> EdgeTable:
+        """Which sources each destination reads."""
+        in_srcs = [self.wrapper(dest.module_name).in_srcs for dest in self.dests]
+        read = tuple(range(srcs.start, srcs.stop) for srcs in in_srcs if srcs is not None)
+        return EdgeTable(tuple(self.srcs), tuple(self.dests), read, self.seq_len)
+
+    @cached_property
+    def edges(self) -> EdgeSequence:
+        """All the edges: by position, destination and source. None is kept in memory."""
+        return EdgeSequence(self.edge_table)
+
+    @cached_property
     def edge_dict(self) -> EdgeDict:
         """The edges at each position; the only key is None without positions."""
-        positions = [None] if self.seq_len is None else list(range(self.seq_len))
-        pairs = [
-            (src, dest)
-            for dest in self.dests
-            for src in self.srcs[self.wrapper(dest.module_name).in_srcs]  # type: ignore[index]
-        ]
+        edges, n_each = EdgeSequence(self.edge_table), self.edge_table.n_at_position
         return {
-            seq_idx: sorted(Edge(src, dest, seq_idx) for src, dest in pairs)
-            for seq_idx in positions
+            seq_idx: edges[i * n_each : (i + 1) * n_each]
+            for i, seq_idx in enumerate(self.edge_table.positions)
         }
 
     @cached_property
-    def edges(self) -> OrderedSet[Edge]:
-        """All the edges: by position, destination and source."""
-        return OrderedSet(edge for edges in self.edge_dict.values() for edge in edges)
-
-    @cached_property
-    def edge_name_dict(self) -> dict[int | None, dict[str, Edge]]:
+    def edge_name_dict(self) -> dict[int | None, NamedEdges]:
         """At each position: name -> edge."""
-        return {
-            seq_idx: {edge.name: edge for edge in edges}
-            for seq_idx, edges in self.edge_dict.items()
-        }
+        positions = self.edge_table.positions
+        return {seq_idx: NamedEdges(self.edge_table, seq_idx) for seq_idx in positions}
 
     @property
     def n_edges(self) -> int:
         """The number of edges, counted at each position if these are told apart."""
-        return sum(score.numel() for score in self.new_prune_scores().values())
+        return self.edge_table.n_edges
+
+    def in_edge_order(self, values: Mapping[str, PerEdge]) -> Shaped[Tensor, "edges"]:
+        """Scores (or masks, or a circuit) in the order of `edges`, on the CPU."""
+        n_positions = len(self.edge_table.positions)
+        # Destinations of a module follow each other, and so do its rows: a module of 2 heads
+        # with 3 sources is [position 2 3], and [position 6] in the order of edges.
+        modules = dict.fromkeys(dest.module_name for dest in self.edge_table.dests)
+        parts = [values[name].detach().cpu().reshape(n_positions, -1) for name in modules]
+        return t.cat(parts, 1).flatten()
 
     def wrapper(self, module_name: str) -> PatchWrapperImpl:
         """The wrapper at a module. Raises GraphError if no node is there."""
@@ -252,14 +263,15 @@ class PatchableModel(Module):
         are several); `"A0.1->MLP 2 @ 3"` the one at position 3. Raises GraphError, with
         near matches, if the graph has no such edge.
         """
+        table = self.edge_table
         if isinstance(edge, Edge):
-            known = self.edge_name_dict.get(edge.seq_idx, {}).get(edge.name)
-            if known is None or known != edge:
+            place = table.place(edge)
+            if place is None:
                 raise self._unknown_edge(repr(edge))
-            return [known]
+            return [table.edge(place)]
         name, position = split_edge_name(edge)
-        seq_idxs = list(self.edge_dict) if position is None else [position]
-        found = [self.edge_name_dict.get(seq_idx, {}).get(name) for seq_idx in seq_idxs]
+        seq_idxs = table.positions if position is None else [position]
+        found = [table.named(name, seq_idx) for seq_idx in seq_idxs]
         edges = [edge for edge in found if edge is not None]
         if not edges or len(edges) != len(found):
             raise self._unknown_edge(edge)
@@ -279,11 +291,10 @@ class PatchableModel(Module):
 
     def _unknown_edge(self, name: str) -> GraphError:
         bare_name, _, position = name.partition(" @ ")
-        names = next(iter(self.edge_name_dict.values()))
         where = f" The graph has {self.seq_len} positions." if self.seq_len else ""
         if position and self.seq_len is None:
             where = " The graph does not tell positions apart (`seq_len` is None)."
-        hint = "" if bare_name in names else near_matches(bare_name, names)
+        hint = self.edge_table.hint(bare_name)
         return GraphError(f"The graph has no edge {name!r}.{hint}{where}")
 
     # -------------------------------------------------------------- masks and scores
@@ -318,9 +329,7 @@ class PatchableModel(Module):
         scores = {}
         with own_computation():
             for wrapper in self.dest_wrappers:
-                mask = wrapper.mask.data
-                one = mask if wrapper.mask_batch_size is None else mask[0]
-                scores[wrapper.module_name] = t.full_like(one, init_val)
+                scores[wrapper.module_name] = t.full_like(wrapper.one_mask, init_val)
         return scores
 
     @checked
@@ -329,8 +338,8 @@ class PatchableModel(Module):
 
         Raises GraphError for scores that are not of this graph: other names or shapes.
         """
-        masks = self.new_prune_scores()
-        expected = {name: zero.shape for name, zero in masks.items()}
+        masks = {wrapper.module_name: wrapper.one_mask for wrapper in self.dest_wrappers}
+        expected = {name: mask.shape for name, mask in masks.items()}
         found = score_tensors(prune_scores) if prune_scores else {}
         for module_name, scores in found.items():
             if module_name not in expected:

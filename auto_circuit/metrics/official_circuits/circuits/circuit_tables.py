@@ -143,7 +143,7 @@ class CircuitGraph:
             Edge(src, dest, seq_idx)
             for dest in dests
             for src in srcs
-            if _reads(self.model, dest, src)
+            if self.model.edge_table.reads(dest, src)
             for seq_idx in seq_idxs
         }
 
@@ -191,8 +191,8 @@ def circuit_graph(
         _check_prompt_len(model, prompt_len, seq_start_idx)
     return CircuitGraph(
         model=model,
-        srcs={src.name: src for src in model.srcs},
-        dests={dest.name: dest for dest in model.dests},
+        srcs=model.edge_table.srcs_by_name,
+        dests=model.edge_table.dests_by_name,
         prompt=PromptPlaces(token_positions, word_idxs, seq_start_idx),
     )
 
@@ -212,11 +212,6 @@ def pairs(names: Sequence[str]) -> Iterator[str]:
     """The edges from each node to every later one of a list."""
     for i, src in enumerate(names):
         yield from (f"{src}->{dest}" for dest in names[i + 1 :])
-
-
-def _reads(model: PatchableModel, dest: DestNode, src: SrcNode) -> bool:
-    in_srcs = model.wrapper(dest.module_name).in_srcs
-    return in_srcs is not None and in_srcs.start <= src.src_idx < in_srcs.stop
 
 
 def _named(nodes: Mapping[str, AnyNode], name: str) -> AnyNode:
