@@ -417,8 +417,8 @@ def _constant_at(
     scale = written + written.mean(-1, keepdim=True)
     # A mean over positions is as far off as these are, also where little is written.
     scale = scale + scale.mean(dim=(0, 1, 2))
-    tolerance = SUM_ROUNDING * t.finfo(read.dtype).eps * scale
     error = (rest - constant).abs()
+    tolerance = (SUM_ROUNDING * t.finfo(read.dtype).eps * scale).expand_as(error)
     if not (error <= tolerance).all():
         worst = (error / tolerance).nan_to_num(t.inf).argmax()
         raise ModelError(
