@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
+from auto_circuit.engine.kept_sources import KeptSources
 from auto_circuit.engine.patch_wrapper import PatchWrapperImpl
 from auto_circuit.model_utils.model_adapter import HeadInputs, SrcSite
 from auto_circuit.utils.user_hooks import Bypassed
@@ -146,17 +147,35 @@ class PatchPlan:
     matrix_groups: the matrices, in the order in which the model needs them; those that
         share a port are in one group.
     blocks: the modules that the residual stream passes one after the other, if any.
+    kept: which sources a pass keeps, if not all (see `kept_sources`).
     """
 
     matrix_groups: tuple[tuple[EdgeMatrix, ...], ...]
     dest_ports: tuple[DestPort, ...]
     src_ports: tuple[SrcPort, ...]
     blocks: tuple[Module, ...] = ()
+    kept: KeptSources | None = None
 
     @property
     def n_srcs(self) -> int:
         """The number of sources."""
         return max(port.srcs.stop for port in self.src_ports)
+
+    @property
+    def n_slots(self) -> int:
+        """How many differences there are: of each source, or what is kept."""
+        return self.n_srcs if self.kept is None else len(self.kept.slots)
+
+    def slots_of(self, srcs: slice) -> slice:
+        """Where the differences of these sources are."""
+        return srcs if self.kept is None else self.kept.of(srcs)
+
+    def written(
+        self, port: SrcPort, out: Written
+    ) -> Float[Tensor, "batch seq slot d_model"]:
+        """What goes to a source port's slots, from the output of its module."""
+        heads = port.outputs(out)
+        return heads if self.kept is None else self.kept.added_up(port.srcs, heads)
 
     @property
     def matrices(self) -> Iterator[EdgeMatrix]:

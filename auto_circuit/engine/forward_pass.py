@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import Function, Variable
 
 from auto_circuit.engine.edge_matrices import DestPort, SrcPort, Written
+from auto_circuit.engine.kept_sources import KeptSources
 from auto_circuit.errors import GraphError
 
 Residual = Float[Tensor, "batch seq d_model"]
@@ -31,6 +32,7 @@ class ForwardPass:
 
     diff: the differences; grad_buffer: their gradients.
     is_dense: gradients may flow. All sources are recorded then, source `i` in slot `i`.
+    kept: the sources that have slots, if not all.
     holds_patches: in the slots of `diff` that are not written yet are the patches that
         the differences will be made from.
     scratch: memory for the rows of one matrix of heads at a time.
@@ -46,6 +48,7 @@ class ForwardPass:
     scratch: Float[Tensor, "value"] | None = None
     has_grad: bool = False
     awaits_backward: bool = False
+    kept: KeptSources | None = None
     backward_id: int | None = None
     residuals: dict[DestPort, Residual] = field(default_factory=dict)
     head_outs: dict[DestPort, list[Float[Tensor, "batch seq _"]]] = field(
@@ -140,7 +143,10 @@ class _WriteSource(Function):
             return grad_out, None, None
         # A module of 4 heads that are the sources 9..12: slots 9..12 of each token,
         # [token 4 d_model].
-        of_srcs = forward_pass.grad_buffer[:, port.srcs]
+        of_slots, kept = forward_pass.grad_buffer, forward_pass.kept
+        of_srcs = (
+            of_slots[:, port.srcs] if kept is None else kept.spread(port.srcs, of_slots)
+        )
         (out,) = ctx.saved_tensors or (None,)
         sent_back = port.grad_of_out(out, of_srcs)
         return grad_out - sent_back.reshape(grad_out.shape), None, None

@@ -55,7 +55,7 @@ def head_outputs(
     if grad_of_weights or (
         t.is_grad_enabled() and x.requires_grad and not work.does_nothing
     ):
-        if _has_closed_form(heads):
+        if has_closed_form(heads):
             return _in_closed_form(work, x, normed)
         outs = _project(heads, _norm(heads, work.read_with_gradients(x)))
         return [out.unflatten(0, x.shape[:2]) for out in outs]
@@ -236,7 +236,7 @@ def _send_to_inputs(
         out.baddbmm_(grad.transpose(0, 1), weight, beta=0 if is_first else 1)
 
 
-def _has_closed_form(heads: HeadInputs) -> bool:
+def has_closed_form(heads: HeadInputs) -> bool:
     """Can gradients of the inputs be had without running the norm for each head?
 
     Not if somebody's hook changes what the norm gives, or its gradient, or if weights are

@@ -245,7 +245,8 @@ class MatrixWork:
     def send_back(self, grads: Rows) -> None:
         """Add to the gradient of the differences what comes from the rows."""
         weights = self._per_token(self.weights).mT
-        self.forward_pass.add_gradient(self.matrix.lo, weights, grads)
+        assert isinstance(self.columns, slice)
+        self.forward_pass.add_gradient(self.columns.start, weights, grads)
 
 
 class _ReadMatrix(Function):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch as t
 
-from auto_circuit.engine.edge_matrices import DestPort, EdgeMatrix
+from auto_circuit.engine.edge_matrices import DestPort, EdgeMatrix, PatchPlan
 from auto_circuit.engine.forward_pass import ForwardPass
 from auto_circuit.engine.matrix_work import Columns, MatrixWork, Weights
 from auto_circuit.engine.patch_wrapper import MaskWeights, PatchWrapperImpl
@@ -74,9 +74,9 @@ def stack_rows(
 
 
 def dense_works(
-    weights: Mapping[EdgeMatrix, Weights], n_srcs: int, forward_pass: ForwardPass
+    weights: Mapping[EdgeMatrix, Weights], plan: PatchPlan, forward_pass: ForwardPass
 ) -> PassWorks:
-    """All edges of all matrices; source `i` is in slot `i`."""
+    """All edges of all matrices, from the sources that the plan keeps; else all."""
     # One transfer for all the matrices: a GPU would stop at each.
     is_used = t.stack([w.detach().any() for w in weights.values()]).tolist()
     works = [
@@ -84,14 +84,14 @@ def dense_works(
             matrix,
             forward_pass,
             w,
-            slice(matrix.lo, matrix.hi),
+            plan.slots_of(slice(matrix.lo, matrix.hi)),
             list(range(matrix.n_rows)),
             does_nothing=not used,
-            inputs_slot=matrix.hi,
+            inputs_slot=plan.slots_of(slice(matrix.lo, matrix.hi)).stop,
         )
         for (matrix, w), used in zip(weights.items(), is_used, strict=True)
     ]
-    slots = {src: src for src in range(n_srcs)}
+    slots = {src: src for src in range(plan.n_slots)}
     return PassWorks(by_port(works), slots, frozenset(slots))
 
 

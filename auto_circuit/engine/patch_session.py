@@ -40,6 +40,7 @@ from auto_circuit.engine.edge_matrices import (
 from auto_circuit.engine.forward_pass import ForwardPass, Residual, write_source
 from auto_circuit.engine.head_inputs import (
     Outputs,
+    has_closed_form,
     head_outputs,
     linear_forward,
     outputs_of,
@@ -277,24 +278,25 @@ class PatchSession:
     # ------------------------------------------------------------------ sources
 
     def _write(self, port: SrcPort, out: Written) -> Written | None:
-        if port.srcs.start == 0:
+        if port is self.plan.src_ports[0]:
             self._begin(out)
         forward_pass = self._current_pass()
         self._record(port, out.detach())
         if _needs_grad(forward_pass, out) and not self.differences:
+            if not self._slots_of(port):
+                return None
             return write_source(forward_pass, port, out)
         return None
 
     def _record(self, port: SrcPort, out: Written) -> None:
         diff, works = self._current_pass().diff, self._current_works()
         assert diff is not None
-        srcs = port.srcs
-        all_srcs = range(srcs.start, srcs.stop)
+        srcs, all_srcs = self.plan.slots_of(port.srcs), self._slots_of(port)
         recorded = [i for i, src in enumerate(all_srcs) if src in works.recorded]
         if not recorded and self.curr_src_outs is None:
             return
         with t.no_grad():
-            heads = port.outputs(out)
+            heads = self.plan.written(port, out)
         if self.curr_src_outs is not None:
             # What was made in inference mode can be changed in it alone.
             with t.inference_mode(self.curr_src_outs.is_inference()), t.no_grad():
@@ -311,6 +313,10 @@ class PatchSession:
         for i in recorded:
             of_src = diff[:, :, works.slots[srcs.start + i]]
             self._subtract(self.patch[srcs.start + i], heads[:, :, i], of_src)
+
+    def _slots_of(self, port: SrcPort) -> range:
+        slots = self.plan.slots_of(port.srcs)
+        return range(slots.start, slots.stop)
 
     def _subtract(
         self,
@@ -342,22 +348,35 @@ class PatchSession:
         """A new pass, whose first source writes `start`."""
         batch, seq, d_model = start.shape
         self._repeat_for(batch)
-        self._check_may_begin((self.plan.n_srcs, batch, seq, d_model))
+        self._check_may_begin((self.plan.n_slots, batch, seq, d_model))
         self._forget_what_is_stale()
         self._meet_users_hooks()
         weights = self._matrix_weights(batch, seq, list(self.plan.matrices))
         is_dense = t.is_grad_enabled() and (start.requires_grad or self.needs_grad())
-        forward_pass = ForwardPass(is_dense=is_dense)
+        forward_pass = ForwardPass(is_dense=is_dense, kept=self.plan.kept)
         if is_dense:
             self._check_no_backward_hooks()
-            works = dense_works(weights, self.plan.n_srcs, forward_pass)
+            works = dense_works(weights, self.plan, forward_pass)
         else:
             works = self._sparse_works(weights, forward_pass)
         self._overwritten_from = len(self.plan.blocks)
-        # A slot more: see `MatrixWork.compute_inputs`.
-        n_slots = min(len(works.slots) + 1, self.plan.n_srcs)
-        self._give_buffers(forward_pass, (batch, seq, n_slots, d_model))
+        shape = (batch, seq, self._n_slots(works), d_model)
+        self._give_buffers(forward_pass, shape)
         self.forward_pass, self._works = forward_pass, works
+
+    def _n_slots(self, works: PassWorks) -> int:
+        """A slot more, after the last source, for the input of heads that read it."""
+        if self.plan.kept is None:
+            return min(len(works.slots) + 1, self.plan.n_srcs)
+        # One that is not needed would keep `overwrite_patch` from saving a buffer.
+        inputs = [
+            work.inputs_slot + 1
+            for port, of_port in works.of_port.items()
+            for work in of_port
+            if port.heads is not None
+            and not (work.does_nothing and has_closed_form(port.heads))
+        ]
+        return max([self.plan.n_slots, *inputs])
 
     def _check_may_begin(self, shape: tuple[int, ...]) -> None:
         if self.patch.shape != shape:
@@ -443,7 +462,10 @@ class PatchSession:
                     f"of {mask.shape[1]} positions, but the input has {batch} of {seq}. "
                     "See `set_mask_batch_size` and `patchable_model(..., seq_len=)`."
                 )
-        return {matrix: stack_rows(matrix, masks) for matrix in matrices}
+        weights = {matrix: stack_rows(matrix, masks) for matrix in matrices}
+        if self.plan.kept is None:
+            return weights
+        return {m: self.plan.kept.columns(m.lo, m.hi, w) for m, w in weights.items()}
 
     def _sparse_works(
         self, weights: dict[EdgeMatrix, Weights], forward_pass: ForwardPass
@@ -455,6 +477,7 @@ class PatchSession:
             not self.differences and not self._hook_ids and self.weights.holds()
         )
         edges = edges_to_use(weights, self.plan.matrix_groups, may_use_base)
+        assert self.plan.kept is None, "only passes with gradients keep some sources"
         all_srcs = range(self.plan.n_srcs)
         with_slot = all_srcs if self.keeps_layers else used_srcs(edges)
         works = sparse_works(weights, edges, slots_of(with_slot), forward_pass)

@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch, Side
-from auto_circuit.engine.edge_matrices import SrcPort
+from auto_circuit.engine.edge_matrices import PatchPlan, SrcPort
 from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, BatchKey
@@ -226,7 +226,7 @@ def _recorded(
         )
         for port in model.plan.src_ports:
             handle = port.site.module.register_forward_hook(
-                partial(_record_port, record, port)
+                partial(_record_port, record, model.plan, port)
             )
             stack.callback(handle.remove)
         yield
@@ -234,12 +234,15 @@ def _recorded(
 
 def _record_port(
     record: Callable[[slice, Tensor], None],
+    plan: PatchPlan,
     port: SrcPort,
     module: Module,
     args: Any,
     out: Tensor,
 ) -> None:
-    record(port.srcs, port.outputs(out))
+    slots = plan.slots_of(port.srcs)
+    if slots.start < slots.stop:
+        record(slots, plan.written(port, out))
 
 
 @checked
@@ -276,7 +279,7 @@ class _Recorder:
 
     def record(self, srcs: slice, heads: Float[Tensor, "batch seq src d_model"]) -> None:
         batch, seq, _, d_model = heads.shape
-        shape = (batch, seq, self.model.plan.n_srcs, d_model)
+        shape = (batch, seq, self.model.plan.n_slots, d_model)
         if self.buffer is None or self.buffer.shape != shape:
             self.buffer = self.model.pass_buffers.new(heads, shape)
         self.buffer[:, :, srcs] = heads

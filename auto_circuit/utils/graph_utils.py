@@ -527,10 +527,10 @@ def _as_written(model: PatchableModel, patch_src_outs: Tensor) -> Tensor:
     if patch_src_outs.layout != t.strided or patch_src_outs.is_meta:
         raise GraphError(f"{given}, which hold no numbers that can be patched in.")
     shape = tuple(patch_src_outs.shape)
-    if (len(shape), shape[:1], shape[-1:]) != (4, (model.plan.n_srcs,), written.shape):
+    if (len(shape), shape[:1], shape[-1:]) != (4, (model.plan.n_slots,), written.shape):
         raise GraphError(
             f"The activations to patch in have shape {shape}; expected [sources, batch, "
-            f"positions, d_model] = [{model.plan.n_srcs}, batch, positions, "
+            f"positions, d_model] = [{model.plan.n_slots}, batch, positions, "
             f"{len(written)}]. Compute them with `src_ablations`."
         )
     if not _is_exact(patch_src_outs.dtype, written.dtype):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch as t
 from torch import Tensor
+from torch.nn import Identity
 
-from auto_circuit.engine.edge_matrices import EdgeMatrix
+from auto_circuit.engine.edge_matrices import EdgeMatrix, PatchPlan, SrcPort
 from auto_circuit.engine.forward_pass import ForwardPass
 from auto_circuit.engine.pass_works import (
     UsedEdges,
@@ -18,11 +19,15 @@ from auto_circuit.engine.pass_works import (
     used_edges,
     used_srcs,
 )
+from auto_circuit.engine.patch_wrapper import PatchWrapperImpl
+from auto_circuit.model_utils.model_adapter import SrcSite
 from tests.engine.planning import matrix_of, port, weights_of
 
 HEADS, MLP = port("heads", 0, 3, n_rows=2), port("MLP", 0, 3)
 MATRIX = matrix_of(HEADS, MLP)
 END = matrix_of(port("end", 1, 5))
+SOURCES = PatchWrapperImpl("sources", is_src=True, src_idxs=slice(0, 5))
+PLAN = PatchPlan((), (), (SrcPort(SOURCES, SrcSite(Identity())),))
 
 # ------------------------------------------------------------------- masks to weights
 
@@ -156,7 +161,7 @@ def test_sparse_works_of_all_matrices() -> None:
 
 def test_dense_works_use_all_that_there_is() -> None:
     weights = {MATRIX: t.zeros(1, 1, 3, 3), END: weights_of([[0.0, 0.1, 0.0, 0.0]])}
-    works = dense_works(weights, 5, ForwardPass())
+    works = dense_works(weights, PLAN, ForwardPass())
     assert (works.slots, works.recorded) == ({i: i for i in range(5)}, set(range(5)))
     assert works.patched_base == frozenset()
     (of_mlp,), (of_end,) = works.of_port[MLP], works.of_port[END.ports[0]]
