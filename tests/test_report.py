@@ -23,7 +23,7 @@ from auto_circuit.files import checksum
 from auto_circuit.metrics.paired_comparisons import Comparison
 from auto_circuit.prune_algos.prune_algos import find_prune_algo
 from auto_circuit.report_page import words, writing
-from auto_circuit.report_page.figures import plotly_js
+from auto_circuit.report_page.figures import zipped_plotly_js
 from auto_circuit.report_page.page import PageData, report_page
 from auto_circuit.report_page.words import Facts, command_line, verdict
 from auto_circuit.report_page.writing import GrowingPage
@@ -99,9 +99,9 @@ def without_plotly() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         for place in ("plotly.offline.get_plotlyjs", "plotly.io._html.get_plotlyjs"):
             patched.setattr(place, lambda: "/* Plotly */")
-        plotly_js.cache_clear()
+        zipped_plotly_js.cache_clear()
         yield
-    plotly_js.cache_clear()
+    zipped_plotly_js.cache_clear()
 
 
 @pytest.fixture(scope="module")

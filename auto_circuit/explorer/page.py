@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from auto_circuit.checks import checked
 from auto_circuit.explorer.data import TaskView
+from auto_circuit.explorer.packing import packed
 from auto_circuit.explorer.picture import first_picture
 from auto_circuit.files import path_in_folder, write_text
 
 BUILT = Path(__file__).parent / "built" / "explorer.js"
 """The JavaScript, built from `src/` by `npm run build`."""
-
-ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
-"""In JSON these are in texts only, and there they may be written like that."""
 
 
 @checked
@@ -28,7 +25,7 @@ def explorer_html(views: Sequence[TaskView]) -> str:
     """
     return (
         "<div data-auto-circuit-explorer>"
-        f'<script type="application/json">{explorer_json(views)}</script>'
+        f'<script type="text/plain">{packed(views)}</script>'
         f"{first_picture(views)}</div>\n"
         f'<script type="module">{built_javascript()}</script>'
     )
@@ -54,16 +51,6 @@ def write_explorer(
         "</html>\n",
     )
     return path
-
-
-def explorer_json(views: Sequence[TaskView]) -> str:
-    """The data of some tasks as JSON that can stand in a page."""
-    data = {"tasks": [view.as_data() for view in views]}
-    # ASCII: no character that ends a line in JavaScript, or turns the text's direction.
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    for character, escaped in ESCAPES.items():
-        text = text.replace(character, escaped)
-    return text
 
 
 def built_javascript() -> str:

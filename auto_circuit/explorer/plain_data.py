@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -16,21 +16,28 @@ Kind = TypeVar("Kind")
 ARRAY_TYPES = ("uint8", "uint16", "uint32", "float32")
 
 
-def as_data(value: Any) -> Any:
+def array_as_data(array: np.ndarray) -> dict[str, Any]:
+    """An array with its numbers' bytes as base64."""
+    little = array.astype(array.dtype.newbyteorder("<"), order="C")
+    return {
+        "dtype": array.dtype.name,
+        "shape": list(array.shape),
+        "base64": base64.b64encode(little.tobytes()).decode("ascii"),
+    }
+
+
+def as_data(
+    value: Any, of_array: Callable[[np.ndarray], dict[str, Any]] = array_as_data
+) -> Any:
     """A value as what JSON can hold: dataclasses as dictionaries, tuples as lists."""
     if isinstance(value, np.ndarray):
-        little = value.astype(value.dtype.newbyteorder("<"), order="C")
-        return {
-            "dtype": value.dtype.name,
-            "shape": list(value.shape),
-            "base64": base64.b64encode(little.tobytes()).decode("ascii"),
-        }
+        return of_array(value)
     if is_dataclass(value):
-        return {f.name: as_data(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: as_data(getattr(value, f.name), of_array) for f in fields(value)}
     if isinstance(value, Mapping):
-        return {name: as_data(item) for name, item in value.items()}
+        return {name: as_data(item, of_array) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [as_data(item) for item in value]
+        return [as_data(item, of_array) for item in value]
     return value
 
 

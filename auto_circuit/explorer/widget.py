@@ -9,7 +9,8 @@ import anywidget
 import traitlets
 
 from auto_circuit.explorer.data import TaskView
-from auto_circuit.explorer.page import BUILT, explorer_json
+from auto_circuit.explorer.packing import packed
+from auto_circuit.explorer.page import BUILT
 
 
 class _ExplorerWidget(anywidget.AnyWidget):
@@ -21,4 +22,4 @@ class _ExplorerWidget(anywidget.AnyWidget):
 
 def explorer_widget(views: Sequence[TaskView]) -> Any:
     """The widget that shows some tasks."""
-    return _ExplorerWidget(data=explorer_json(views))
+    return _ExplorerWidget(data=packed(views))

@@ -98,7 +98,7 @@ def report_page(data: PageData) -> str:
         title=data.title,
         sections=sections,
         needs_plotly=any(section.content.get("figures") for section in sections),
-        plotly_js=figures.plotly_js,
+        plotly_js=figures.zipped_plotly_js,
     )
 
 

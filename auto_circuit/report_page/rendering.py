@@ -13,6 +13,7 @@ from auto_circuit.files import checksum
 from auto_circuit.fingerprints import digest
 
 TEMPLATES = Path(__file__).parent / "templates"
+UNZIPPED = BUILT.parents[1] / "src" / "unzipped.js"
 
 
 @cache
@@ -32,7 +33,14 @@ def _environment() -> Environment:
 def rendered(template: str, **content: Any) -> str:
     """A template's text. What is given is text: HTML is only what a template calls safe."""
     page = _environment().get_template(template)
-    return page.render(style=asset("page.css"), script=asset("page.js"), **content) + "\n"
+    return page.render(style=asset("page.css"), script=_script(), **content) + "\n"
+
+
+@cache
+def _script() -> str:
+    """The page's own JavaScript, with what it shares with the explorer's."""
+    shared = UNZIPPED.read_text(encoding="utf-8").replace("export ", "")
+    return f"{asset('page.js')}\n{shared}"
 
 
 @cache
@@ -40,7 +48,8 @@ def page_version() -> str:
     """Another one whenever what makes pages changes: they are then written again."""
     own = TEMPLATES.parent.rglob("*.*")
     sources = [path for path in own if path.suffix in (".py", ".html", ".css", ".js")]
-    return checksum([digest(path.read_bytes()) for path in sorted([*sources, BUILT])])
+    sources += [BUILT, UNZIPPED]
+    return checksum([digest(path.read_bytes()) for path in sorted(sources)])
 
 
 @cache

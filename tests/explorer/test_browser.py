@@ -12,11 +12,8 @@ import numpy as np
 import pytest
 
 from auto_circuit.explorer.data import AlgorithmView, TaskView
-from auto_circuit.explorer.page import (
-    built_javascript,
-    explorer_json,
-    write_explorer,
-)
+from auto_circuit.explorer.packing import packed
+from auto_circuit.explorer.page import built_javascript, write_explorer
 from tests.browser import violations
 from tests.explorer.test_page import HOSTILE
 from tests.explorer.views import made_algorithm, made_graph, made_view
@@ -56,6 +53,8 @@ class Opened:
         self.page.on("dialog", lambda dialog: self.wrong.append(dialog.message))
         self.page.on("request", self._note_request)
         self.page.goto(path.as_uri())
+        if options.get("java_script_enabled", True):
+            self.page.wait_for_selector(".ace-outcome")
 
     def _note_request(self, request: Any) -> None:
         if not request.url.startswith("file:"):
@@ -333,9 +332,9 @@ def test_a_notebook_renders_the_same_explorer(
           const url = URL.createObjectURL(new Blob([code], { type: "text/javascript" }));
           const { default: widget } = await import(url);
           const model = { get: (name) => (name === "data" ? data : null) };
-          window.remove = widget.render({ model, el: document.querySelector("main") });
+          window.remove = await widget.render({ model, el: document.querySelector("main") });
         }""",
-        [built_javascript(), explorer_json(views)],
+        [built_javascript(), packed(views)],
     )
     assert "edges of 262" in page.locator(".ace-outcome").inner_text()
     page.evaluate("window.remove()")

@@ -4,12 +4,24 @@
 import css from "./style.css";
 import { Explorer } from "./explorer.js";
 import { el } from "./dom.js";
+import { unpacked } from "./packed.js";
 
 const HOLDER = "[data-auto-circuit-explorer]";
-const DATA = 'script[type="application/json"]';
+const DATA = 'script[type="text/plain"]';
+const TOO_OLD =
+  "This browser is too old for the explorer, which needs DecompressionStream (2023 or later).";
 
-/** Show the explorer in an element. data: {tasks: [a task's view, ...]}. */
-export function mount(element, data) {
+/** Show the explorer in an element. text: what Python's `packed` gave. */
+export async function mount(element, text) {
+  if (typeof DecompressionStream === "undefined") {
+    element.prepend(el("p", {}, TOO_OLD)); // the picture stays
+    return { destroy: () => element.replaceChildren() };
+  }
+  return show(element, await unpacked(text));
+}
+
+/** data: {tasks: [a task's view, ...]}. */
+function show(element, data) {
   if (!document.getElementById("auto-circuit-style")) {
     document.head.append(el("style", { id: "auto-circuit-style" }, css));
   }
@@ -28,7 +40,7 @@ export function mount(element, data) {
 function mountAll() {
   for (const element of document.querySelectorAll(HOLDER)) {
     const script = element.querySelector(DATA);
-    if (script) mount(element, JSON.parse(script.textContent));
+    if (script) mount(element, script.textContent);
   }
 }
 
@@ -38,10 +50,10 @@ if (typeof document !== "undefined") {
 }
 
 /** What anywidget calls. */
-function render({ model, el: element }) {
+async function render({ model, el: element }) {
   const holder = document.createElement("div");
   element.append(holder);
-  const explorer = mount(holder, JSON.parse(model.get("data")));
+  const explorer = await mount(holder, model.get("data"));
   return () => explorer.destroy();
 }
 

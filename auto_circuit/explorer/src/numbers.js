@@ -1,4 +1,4 @@
-// Numbers: typed arrays out of base64, and numbers as text.
+// Numbers: typed arrays out of bytes, and numbers as text.
 
 const TYPES = {
   uint8: Uint8Array,
@@ -7,13 +7,18 @@ const TYPES = {
   float32: Float32Array,
 };
 
-/** The typed array that Python's `as_data` gave. */
+/** The typed array of what `packed.js` read: the first byte of each number, the second ... */
 export function arrayOf(packed) {
   if (packed === null) return null;
-  const text = atob(packed.base64);
-  const bytes = new Uint8Array(text.length);
-  for (let i = 0; i < text.length; i += 1) bytes[i] = text.charCodeAt(i);
-  return new TYPES[packed.dtype](bytes.buffer);
+  const numbers = new TYPES[packed.dtype](packed.length);
+  const bytes = new Uint8Array(numbers.buffer);
+  const size = numbers.BYTES_PER_ELEMENT;
+  for (let i = 0; i < packed.length; i += 1) {
+    for (let byte = 0; byte < size; byte += 1) {
+      bytes[i * size + byte] = packed.bytes[packed.at + byte * packed.length + i];
+    }
+  }
+  return numbers;
 }
 
 /** float32 numbers of which the upper 16 bits are given. */

@@ -119,7 +119,7 @@ export class Algorithm {
 
   // Made when they are first asked for: a page may hold many algorithms.
   get scores() {
-    return this.lazily("scores", () => arrayOf(this.data.scores));
+    return this.lazily("scores", () => this.byEdge(arrayOf(this.data.scores)));
   }
 
   get order() {
@@ -127,7 +127,8 @@ export class Algorithm {
   }
 
   get plusMinus() {
-    return this.lazily("plusMinus", () => upperHalves(arrayOf(this.data.plus_minus)));
+    const halves = () => upperHalves(arrayOf(this.data.plus_minus));
+    return this.lazily("plusMinus", () => this.byEdge(halves()));
   }
 
   /** Edge -> its place in the order. */
@@ -149,6 +150,16 @@ export class Algorithm {
       for (let i = 0; i < pairs.length; i += 2) runs.push([pairs[i], pairs[i + 1]]);
       return runs;
     });
+  }
+
+  /** Numbers that were in the algorithm's order, edge by edge. */
+  byEdge(ranked) {
+    if (ranked === null) return null;
+    const numbers = new Float32Array(ranked.length);
+    this.order.forEach((edge, place) => {
+      numbers[edge] = ranked[place];
+    });
+    return numbers;
   }
 
   lazily(name, make) {

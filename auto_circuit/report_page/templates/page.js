@@ -37,12 +37,20 @@ function sorted(rows, column, isNumber, sign) {
 // Figures are drawn when they come near, and Plotly is read when the first one does, so that the
 // page opens at once.
 const config = { displayModeBar: false, responsive: true };
-function draw(place) {
-  if (typeof Plotly === "undefined") {
-    const library = document.createElement("script");
-    library.textContent = document.getElementById("plotly").textContent;
-    document.head.append(library);
+let library = null;
+async function readLibrary() {
+  const bytes = await unzipped(document.getElementById("plotly").textContent);
+  const script = document.createElement("script");
+  script.textContent = new TextDecoder().decode(bytes);
+  document.head.append(script);
+}
+async function draw(place) {
+  if (typeof DecompressionStream === "undefined") {
+    place.textContent = "This figure needs a newer browser (2023 or later, with DecompressionStream).";
+    return;
   }
+  library ??= readLibrary();
+  await library;
   const { data, layout } = JSON.parse(document.getElementById(place.dataset.figure).textContent);
   delete layout.height;
   layout.autosize = true;
