@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +22,7 @@ from auto_circuit.data import (
 )
 from auto_circuit.errors import ConfigError, DataError, near_matches
 from auto_circuit.files import repo_path_to_abs_path
+from auto_circuit.fingerprints import FOR_READERS
 from auto_circuit.metrics.official_circuits.circuits.docstring_official import (
     docstring_node_based_official_edges,
     docstring_true_edges,
@@ -82,6 +83,8 @@ class Task:
         embeddings, as EAP-IG's tools do.
     prepend_bos: does every prompt begin with the tokenizer's BOS token? None: as the
         model's own `to_tokens` does (`cfg.default_prepend_bos`).
+    depth: how many heads and MLPs in a row the behaviour needs, if that was measured
+        (`path_depth` of `auto_circuit.metrics.path_lengths`). For readers: nothing uses it.
 
     A subclass may define `init_task` and set there, as in auto-circuit, `self._model`,
     `self._train_loader`, `self._test_loader` and `self._true_edges`; it runs on first use.
@@ -111,6 +114,7 @@ class Task:
     ungroup: bool = False
     keep_positions: bool = False
     prepend_bos: bool | None = None
+    depth: int | None = field(default=None, metadata=FOR_READERS)
 
     def init_task(self) -> None:
         """Load the model, the prompts and the true edges now, not on first use."""
@@ -398,6 +402,7 @@ POCKET_IOI_TASK = Task(
     token_circuit=False,
     _model_def=POCKET_MODEL,
     _dataset_name="pocket/ioi_prompts",
+    depth=2,
 )
 POCKET_IOI_TOKEN_TASK = Task(
     key="Pocket IOI Tokens",
@@ -407,6 +412,7 @@ POCKET_IOI_TOKEN_TASK = Task(
     token_circuit=True,
     _model_def=POCKET_MODEL,
     _dataset_name="pocket/ioi_single_template_prompts",
+    depth=2,
 )
 POCKET_GREATERTHAN_TASK = Task(
     key="Pocket Greaterthan",
@@ -416,6 +422,7 @@ POCKET_GREATERTHAN_TASK = Task(
     token_circuit=False,
     _model_def=POCKET_MODEL,
     _dataset_name="pocket/greaterthan_prompts",
+    depth=3,
 )
 POCKET_DOCSTRING_TASK = Task(
     key="Pocket Docstring",
@@ -425,6 +432,7 @@ POCKET_DOCSTRING_TASK = Task(
     token_circuit=True,
     _model_def=POCKET_MODEL,
     _dataset_name="pocket/docstring_prompts",
+    depth=2,
 )
 POCKET_TASKS: tuple[Task, ...] = (
     POCKET_IOI_TASK,

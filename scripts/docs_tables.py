@@ -83,6 +83,7 @@ def tasks() -> str:
         "model",
         "positions",
         "circuit",
+        "depth",
     )
     return table(head, map(_task, TASKS))
 
@@ -96,6 +97,7 @@ def _task(task: Task) -> list[str]:
         f"{Path(str(model)).name if isinstance(model, Path) else model} ({place})",
         "told apart" if task.token_circuit else "together",
         "not known" if task._true_edge_func is None else "known",
+        "" if task.depth is None else str(task.depth),
     ]
 
 

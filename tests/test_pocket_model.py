@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from auto_circuit.data import load_datasets_from_json
 from auto_circuit.experiment_utils import load_tl_model
 from auto_circuit.files import repo_path_to_abs_path
+from auto_circuit.metrics.path_lengths import faithfulness_of_short_paths, path_depth
 from auto_circuit.tasks import (
     POCKET_DOCSTRING_TASK,
     POCKET_GREATERTHAN_TASK,
@@ -22,6 +25,7 @@ from auto_circuit.tasks import (
     POCKET_IOI_TOKEN_TASK,
     POCKET_MODEL,
     POCKET_TASKS,
+    TASKS,
     Task,
 )
 from auto_circuit.utils.tensor_ops import batch_avg_answer_diff, indices_vals
@@ -80,6 +84,34 @@ def test_corrupt_prompts_do_not_have_the_answer(task: Task) -> None:
         diffs[side] = float(batch_avg_answer_diff(logits, batch))
     assert diffs["clean"] > 2.0
     assert diffs["corrupt"] < 0.5 * diffs["clean"]
+
+
+DEPTHS = re.compile(r"^\| `(.+?)` \|((?: \d+ \|)+) (\d+) \|$", re.M)
+DEPTH_PAGE = REPO / "docs" / "how-to" / "depth.md"
+MEASURED = {
+    key: ([int(percent) for percent in percents.split("|")[:-1]], int(depth))
+    for key, percents, depth in DEPTHS.findall(DEPTH_PAGE.read_text())
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", POCKET_TASKS, ids=lambda task: task.key)
+def test_a_task_is_as_deep_as_it_and_the_documentation_say(task: Task) -> None:
+    few = replace(task, batch_size=(1, 48), batch_count=1)
+    found = faithfulness_of_short_paths(few.model, few.test_loader)
+    percents, depth = MEASURED[task.key]
+    assert path_depth(found) == depth == task.depth
+    assert [100 * value for value in found[: len(percents)]] == pytest.approx(
+        percents, abs=5
+    )
+    assert found[-1] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_documentation_has_the_depth_of_every_task() -> None:
+    assert {key: depth for key, (_, depth) in MEASURED.items()} == {
+        task.key: task.depth for task in TASKS if task.depth is not None
+    }
+    assert all(task.depth is not None for task in POCKET_TASKS)
 
 
 def test_it_is_small_and_has_every_file_that_hugging_face_needs() -> None:
