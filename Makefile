@@ -47,6 +47,7 @@ format: $(VENV)/.stamp-dev  ## format the code and repair what ruff can
 
 bench: $(VENV)/.stamp-run  ## measure speed and memory
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+	$(BIN)/python -m benchmarks.graphs
 
 docs: $(VENV)/.stamp-dev  ## build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)

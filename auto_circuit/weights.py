@@ -27,6 +27,16 @@ N_SMALL = 2**17
 """A model of so many weights is looked at as a whole."""
 
 
+def has_values(model: Module) -> bool:
+    """Are a model's weights there, and not only their shapes (torch's meta device)?
+
+    Those that accelerate keeps elsewhere, and loads when they are needed, are there.
+    """
+    if any(not weight.is_meta for weight in model.parameters()):
+        return True
+    return any(hasattr(module, "_hf_hook") for module in all_modules(model))
+
+
 class WeightFingerprint:
     """The weights of a model at one moment, and whether they are still the same.
 

@@ -152,7 +152,7 @@ def test_errors_name_what_is_near_without_all_names() -> None:
     model = micro_model()
     for wrong, hint in (
         ("B0.1->B1.9", "Did you mean 'B0.1->B1."),
-        ("B0.1->Resid Edn", "Did you mean 'B0.1->Resid End'"),
+        ("B0.1->Resid Ent", "Did you mean 'B0.1->Resid End'"),
         ("B1.0->B0.1", "There are both nodes, but B0.1 does not read B1.0"),
         ("B0.1 B1.0", 'name of an edge is "source->destination", such as "Resid Start->'),
     ):

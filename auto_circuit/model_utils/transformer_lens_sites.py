@@ -77,6 +77,9 @@ def has_post_norm(model: TransformerBridge) -> bool:
 
 def hook_point(model: TransformerBridge, name: str) -> Module:
     """A hook point. Raises ModelError if the model has none of that name."""
+    found = _registered_hook_point(model, name)
+    if found is not None:
+        return found
     try:
         return model.hook_dict[name]
     except KeyError:
@@ -84,6 +87,17 @@ def hook_point(model: TransformerBridge, name: str) -> Module:
             f"This {model.cfg.architecture} model has no hook point {name!r}, "
             "which its computation graph needs. Its architecture is not supported."
         ) from None
+
+
+def _registered_hook_point(model: Any, name: str) -> Module | None:
+    """`model.hook_dict[name]`, without the whole dictionary, which takes milliseconds."""
+    try:
+        aliases = {**model.hook_aliases, **model._collect_hook_aliases_from_registry()}
+        target = aliases.get(name, name)
+        target = target[0] if isinstance(target, list) else target
+        return model._hook_registry.get(target)
+    except AttributeError:  # another version of TransformerLens
+        return None
 
 
 # ------------------------------------------------------------------- heads by weights
@@ -493,7 +507,7 @@ def _without_zero_bias(unembed: Any) -> Iterator[None]:
     """
     linear: Any = unembed.original_component
     bias = linear._buffers.get("bias")
-    if bias is None or bias.any():
+    if bias is None or bias.is_meta or bias.any():
         yield
         return
     with replaced_forward(linear, lambda x: t.nn.functional.linear(x, linear.weight)):

@@ -38,6 +38,7 @@ from auto_circuit.utils.patchable_model import (
     LAST_POSITION,
     EdgeDict,
     PatchableModel,
+    check_has_values,
     unpatched,
 )
 from auto_circuit.utils.torch_state import (
@@ -47,7 +48,7 @@ from auto_circuit.utils.torch_state import (
     own_computation,
     own_defaults,
 )
-from auto_circuit.weights import WeightFingerprint
+from auto_circuit.weights import WeightFingerprint, has_values
 
 __all__ = [
     "edge_counts_util",
@@ -104,6 +105,9 @@ def patchable_model(
     Runs the model once on a small input to check that every node is seen, and that what
     a destination reads is the sum of its sources and a constant. Raises ModelError if
     not, or for an unknown architecture, and ConfigError for arguments that do not fit.
+
+    A model on the meta device (shapes without weights) has a graph too, in no time and
+    memory: to name and count edges. It is not checked and cannot be run.
     """
     if isinstance(model, PatchableModel):
         raise ConfigError(
@@ -125,9 +129,9 @@ def patchable_model(
     src_wrappers = OrderedSet(w for w in wrappers if w.is_src)
     dest_wrappers = OrderedSet(w for w in wrappers if w.is_dest)
     patchable = PatchableModel(
-        nodes=OrderedSet(sorted({*srcs, *dests})),
+        nodes=OrderedSet(sorted({*srcs, *dests}, key=_sort_key)),
         srcs=OrderedSet(srcs),
-        dests=OrderedSet(sorted(dests)),
+        dests=OrderedSet(sorted(dests, key=_sort_key)),
         seq_dim=SEQ_DIM,
         seq_len=seq_len,
         wrappers=wrappers,
@@ -157,6 +161,11 @@ def patchable_model(
         keep_positions=keep_positions,
     )
     return patchable
+
+
+def _sort_key(node: Node) -> tuple[int, str, int, int]:
+    # To compare nodes makes the key anew each time, of which a large graph has many.
+    return node.sort_key
 
 
 def _ungrouped(adapter: ModelAdapter, model: Module) -> ModelAdapter:
@@ -345,10 +354,12 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
     """Run the model once: does every node fire, and do sources add up to destinations?
 
     Stores what reaches each destination besides its sources: biases that belong to no
-    node, such as attention's output bias.
+    node, such as attention's output bias. On the meta device there is nothing to run.
     """
     adapter, plan = model.adapter, model.plan
     _check_weights_allow_gradients(model.wrapped_model)
+    if not has_values(model.wrapped_model):
+        return WeightFingerprint(model.wrapped_model)
     outs: dict[SrcPort, list[Tensor]] = {port: [] for port in plan.src_ports}
     reads: dict[DestPort, list[Tensor]] = {port: [] for port in plan.dest_ports}
     with ExitStack() as stack:
@@ -478,6 +489,7 @@ def patch_mode(
         None if edges is None else [e for edge in edges for e in model.find_edges(edge)]
     )
     weights = _current_weights(model)
+    check_has_values(model)
     model.refresh_prefix()
     with own_computation():
         _heal_masks(model)

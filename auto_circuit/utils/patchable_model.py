@@ -55,7 +55,7 @@ from auto_circuit.utils.torch_state import (
     own_state,
 )
 from auto_circuit.utils.user_hooks import UserHooks
-from auto_circuit.weights import WeightFingerprint
+from auto_circuit.weights import WeightFingerprint, has_values
 
 LAST_POSITION = (slice(None), -1)
 EdgeDict = Mapping[int | None, Sequence[Edge]]
@@ -325,7 +325,14 @@ class PatchableModel(Module):
 
     @checked
     def new_prune_scores(self, init_val: float = 0.0) -> PruneScores:
-        """A score of `init_val` for every edge."""
+        """A score of `init_val` for every edge. Raises ModelError on the meta device."""
+        if any(wrapper.mask.is_meta for wrapper in self.dest_wrappers):
+            raise ModelError(
+                "The masks of this graph are on the meta device, as its model is, so that "
+                "scores would have no values. `patchable_model(..., device='cpu')` has masks "
+                "and scores, 4 bytes for each of the "
+                f"{self.n_edges:,} edges."
+            )
         scores = {}
         with own_computation():
             for wrapper in self.dest_wrappers:
@@ -361,7 +368,10 @@ class PatchableModel(Module):
                 f"destination modules, among them {missing[0]!r}. Start from "
                 "`model.new_prune_scores()`."
             )
-        return {name: scores.to(masks[name].device) for name, scores in found.items()}
+        return {
+            name: scores if masks[name].is_meta else scores.to(masks[name].device)
+            for name, scores in found.items()
+        }
 
     @checked
     def circuit_prune_scores(
@@ -713,6 +723,17 @@ def _cut_to_last_position(unembed: Module, args: tuple[Any, ...]) -> tuple[Any, 
     return (args[0][:, -1:].contiguous(), *args[1:])
 
 
+def check_has_values(model: PatchableModel) -> None:
+    """Raise ModelError for a graph on the meta device, which cannot be run."""
+    masks = model.patch_masks.values()
+    if not has_values(model.wrapped_model) or any(mask.is_meta for mask in masks):
+        raise ModelError(
+            "This graph is on the meta device, where tensors have shapes and no values: its "
+            "edges can be named and counted, but nothing can be run or patched. Load the "
+            "model with its weights, and make that one patchable."
+        )
+
+
 @contextmanager
 def unpatched(model: PatchableModel, grad: bool | None = None) -> Iterator[None]:
     """Inside, the model runs as it is, in a state of its own (see `own_state`).
@@ -720,6 +741,7 @@ def unpatched(model: PatchableModel, grad: bool | None = None) -> Iterator[None]
     No other thread may run it meanwhile. Raises GraphError inside of `patch_mode`, where
     the pass would be a patched one.
     """
+    check_has_values(model)
     with in_use(model.wrapped_model, model), own_state(model, grad):
         if model.patch_session is not None:
             raise GraphError(
