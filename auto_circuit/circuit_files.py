@@ -347,8 +347,8 @@ def save_mib_circuit(
     up again. Such circuits have other sizes than MIB's.
 
     Raises ConfigError for a graph that the format cannot hold: with positions,
-    unfactorized, without separate q/k/v or MLPs, or with heads that are not sources
-    (Gemma 2); GraphError for scores that do not fit or are infinite.
+    unfactorized, without separate q/k/v or MLPs, or with whole attention layers as
+    sources; GraphError for scores that do not fit or are infinite.
     """
     suffix = _mib_suffix(path)
     graph = _mib_graph(model)
@@ -479,8 +479,8 @@ def _mib_graph(model: PatchableModel) -> _MibGraph:
 def check_mib_can_hold(model: PatchableModel) -> None:
     """Raise ConfigError for a graph that the MIB format cannot hold.
 
-    That is one with positions, unfactorized, without separate q/k/v or MLPs, or with heads
-    that are not sources (Gemma 2).
+    That is one with positions, unfactorized, without separate q/k/v or MLPs, or with whole
+    attention layers as sources.
     """
     problem = None
     mlps = [src.component for src in model.srcs if src.kind == "mlp"]
@@ -495,7 +495,7 @@ def check_mib_can_hold(model: PatchableModel) -> None:
     elif not {node.kind for node in model.nodes} <= {"attention", "mlp", *_MIB_ENDS}:
         problem = "has nodes that are no heads, MLPs, input or output (`Node.component`)"
     elif not any(src.heads for src in model.srcs):
-        problem = "has no heads as sources, because the model normalises attention's sum"
+        problem = "has whole attention layers as sources, and not their heads"
     elif not mlps:
         problem = "has no MLPs"
     elif len(set(mlps)) < len(mlps):

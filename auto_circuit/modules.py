@@ -84,3 +84,17 @@ def remove_hooks() -> Iterator[set[RemovableHandle]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, the owner has this attribute. Not by setattr, as above."""
+    attributes = owner.__dict__
+    had, before = name in attributes, attributes.get(name)
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        del attributes[name]
+        if had:
+            attributes[name] = before

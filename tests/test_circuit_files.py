@@ -23,11 +23,12 @@ from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import
     AutoencoderTransformer,
     sae_model,
 )
+from auto_circuit.model_utils.transformer_lens_utils import WHOLE_ATTENTION_ADAPTER
 from auto_circuit.types import PruneScores
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import micro_model
-from tests.models import ARCHITECTURES, N_HEADS, N_LAYERS, attn_only, gemma2, gpt2, llama
+from tests.models import ARCHITECTURES, N_HEADS, N_LAYERS, attn_only, gpt2, llama
 
 
 def random_scores(model: PatchableModel, seed: int = 0) -> PruneScores:
@@ -380,7 +381,12 @@ def test_mib_cannot_hold_every_graph(tmp_path: Path) -> None:
         (patchable_model(bridge, False, separate_qkv=True), "is not factorized"),
         (patchable_model(bridge, True, separate_qkv=False), "query, key and value"),
         (patchable_model(attn_only(), True, separate_qkv=True), "has no MLPs"),
-        (patchable_model(gemma2(), True, separate_qkv=True), "no heads as sources"),
+        (
+            patchable_model(
+                gpt2(), True, separate_qkv=True, adapter=WHOLE_ATTENTION_ADAPTER
+            ),
+            "whole attention layers as sources",
+        ),
         (patchable_model(with_latents, True, separate_qkv=True), "parts of MLPs"),
     ]
     for model, message in graphs:

@@ -18,6 +18,7 @@ from auto_circuit.errors import ConfigError, GraphError
 from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import (
     sae_model,
 )
+from auto_circuit.model_utils.transformer_lens_utils import WHOLE_ATTENTION_ADAPTER
 from auto_circuit.utils.graph_utils import patchable_model, set_all_masks
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.visualize import (
@@ -218,7 +219,8 @@ def test_shared_keys_are_no_heads() -> None:
 
 
 def test_attention_that_is_one_source() -> None:
-    model = patchable_model(gemma2(), factorized=True, separate_qkv=True)
+    adapter = WHOLE_ATTENTION_ADAPTER
+    model = patchable_model(gemma2(), True, separate_qkv=True, adapter=adapter)
     scores = model.circuit_prune_scores(edges=["Resid Start->A0.1.K", "A0->MLP 0"])
     (sankey,) = draw_seq_graph(model, scores).data
     assert ends(sankey) == [("Embed", "A0"), ("A0", "MLP 0")]

@@ -225,13 +225,14 @@ def _send_to_inputs(
     grads: Sequence[Parts],
 ) -> None:
     """Write `weight[h]^T grad[h]` into row h, for grads [token head d_head]."""
+    all_rows = heads.rows()
     for i, (of_linear, weight, grad) in enumerate(
-        zip(heads.rows(), weights, grads, strict=True)
+        zip(all_rows, weights, grads, strict=True)
     ):
         # Queries of 2 heads in the rows 0..1, and keys in 2..3: each row is written once.
         # If they share rows, all are 0..1, and keys and values are added to the queries'.
         out = rows[:, of_linear].transpose(0, 1)
-        is_first = i == 0 or not heads.share_rows
+        is_first = of_linear not in all_rows[:i]
         # `bmm(..., out=out)` would make a copy, as `out` is not contiguous.
         out.baddbmm_(grad.transpose(0, 1), weight, beta=0 if is_first else 1)
 
@@ -390,7 +391,12 @@ def _head_products(
     ]
     # A query, key and value that read one row have one product, their sum: [token 2 1] for
     # 2 heads. With rows of their own they have three: [token 6 1].
-    return t.stack(products).sum(0) if heads.share_rows else t.cat(products, 1)
+    if heads.n_mlp_linears == 0 and not heads.share_rows:
+        return t.cat(products, 1)
+    total = products[0].new_zeros((len(products[0]), heads.n_rows, 1))
+    for rows, product in zip(heads.rows(), products, strict=True):
+        total[:, rows] += product
+    return total
 
 
 class _ProbeHeads(Function):

@@ -487,8 +487,16 @@ class PatchSession:
 
     # --------------------------------------------------------------- destinations
 
-    def _read(self, port: DestPort, x: Input) -> Input | None:
+    def _read(
+        self, port: DestPort, x: Input | Float[Tensor, "token d_model"]
+    ) -> Input | Float[Tensor, "token d_model"] | None:
         works = self._current_works()
+        if x.ndim == 2:
+            # OPT's MLPs see each token alone: [token d_model].
+            diff = self._current_pass().diff
+            assert diff is not None
+            out = self._read(port, x.unflatten(0, diff.shape[:2]))
+            return None if out is None else out.flatten(0, 1)
         _needs_grad(self._current_pass(), x)
         out = x
         if port in works.patched_base:

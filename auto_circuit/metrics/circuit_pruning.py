@@ -51,10 +51,10 @@ def weighted_edge_count(model: PatchableModel, circuit: CircuitMasks) -> float:
     """The size of a circuit: its edges, each with the kept share of its source.
 
     The sum over edges (u, v) of |N_u in the circuit| / |N_u|, where N_u are the neurons
-    of the source u. Our sources (the embeddings, a head, an MLP; in Gemma 2 the whole
-    attention of a layer) are kept whole or not at all, so the share is 1 for an edge of
-    `connected_circuit` and 0 for a dead end, and the number is that of the connected
-    edges: from 0 to `model.n_edges`. (In graphs with positions, counted at each.)
+    of the source u. Our sources (the embeddings, a head, an MLP) are kept whole or not at
+    all, so the share is 1 for an edge of `connected_circuit` and 0 for a dead end, and the
+    number is that of the connected edges: from 0 to `model.n_edges`. (In graphs with
+    positions, counted at each.)
 
     Raises GraphError for a circuit of another graph. Source: MIB (arXiv 2504.13151).
     """

@@ -78,13 +78,16 @@ class HeadInputs:
     """Inputs of heads that the model never keeps apart.
 
     The model computes `linear(norm(x))` with one `linear` for all heads. If head `h`
-    reads x_h instead of x, that is `linear.weight[part h] @ norm(x_h)`.
+    reads x_h instead of x, that is `linear.weight[part h] @ norm(x_h)`. An MLP that reads
+    the same `norm(x)` as the heads is one more of them (GPT-J, Phi, Falcon).
 
     norm: None if `linear` reads x as it is. Its closed form is None if the engine must
         not rely on one.
     linears: torch's `Linear`s with the number of heads that each serves, in the order in
         which the model calls them. If `share_rows`, all of them read the same inputs (a
         head's query, key and value are one destination); else each has its own.
+    n_mlp_linears: so many of the `linears`, the last ones, are those of an MLP, which all
+        read one input, after the heads'.
     called: the modules that the model calls for these, if they are others; what the
         `linears` give then takes the place of what those would.
     opened: a context in which the model can use what the `linears` give, if that is not
@@ -95,6 +98,7 @@ class HeadInputs:
     closed_form: Norm | None
     linears: tuple[tuple[Module, int], ...]
     share_rows: bool = False
+    n_mlp_linears: int = 0
     called: tuple[Module, ...] | None = None
     opened: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -106,19 +110,17 @@ class HeadInputs:
     @property
     def n_rows(self) -> int:
         """The number of inputs."""
-        counts = [n_heads for _, n_heads in self.linears]
-        return counts[0] if self.share_rows else sum(counts)
+        return self.rows()[-1].stop
 
     def rows(self) -> list[slice]:
         """For each linear, the inputs that it reads."""
-        if self.share_rows:
-            return [slice(0, self.n_rows) for _ in self.linears]
-        # Queries of 4 heads, keys and values of 2: rows 0..3, 4..5 and 6..7.
-        starts = [sum(n for _, n in self.linears[:i]) for i in range(len(self.linears))]
-        return [
-            slice(start, start + n)
-            for start, (_, n) in zip(starts, self.linears, strict=True)
-        ]
+        counts = [n for _, n in self.linears[: len(self.linears) - self.n_mlp_linears]]
+        # Queries of 4 heads, keys and values of 2: rows 0..3, 4..5 and 6..7. The gate and
+        # the up projection of an MLP with the same norm: both row 8.
+        starts = [0 if self.share_rows else sum(counts[:i]) for i in range(len(counts))]
+        rows = [slice(start, start + n) for start, n in zip(starts, counts, strict=True)]
+        stop = rows[-1].stop if rows else 0
+        return rows + [slice(stop, stop + 1)] * self.n_mlp_linears
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,29 +9,41 @@ values, the engine computes it itself, for the heads that it needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch as t
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Identity, LayerNorm, Linear, Module
+from torch.nn import LayerNorm, Linear, Module
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import (
-    GatedMLPBridge,
+    AttentionBridge,
     JointQKVAttentionBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
     LinearBridge,
-    MLPBridge,
     NormalizationBridge,
     PositionEmbeddingsAttentionBridge,
 )
-from transformers.pytorch_utils import Conv1D
 
 from auto_circuit.errors import ModelError
+from auto_circuit.model_utils.block_facts import (
+    by_position,
+    class_of,
+    in_out,
+    inner_linear,
+    mlp_linears,
+    mlp_shares_norm,
+    norm_after_heads,
+    norm_before_heads,
+    projects_heads,
+    residual_scale,
+    whole_mlp,
+)
 from auto_circuit.model_utils.model_adapter import HeadInputs, Norm, Port, SrcSite
 from auto_circuit.model_utils.ungrouped_heads import (
     UngroupedLinear,
@@ -39,9 +51,12 @@ from auto_circuit.model_utils.ungrouped_heads import (
     norm_weight,
     ungrouped_attention,
 )
-from auto_circuit.modules import replaced_forward
+from auto_circuit.modules import replaced_attribute, replaced_forward
 from auto_circuit.types import HeadInput
 from auto_circuit.utils.user_hooks import Bypassed
+
+KNOWN_NORMS = ("RMSNorm", "CohereLayerNorm")
+"""Ends of names of Hugging Face classes that compute what `Norm` says."""
 
 NORM_HOOKS = ("hook_scale", "hook_normalized", "hook_out")
 HEAD_INPUTS = ("hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in")
@@ -52,9 +67,6 @@ PLAIN_ATTENTIONS = (
     JointQKVPositionEmbeddingsAttentionBridge,
     PositionEmbeddingsAttentionBridge,
 )
-
-
-PLAIN_MLPS = (MLPBridge, GatedMLPBridge)
 
 
 def n_kv_heads(model: TransformerBridge) -> int:
@@ -68,11 +80,21 @@ def has_mlps(model: TransformerBridge) -> bool:
 
 
 def has_post_norm(model: TransformerBridge) -> bool:
-    """Is attention's output normalised before it is added, as in Gemma 2?
-
-    Then a single head's contribution is not defined, and the source is the layer.
-    """
+    """Is attention's output normalised before it is added, as in Gemma 2?"""
     return "ln1_post" in model.blocks[0].submodules
+
+
+def heads_add_up(model: TransformerBridge) -> bool:
+    """Can what attention adds to the residual stream be told apart by heads?
+
+    Where it is normalised before, only if that norm is known: a head then writes its share
+    of the sum that the norm divides (see `_normed_heads`). Else the source is the layer.
+    """
+    if not has_post_norm(model):
+        return True
+    norms = [norm_after_heads(block) for block in model.blocks]
+    are_known = all(norm is not None and _is_known_norm(norm) for norm in norms)
+    return are_known and heads_by_weights(model)
 
 
 def hook_point(model: TransformerBridge, name: str) -> Module:
@@ -103,23 +125,6 @@ def _registered_hook_point(model: Any, name: str) -> Module | None:
 # ------------------------------------------------------------------- heads by weights
 
 
-def projects_heads(attention: Any) -> bool:
-    """Does what single heads read and write follow from the weights?"""
-    if type(attention) not in PLAIN_ATTENTIONS:
-        return False
-    if getattr(attention, "_result_contribution_scale", 1.0) != 1.0:
-        return False
-    config = attention.config
-    n_kv = getattr(config, "n_key_value_heads", None) or config.n_heads
-    widths = {"q": config.n_heads, "k": n_kv, "v": n_kv}
-    output = _inner_linear(attention, "o")
-    return (
-        all(_has_width(attention, name, n) for name, n in widths.items())
-        and type(output) in (Linear, Conv1D)
-        and _in_out(output).shape[0] == config.n_heads * config.d_head
-    )
-
-
 def heads_by_weights(model: TransformerBridge) -> bool:
     """Are the model's heads told apart by weights? One answer for all of its blocks.
 
@@ -143,23 +148,6 @@ def has_norm_over_heads(attention: Any, head_input: HeadInput | None) -> bool:
     weights = [norm_weight(attention, name) for name in norms[head_input]]
     d_head = attention.config.d_head
     return any(w is not None and w.ndim == 1 and len(w) > d_head for w in weights)
-
-
-def _has_width(attention: Any, name: str, n_heads: int) -> bool:
-    linear = _inner_linear(attention, name)
-    return type(linear) is Linear and (
-        linear.out_features == n_heads * attention.config.d_head
-    )
-
-
-def _inner_linear(attention: Any, name: str) -> Any:
-    bridge = getattr(attention, name, None)
-    return bridge.original_component if type(bridge) is LinearBridge else None
-
-
-def _in_out(linear: Any) -> Tensor:
-    """The weights as [input output]: GPT-2's Conv1D has them so, a Linear turned."""
-    return linear.weight if isinstance(linear, Conv1D) else linear.weight.T
 
 
 def norm_facts(bridge: NormalizationBridge) -> Norm:
@@ -193,7 +181,7 @@ def closed_form(bridge: NormalizationBridge) -> Norm | None:
 
 def _is_known_norm(bridge: NormalizationBridge) -> bool:
     kind = type(bridge.original_component)
-    return kind is LayerNorm or kind.__name__.endswith("RMSNorm")
+    return kind is LayerNorm or kind.__name__.endswith(KNOWN_NORMS)
 
 
 def _epsilon(norm: NormalizationBridge) -> float:
@@ -204,27 +192,61 @@ def _epsilon(norm: NormalizationBridge) -> float:
     return float(getattr(norm.config, "eps", 1e-5))
 
 
-def _norm_before_heads(block: Any) -> NormalizationBridge | None:
-    norm = block.submodules.get("ln1")
-    is_one = isinstance(norm, NormalizationBridge)
-    return norm if is_one and not isinstance(norm.original_component, Identity) else None
-
-
 # ----------------------------------------------------------------------- sources, ports
 
 
 def src_site(model: Module, module_name: str) -> SrcSite:
     """Where the sources of a module are seen."""
     assert isinstance(model, TransformerBridge)
-    if not module_name.endswith(".attn.hook_result"):
-        return SrcSite(hook_point(model, module_name))
-    if not heads_by_weights(model):
-        return SrcSite(hook_point(model, module_name))
-    attention: Any = model.get_submodule(module_name.rpartition(".")[0])
-    output = attention.o.original_component
-    return SrcSite(
-        attention.o.hook_in, lambda n_heads: _in_out(output).unflatten(0, (n_heads, -1))
-    )
+    *_, hook = module_name.rpartition(".")
+    block: Any = model.get_submodule(".".join(module_name.split(".")[:2]))
+    if hook == "hook_result" and heads_by_weights(model):
+        return _heads_site(block)
+    scale = residual_scale(block)
+    if scale != 1.0 and hook in ("hook_attn_out", "hook_mlp_out"):
+        # The block's own hook point fires only for TransformerLens's hooks.
+        part = block.attn if hook == "hook_attn_out" else block.mlp
+        return SrcSite(part.hook_out, transform=lambda out: scale * out)
+    if class_of(block).mlp_by_token and hook == "hook_mlp_out":
+        shown = hook_point(model, module_name)
+        return SrcSite(shown, transform=partial(by_position, block))
+    return SrcSite(hook_point(model, module_name))
+
+
+def _heads_site(block: Any) -> SrcSite:
+    """What the heads of a block write, by the weights of attention's output."""
+    attention, norm, scale = block.attn, norm_after_heads(block), residual_scale(block)
+    output = inner_linear(attention, "o")
+    if norm is not None:
+        n_heads = attention.config.n_heads
+        transform = partial(_normed_heads, norm_facts(norm), output, n_heads)
+        return SrcSite(attention.o.hook_in, transform=transform)
+
+    def projection(n_heads: int) -> Float[Tensor, "{n_heads} d_head d_model"]:
+        weights = in_out(output).unflatten(0, (n_heads, -1))
+        return weights if scale == 1.0 else scale * weights
+
+    return SrcSite(attention.o.hook_in, projection)
+
+
+def _normed_heads(
+    norm: Norm, output: Any, n_heads: int, values: Float[Tensor, "batch seq _"]
+) -> Float[Tensor, "batch seq {n_heads} d_model"]:
+    """What each head adds, where the sum of all is normed: its share of that.
+
+    `gain * centre(values_h @ weights_h + bias / H) / scale`, with the scale of the sum of
+    all heads in the same run, and an equal share of the norm's bias. So the shares add up
+    to what the layer adds, in any run.
+    """
+    weights = in_out(output).unflatten(0, (n_heads, -1))
+    heads = t.einsum("bshe,hed->bshd", values.unflatten(-1, (n_heads, -1)), weights)
+    if output.bias is not None:
+        heads = heads + output.bias / n_heads
+    heads = norm.centre(heads)
+    scale = norm.scale(heads.sum(2, keepdim=True))
+    shares = (heads / scale).to(values.dtype) * norm.gain()
+    bias = norm.bias()
+    return shares if bias is None else shares + bias / n_heads
 
 
 def ports(
@@ -241,14 +263,14 @@ def ports(
     _wire_capture_hooks_again(model)
     by_weights = heads_by_weights(model)
     found: list[Port] = []
-    for (block, reads_heads), group in groupby(module_names, key=_kind):
+    for (block, is_one_port), group in groupby(module_names, key=partial(_kind, model)):
         names = tuple(group)
-        if not reads_heads:
-            found += [_port(model, name) for name in names]
-        elif by_weights:
+        if is_one_port and by_weights:
             found.append(_weights_port(model, block, names, ungroup))
-        else:
-            found += [port for name in names for port in _split_ports(model, name)]
+            continue
+        for name in names:
+            reads_heads = name.endswith(HEAD_INPUTS)
+            found += _split_ports(model, name) if reads_heads else [_port(model, name)]
     return tuple(replace(port, block=_block_idx(port)) for port in found)
 
 
@@ -267,10 +289,12 @@ def _block_idx(port: Port) -> int:
     return int(port.dest_modules[0].split(".")[1])
 
 
-def _kind(module_name: str) -> tuple[str, bool]:
-    """(block, are its heads' inputs meant?)"""
-    block, _, hook = module_name.rpartition(".")
-    return block, hook in HEAD_INPUTS
+def _kind(model: TransformerBridge, module_name: str) -> tuple[str, bool]:
+    """(block, is this an input of its heads, or of an MLP with the same norm?)"""
+    name, _, hook = module_name.rpartition(".")
+    if hook == "hook_mlp_in":
+        return name, mlp_shares_norm(model.get_submodule(name))
+    return name, hook in HEAD_INPUTS
 
 
 def _port(model: TransformerBridge, name: str) -> Port:
@@ -280,33 +304,36 @@ def _port(model: TransformerBridge, name: str) -> Port:
         # stream itself is what attention adds to it.
         attention_out = hook_point(model, f"{block}.hook_attn_out")
         return Port((name,), attention_out, additive=True)
-    component = None
-    if hook == "hook_mlp_in":
-        mlp: Any = model.get_submodule(f"{block}.mlp")
-        component = mlp.original_component if type(mlp) in PLAIN_MLPS else None
-    return Port((name,), hook_point(model, name), component=component)
+    if hook != "hook_mlp_in":
+        return Port((name,), hook_point(model, name))
+    owner: Any = model.get_submodule(block)
+    shown = owner.get_submodule(class_of(owner).mlp_input)
+    return Port((name,), shown, component=whole_mlp(owner))
 
 
 def _weights_port(
     model: TransformerBridge, name: str, dests: tuple[str, ...], ungroup: bool
 ) -> Port:
-    """All heads of a block, by the weights of their queries, keys and values."""
+    """All heads of a block, by the weights of their queries, keys and values.
+
+    And its MLP, if that reads what the same norm gives.
+    """
     block: Any = model.get_submodule(name)
-    is_shared = dests == (f"{name}.hook_attn_in",)
+    is_shared = f"{name}.hook_attn_in" in dests
     n_kv, n_heads = n_kv_heads(model), model.cfg.n_heads
-    called = tuple(_inner_linear(block.attn, part) for part in "qkv")
+    called = tuple(inner_linear(block.attn, part) for part in "qkv")
     n_queries = n_kv if is_shared else n_heads
     linears: tuple[tuple[Module, int], ...] = tuple(
         zip(called, (n_queries, n_kv, n_kv), strict=True)
     )
-    norm = _norm_before_heads(block)
+    norm = norm_before_heads(block)
     heads = HeadInputs(
         norm=None if norm is None else norm.original_component,
         closed_form=None if norm is None else closed_form(norm),
         linears=linears,
         share_rows=is_shared,
     )
-    if ungroup:
+    if ungroup and n_heads != n_kv:
         group = n_heads // n_kv
         query, *keys_values = called
         ungrouped = [UngroupedLinear(linear, n_kv, group) for linear in keys_values]
@@ -317,16 +344,50 @@ def _weights_port(
             opened=partial(ungrouped_attention, block.attn, group),
         )
     residual = block.attn.hook_in if norm is None else norm.hook_in
-    bypassed = _between(name, block)
-    if not has_post_norm(model):
-        output = _inner_linear(block.attn, "o")
-        bypassed += (Bypassed(f"{name}.attn.o", output, gives=False),)
+    bypassed = _between(name, block) + _after_heads(name, block)
+    if f"{name}.hook_mlp_in" in dests:
+        heads = _with_mlp(heads, mlp_linears(block.mlp))
+        bypassed += _before_mlp(name, block.mlp)
     return Port(dests, residual, heads=heads, bypassed=bypassed)
+
+
+def _with_mlp(heads: HeadInputs, linears: tuple[Linear, ...]) -> HeadInputs:
+    """The same, and an MLP that reads what the heads' norm gives."""
+    return replace(
+        heads,
+        linears=(*heads.linears, *((linear, 1) for linear in linears)),
+        n_mlp_linears=len(linears),
+        called=None if heads.called is None else (*heads.called, *linears),
+    )
+
+
+def _before_mlp(name: str, mlp: Any) -> tuple[Bypassed, ...]:
+    """The modules between a norm and the linear maps of an MLP that shares it."""
+    places = [Bypassed(f"{name}.mlp", mlp, gives=False)]
+    places.append(Bypassed(f"{name}.mlp.hook_in", mlp.hook_in))
+    return (*places, *_around_linears(f"{name}.mlp", mlp, ("gate", "in")))
+
+
+def _after_heads(name: str, block: Any) -> tuple[Bypassed, ...]:
+    """The modules between the heads' values and what a norm makes of their sum."""
+    attention, norm = block.attn, cast(Any, norm_after_heads(block))
+    output = inner_linear(attention, "o")
+    places = [Bypassed(f"{name}.attn.o", output, gives=norm is not None)]
+    if norm is not None:
+        places += [
+            Bypassed(f"{name}.attn.o.hook_out", attention.o.hook_out),
+            Bypassed(f"{name}.attn.hook_out", attention.hook_out),
+            Bypassed(f"{name}.ln1_post", norm, gives=False),
+            Bypassed(f"{name}.ln1_post", norm.original_component),
+        ]
+        hooks = ("hook_in", "hook_scale", "hook_normalized")
+        places += [Bypassed(f"{name}.ln1_post.{h}", getattr(norm, h)) for h in hooks]
+    return tuple(places)
 
 
 def _between(name: str, block: Any) -> tuple[Bypassed, ...]:
     """The modules between the residual stream and the linear maps of heads."""
-    norm, attention, places = _norm_before_heads(block), block.attn, []
+    norm, attention, places = norm_before_heads(block), block.attn, []
     if norm is not None:
         modules = [norm, norm.original_component]
         places += [Bypassed(f"{name}.ln1", module) for module in modules]
@@ -335,13 +396,17 @@ def _between(name: str, block: Any) -> tuple[Bypassed, ...]:
         ]
         places.append(Bypassed(f"{name}.attn.hook_in", attention.hook_in))
     places.append(Bypassed(f"{name}.attn", attention, gives=False))
-    for part in "qkv":
-        bridge, where = getattr(attention, part, None), f"{name}.attn.{part}"
+    return (*places, *_around_linears(f"{name}.attn", attention, "qkv"))
+
+
+def _around_linears(name: str, part: Any, linears: Iterable[str]) -> Iterator[Bypassed]:
+    """What linear maps of a part of a block are given."""
+    for linear in linears:
+        bridge, where = getattr(part, linear, None), f"{name}.{linear}"
         if isinstance(bridge, LinearBridge):
             modules = [bridge, bridge.original_component]
-            places += [Bypassed(where, module, gives=False) for module in modules]
-            places.append(Bypassed(f"{where}.hook_in", bridge.hook_in))
-    return tuple(places)
+            yield from (Bypassed(where, module, gives=False) for module in modules)
+            yield Bypassed(f"{where}.hook_in", bridge.hook_in)
 
 
 def check_can_ungroup(model: TransformerBridge) -> None:
@@ -349,6 +414,8 @@ def check_can_ungroup(model: TransformerBridge) -> None:
     problem = None
     if not heads_by_weights(model):
         problem = "its heads cannot be told apart by their weights"
+    elif any(type(block.attn) is AttentionBridge for block in model.blocks):
+        problem = "Hugging Face's own code tells which heads share a key"
     elif not all(keeps_heads_apart(block.attn) for block in model.blocks):
         problem = "a norm over keys has weights for each key-value head, or mixes them"
     if problem:
@@ -362,7 +429,7 @@ def _split_ports(model: TransformerBridge, name: str) -> list[Port]:
     """Heads whose inputs TransformerLens keeps apart (see `open_sites`)."""
     block, _, hook = name.rpartition(".")
     owner: Any = model.get_submodule(block)
-    bypassed, norm = _between(block, owner), _norm_before_heads(owner)
+    bypassed, norm = _between(block, owner), norm_before_heads(owner)
     if norm is not None:
         # TransformerLens forks what is given to the norm.
         bypassed += (Bypassed(f"{block}.ln1.hook_in", norm.hook_in),)
@@ -454,7 +521,10 @@ def open_sites(model: Module, separate_qkv: bool | None) -> Iterator[None]:
         _check_no_hooks_of_heads(model)
     switches = _switches(model, separate_qkv, by_weights)
     before = {switch: bool(getattr(model.cfg, switch, False)) for switch in switches}
-    with _without_zero_bias(model.unembed), _plain_norms(model):
+    inside = (_without_zero_bias, _plain_norms, _mlps_by_linears)
+    with ExitStack() as stack:
+        for context in inside:
+            stack.enter_context(context(model))
         try:
             try:
                 _set_switches(model, switches)
@@ -467,6 +537,22 @@ def open_sites(model: Module, separate_qkv: bool | None) -> Iterator[None]:
             yield
         finally:
             _set_switches(model, before)
+
+
+@contextmanager
+def _mlps_by_linears(model: TransformerBridge) -> Iterator[None]:
+    """Inside, MLPs that share a norm with heads call their linear maps as modules.
+
+    Where weights were processed, TransformerLens reads these maps' weights instead.
+    """
+    with ExitStack() as stack:
+        for block in model.blocks:
+            if mlp_shares_norm(block):
+                mlp: Any = block.mlp
+                stack.enter_context(
+                    replaced_attribute(mlp, "_use_processed_weights", False)
+                )
+        yield
 
 
 @contextmanager
@@ -500,11 +586,12 @@ def _plain_norm(norm: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
 
 
 @contextmanager
-def _without_zero_bias(unembed: Any) -> Iterator[None]:
+def _without_zero_bias(model: TransformerBridge) -> Iterator[None]:
     """TransformerLens gives every unembedding a bias, mostly of zeros.
 
     To add it takes as long as half of the unembedding itself (at 50,000 words).
     """
+    unembed: Any = model.unembed
     linear: Any = unembed.original_component
     bias = linear._buffers.get("bias")
     if bias is None or bias.is_meta or bias.any():

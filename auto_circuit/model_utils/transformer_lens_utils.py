@@ -11,6 +11,10 @@ input of the whole group g: its query heads, its key and its value. With `ungrou
 every query head has a key and a value of its own instead, `A0.1.K` being those that query
 head 1 reads, as in the graphs of EAP-IG and the MIB benchmark.
 
+Where attention's output is normed before it is added (Gemma 2 and 3, OLMo 2 and 3, GLM-4), a
+head writes its share: what it gives to the sum, with the norm's gain, divided by the scale of
+the sum of all heads in the same run. `WHOLE_ATTENTION_ADAPTER` makes the layer one source.
+
 In OLMo 2 and 3 a norm runs over the queries (and one over the keys) of all heads together. An
 edge into one head's Q or K then changes what all heads of the block read, as a change at
 TransformerLens's `hook_q_input` does: the norm is the model's, computed with the patched head
@@ -38,13 +42,15 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
 )
 from transformer_lens.model_bridge.sources.native import NativeModel
 
-from auto_circuit.errors import ConfigError
+from auto_circuit.errors import ConfigError, ModelError
+from auto_circuit.model_utils.block_facts import check_is_decoder, residual_scale
 from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter
 from auto_circuit.model_utils.transformer_lens_sites import (
     check_can_ungroup,
     has_mlps,
     has_norm_over_heads,
     has_post_norm,
+    heads_add_up,
     heads_switched_on,
     n_kv_heads,
     open_sites,
@@ -93,10 +99,10 @@ def _mlp(block: int) -> Component:
 
 
 def _attention_srcs(
-    model: TransformerBridge, block: int, layer: int, first_idx: int
+    model: TransformerBridge, block: int, layer: int, first_idx: int, whole: bool
 ) -> list[SrcNode]:
-    """The heads of a block, or its whole attention where heads do not add up."""
-    if has_post_norm(model):
+    """The heads of a block; or its whole attention, also where heads do not add up."""
+    if whole or not heads_add_up(model):
         module_name = f"blocks.{block}.hook_attn_out"
         return [
             SrcNode(
@@ -139,12 +145,14 @@ def _start() -> SrcNode:
     return SrcNode("Resid Start", RESID_START, layer=0, src_idx=0, component=EMBED)
 
 
-def factorized_src_nodes(model: TransformerBridge) -> list[SrcNode]:
+def factorized_src_nodes(
+    model: TransformerBridge, whole_attention: bool = False
+) -> list[SrcNode]:
     """Embeddings, heads and MLPs, in the order in which they run."""
     srcs = [_start()]
     for block in range(model.cfg.n_layers):
         layer = _attention_layer(model, block)
-        srcs += _attention_srcs(model, block, layer, len(srcs))
+        srcs += _attention_srcs(model, block, layer, len(srcs), whole_attention)
         if has_mlps(model):
             srcs.append(_mlp_src(block, _mlp_layer(model, block), len(srcs)))
     return srcs
@@ -174,7 +182,10 @@ def _head_dests(
     """An input of a block's heads, shared by as many of them as `n_dests` asks for."""
     hook, letter = HEAD_INPUT_HOOKS[head_input] if head_input else ("hook_attn_in", None)
     group = model.cfg.n_heads // n_dests
-    reaches_all_heads = has_norm_over_heads(model.blocks[block].attn, head_input)
+    # A norm of the sum of all heads makes each of them write another share of it.
+    are_normed = has_post_norm(model) and heads_add_up(model)
+    attention = model.blocks[block].attn
+    reaches_all_heads = are_normed or has_norm_over_heads(attention, head_input)
     return [
         DestNode(
             name=f"A{block}.{idx}" + (f".{letter}" if letter else ""),
@@ -228,11 +239,19 @@ def _unfactorized_stages(model: TransformerBridge, block: int) -> list[tuple[str
     return [("attention and mlp" if has_mlps(model) else "attention", "post")]
 
 
-def simple_graph_nodes(model: TransformerBridge) -> GraphNodes:
+def simple_graph_nodes(
+    model: TransformerBridge, whole_attention: bool = False
+) -> GraphNodes:
     """The unfactorized graph: components feed the residual stream right after them.
 
     Its edges are the components: patching `A0.1->Resid Mid 0` patches head 0.1.
     """
+    if any(residual_scale(block) != 1.0 for block in model.blocks):
+        raise ModelError(
+            f"The unfactorized graph of this {model.cfg.architecture} model is not "
+            "supported: it scales what its parts add to the residual stream. Use "
+            "`factorized=True`."
+        )
     srcs = [_start()]
     dests: list[DestNode] = []
     stages = [
@@ -243,7 +262,7 @@ def simple_graph_nodes(model: TransformerBridge) -> GraphNodes:
     for stage, (block, kinds, stream) in enumerate(stages):
         layer, min_src_idx = 2 * stage, len(srcs) - 1
         if "attention" in kinds:
-            srcs += _attention_srcs(model, block, layer, len(srcs))
+            srcs += _attention_srcs(model, block, layer, len(srcs), whole_attention)
         if "mlp" in kinds:
             srcs.append(_mlp_src(block, layer, len(srcs)))
         is_last = stage == len(stages) - 1
@@ -265,18 +284,23 @@ def simple_graph_nodes(model: TransformerBridge) -> GraphNodes:
 
 
 def _graph_nodes(
-    model: Module, factorized: bool, separate_qkv: bool | None, ungroup: bool = False
+    model: Module,
+    factorized: bool,
+    separate_qkv: bool | None,
+    ungroup: bool = False,
+    whole_attention: bool = False,
 ) -> GraphNodes:
     assert isinstance(model, TransformerBridge)
+    check_is_decoder(model)
     if separate_qkv is None:
         raise ConfigError(
             "`separate_qkv` must be True or False for a transformer: True gives every "
             "head three inputs (query, key, value), False one."
         )
     if not factorized:
-        return simple_graph_nodes(model)
+        return simple_graph_nodes(model, whole_attention)
     dests = factorized_dest_nodes(model, separate_qkv, ungroup)
-    return factorized_src_nodes(model), dests
+    return factorized_src_nodes(model, whole_attention), dests
 
 
 def _probe_input(model: Module) -> Int[Tensor, "batch seq"]:
@@ -306,14 +330,17 @@ def has_grouped_queries(model: TransformerBridge) -> bool:
     return n_kv_heads(model) != model.cfg.n_heads
 
 
-def _ungrouped(model: Module) -> ModelAdapter:
+def _ungrouped(model: Module, whole_attention: bool = False) -> ModelAdapter:
     assert isinstance(model, TransformerBridge)
+    grouped = WHOLE_ATTENTION_ADAPTER if whole_attention else TRANSFORMER_BRIDGE_ADAPTER
+    check_is_decoder(model)
     if not has_grouped_queries(model):
-        return TRANSFORMER_BRIDGE_ADAPTER
+        return grouped
     check_can_ungroup(model)
+    nodes = partial(_graph_nodes, ungroup=True, whole_attention=whole_attention)
     return replace(
-        TRANSFORMER_BRIDGE_ADAPTER,
-        graph_nodes=partial(_graph_nodes, ungroup=True),
+        grouped,
+        graph_nodes=nodes,
         ports=partial(ports, ungroup=True),
     )
 
@@ -322,28 +349,28 @@ TRIED = (
     *(
         "GPT-2",
         "GPT-BigCode",
-        "Pythia (GPT-NeoX)",
-        "Llama",
-        "Mistral",
-        "Mixtral",
-        "Qwen 2",
+        "GPT-Neo",
+        "GPT-J",
+        "CodeGen",
+        "OPT",
+        "XGLM",
+        "BLOOM",
+        "MPT",
     ),
-    *(
-        "Qwen 3 (also MoE)",
-        "Gemma 1 and 2",
-        "OLMo 1, 2, 3 and OLMoE",
-        "Phi-3",
-        "Starcoder 2",
-    ),
-    *("StableLM", "SmolLM 3", "GLM", "Ernie 4.5", "Apertus", "Nemotron", "Arcee"),
+    *("Pythia (GPT-NeoX)", "Falcon", "Phi 1, 2 and 3", "StableLM", "Cohere 1 and 2"),
+    *("Llama", "Mistral", "Mixtral", "Qwen 2 and 3 (also MoE)", "Gemma 1, 2 and 3"),
+    *("OLMo 1, 2, 3 and OLMoE", "Granite (also MoE)", "Starcoder 2", "SmolLM 3"),
+    *("GLM and GLM-4", "EXAONE 4", "Ernie 4.5", "Apertus", "Nemotron", "Arcee"),
+    *("Seed-OSS", "Hunyuan"),
 )
 """Architectures that were tried, and whose graphs are right."""
 REFUSED = (
-    *("GPT-Neo", "GPT-J", "OPT", "BLOOM", "Phi 1 and 2", "Granite", "Cohere", "Falcon"),
-    *("MPT", "CodeGen", "XGLM"),
+    "T5 and others with an encoder and a decoder",
+    "Mamba and others with blocks without attention",
+    "OPT-350m and others that norm the residual stream itself",
+    "Falcon 40B and GPT-OSS, of which TransformerLens computes another model",
 )
-"""Their bridges do not show what single heads read and write, or have parts that are not in
-the graph."""
+"""Those of which `patchable_model`, or `load_tl_model`, says why they cannot be used."""
 
 TRANSFORMER_BRIDGE_ADAPTER = ModelAdapter(
     name="TransformerBridge",
@@ -364,6 +391,18 @@ TRANSFORMER_BRIDGE_ADAPTER = ModelAdapter(
     open_hooks=heads_switched_on,
     example=lambda: small_bridge(),
 )
+
+WHOLE_ATTENTION_ADAPTER = replace(
+    TRANSFORMER_BRIDGE_ADAPTER,
+    name="TransformerBridge, whole attention",
+    graph_nodes=partial(_graph_nodes, whole_attention=True),
+    ungrouped=partial(_ungrouped, whole_attention=True),
+)
+"""For graphs in which each attention layer is one source, `A0`, and not its heads.
+
+`patchable_model(model, ..., adapter=WHOLE_ATTENTION_ADAPTER)`. Heads still have their own
+inputs.
+"""
 
 
 def native_bridge(config: TransformerBridgeConfig) -> TransformerBridge:

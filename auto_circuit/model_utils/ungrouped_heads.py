@@ -18,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
+from auto_circuit.modules import replaced_attribute
+
 Heads = Float[Tensor, "batch _ _ d_head"]
 """Keys or values, [batch head seq d_head], of some heads at some positions."""
 
@@ -102,7 +104,7 @@ def ungrouped_attention(attention: Any, group: int) -> Iterator[None]:
     attributes += [(c, "n_heads", config.n_heads) for c in conversions if c is not None]
     with ExitStack() as stack:
         for owner, name, value in attributes:
-            stack.enter_context(_attribute(owner, name, value))
+            stack.enter_context(replaced_attribute(owner, name, value))
         yield
 
 
@@ -113,17 +115,3 @@ def _after(with_prefix: Heads, own: Heads, group: int) -> Heads:
         return own
     cached = with_prefix[:, :, :n_cached].repeat_interleave(group, 1)
     return t.cat([cached, own], 2)
-
-
-@contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside, the owner has this attribute. Not by setattr, see `replaced_forward`."""
-    attributes = owner.__dict__
-    had, before = name in attributes, attributes.get(name)
-    attributes[name] = value
-    try:
-        yield
-    finally:
-        del attributes[name]
-        if had:
-            attributes[name] = before

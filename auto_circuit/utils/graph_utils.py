@@ -369,14 +369,28 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
             stack.enter_context(_recording(src_port.site.module, outs[src_port]))
         for port in plan.dest_ports:
             stack.enter_context(_recording(port.module, reads[port]))
+        inputs = {
+            port: stack.enter_context(_recorded_inputs(port.heads.called_modules))
+            for port in plan.dest_ports
+            if port.heads is not None
+        }
         model.wrapped_model(adapter.probe_input(model.wrapped_model))
+        for port, of_port in inputs.items():
+            _check_fired_once(port.name, reads[port], model)
+            if not model.user_hooks.ids():
+                _check_heads_read(port, reads[port][0], of_port)
     for src_port, fired in outs.items():
         _check_fired_once(src_port.wrapper.module_name, fired, model)
     sources = t.cat([port.outputs(out).movedim(2, 0) for port, (out,) in outs.items()])
+    is_computed = any(port.site.transform is not None for port in plan.src_ports)
+    eps = _norms_rounding(sources.dtype) if is_computed else t.finfo(sources.dtype).eps
     for port, fired in reads.items():
         _check_fired_once(port.name, fired, model)
         if not port.additive:
-            model.constants[port.name] = _constant_at(port, fired[0], sources)
+            (read,) = fired
+            if read.ndim == 2:  # of each token alone
+                read = read.unflatten(0, sources.shape[1:3])
+            model.constants[port.name] = _constant_at(port, read, sources, eps)
     model.written = sources[0, 0, 0].clone()
     weights = WeightFingerprint(model.wrapped_model)
     # What hooks add to the residual stream looks like biases, but they may be removed.
@@ -397,6 +411,46 @@ def _record(outputs: list[Tensor], module: Module, args: Any, out: Tensor) -> No
     outputs.append(out)
 
 
+@contextmanager
+def _recorded_inputs(modules: Sequence[Module]) -> Iterator[list[list[Tensor]]]:
+    """What each module is given, inside, in each of its calls."""
+    inputs: list[list[Tensor]] = [[] for _ in modules]
+    with ExitStack() as stack:
+        for module, of_module in zip(modules, inputs, strict=True):
+            handle = module.register_forward_pre_hook(partial(_record_input, of_module))
+            stack.callback(handle.remove)
+        yield inputs
+
+
+def _record_input(inputs: list[Tensor], module: Module, args: Any) -> None:
+    inputs.extend(args[:1])
+
+
+def _check_heads_read(
+    port: DestPort, residual: Tensor, inputs: Sequence[Sequence[Tensor]]
+) -> None:
+    """Raise ModelError unless heads' linear maps read the norm of the residual stream."""
+    assert port.heads is not None
+    norm = port.heads.norm
+    expected = residual if norm is None else norm(residual)
+    size = expected.abs()
+    tolerance = SUM_ROUNDING * _norms_rounding(expected.dtype) * (size + size.mean())
+    for of_linear in inputs:
+        is_once = len(of_linear) == 1 and of_linear[0].shape == expected.shape
+        if not is_once or not ((of_linear[0] - expected).abs() <= tolerance).all():
+            raise ModelError(
+                f"The heads at {port.name!r} do not read what was expected: each of their "
+                f"{len(inputs)} linear maps must be called once, with the normed residual "
+                "stream. This architecture computes attention in another way, so it is not "
+                "supported as it is: it needs a ModelAdapter of its own."
+            )
+
+
+def _norms_rounding(dtype: t.dtype) -> float:
+    """Hugging Face computes most norms in float32, also in float64 models."""
+    return max(t.finfo(dtype).eps, t.finfo(t.float32).eps)
+
+
 def _check_fired_once(name: str, fired: list[Tensor], model: PatchableModel) -> None:
     if len(fired) != 1:
         raise ModelError(
@@ -411,8 +465,12 @@ def _constant_at(
     port: DestPort,
     read: Float[Tensor, "batch seq *head d_model"],
     sources: Float[Tensor, "src batch seq d_model"],
+    eps: float,
 ) -> Float[Tensor, "d_model"]:
-    """What a destination reads besides its sources. Raises ModelError if it varies."""
+    """What a destination reads besides its sources. Raises ModelError if it varies.
+
+    eps: what the model rounds to.
+    """
     heads = read if read.ndim == 4 else read.unsqueeze(2)
     if port.heads is None and heads.shape[2] != port.n_rows:
         raise ModelError(
@@ -429,7 +487,7 @@ def _constant_at(
     # A mean over positions is as far off as these are, also where little is written.
     scale = scale + scale.mean(dim=(0, 1, 2))
     error = (rest - constant).abs()
-    tolerance = (SUM_ROUNDING * t.finfo(read.dtype).eps * scale).expand_as(error)
+    tolerance = (SUM_ROUNDING * eps * scale).expand_as(error)
     if not (error <= tolerance).all():
         worst = (error / tolerance).nan_to_num(t.inf).argmax()
         raise ModelError(

@@ -50,6 +50,12 @@ def test_rows_of_linear_maps() -> None:
     assert (apart.n_rows, apart.rows()) == (8, [slice(0, 4), slice(4, 6), slice(6, 8)])
     shared = HeadInputs(None, None, maps[1:], share_rows=True)
     assert (shared.n_rows, shared.rows()) == (2, [slice(0, 2)] * 2)
+    # Queries, keys and values, and the two maps of an MLP that reads the same norm.
+    mlp = ((linear([1.0, 0.0]), 1),) * 2
+    with_mlp = HeadInputs(None, None, (*maps, *mlp), n_mlp_linears=2)
+    assert (with_mlp.n_rows, with_mlp.rows()[3:]) == (9, [slice(8, 9)] * 2)
+    shared = HeadInputs(None, None, (*maps[1:], *mlp), True, n_mlp_linears=2)
+    assert shared.rows() == [slice(0, 2)] * 2 + [slice(2, 3)] * 2
 
 
 def test_only_heads_with_an_input_of_their_own_differ() -> None:

@@ -25,6 +25,7 @@ from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import
     AutoencoderTransformer,
     sae_model,
 )
+from auto_circuit.model_utils.transformer_lens_utils import WHOLE_ATTENTION_ADAPTER
 from auto_circuit.ranking import circuit_mask
 from auto_circuit.types import Edge
 from auto_circuit.utils.graph_utils import patchable_model
@@ -93,7 +94,8 @@ def test_key_value_heads_feed_their_group() -> None:
 
 
 def test_attention_that_is_one_source_reads_all_its_heads() -> None:
-    model = bridge(gemma2)
+    adapter = WHOLE_ATTENTION_ADAPTER
+    model = patchable_model(gemma2(), True, separate_qkv=True, adapter=adapter)
     circuit = circuit_of(model, "Resid Start->A0.3.Q", "A0->Resid End")
     assert weighted_edge_count(model, circuit) == 2.0
 

@@ -196,6 +196,8 @@ def written(model: PatchableModel, node: SrcNode, inputs: Tensor) -> Tensor:
 def part_of(model: PatchableModel, node: SrcNode, out: Tensor) -> Tensor:
     """What a source writes, from its site's output."""
     site = src_site(model, node)
+    if site.transform is not None:
+        out = site.transform(out)
     if node.head_idx is None:
         return out
     if site.projection is None:

@@ -1,0 +1,141 @@
+"""Blocks that do something in another way than GPT-2's, and those that are refused.
+
+`test_architectures.py` compares every family with plain Hugging Face hooks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch as t
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from auto_circuit.errors import ModelError
+from auto_circuit.model_utils.block_facts import mlp_shares_norm, whole_mlp
+from auto_circuit.model_utils.transformer_lens_utils import WHOLE_ATTENTION_ADAPTER
+from auto_circuit.utils.ablation_activations import src_ablations
+from auto_circuit.utils.graph_utils import patch_mode, patchable_model, set_all_masks
+from auto_circuit.utils.patchable_model import PatchableModel
+from tests.families import FAMILIES, N_HEADS, REFUSED, bridge_of, make
+from tests.models import folded, tokens
+
+CLEAN, CORRUPT = tokens(2, 5, seed=1), tokens(2, 5, seed=2)
+
+
+def bridge(name: str) -> TransformerBridge:
+    return bridge_of(make(name))
+
+
+def at_mask(model: PatchableModel, value: float) -> Tensor:
+    """The output on the clean prompts with every mask at a value."""
+    patch = src_ablations(model, CORRUPT)
+    with t.no_grad(), patch_mode(model, patch):
+        set_all_masks(model, value)
+        return model(CLEAN)
+
+
+MISSING = {
+    "t5": "one stack of blocks",
+    "mamba": "attention in every block",
+    "opt_norm_after": "norms the sums",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_says_what_was_not_found(name: str) -> None:
+    for ungroup in (False, True):
+        with pytest.raises(ModelError, match=MISSING[name]) as caught:
+            patchable_model(bridge(name), True, separate_qkv=True, ungroup=ungroup)
+        assert "Use a decoder-only transformer" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_heads_shares_of_a_normed_sum_are_what_the_layer_adds() -> None:
+    """Hugging Face's own norm says what the layer adds."""
+    plain: Any = make("gemma2")
+    added: list[Tensor] = []
+    for layer in plain.model.layers:
+        layer.post_attention_layernorm.register_forward_hook(
+            lambda module, args, out: added.append(out)
+        )
+    plain(CLEAN)
+    model = patchable_model(bridge("gemma2"), True, separate_qkv=True)
+    written = src_ablations(model, CLEAN)
+    assert len(added) == 2
+    for layer, expected in enumerate(added):
+        srcs = [src for src in model.srcs if src.name.startswith(f"A{layer}.")]
+        assert len(srcs) == N_HEADS
+        shares = written[[src.src_idx for src in srcs]]
+        assert (shares.abs().mean((1, 2, 3)) > 0.05).all()
+        t.testing.assert_close(shares.sum(0), expected)
+
+
+@pytest.mark.parametrize("ungroup", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_whole_layer_is_an_option(ungroup: bool) -> None:
+    inner, arguments = bridge("gemma2"), {"separate_qkv": True, "ungroup": ungroup}
+    heads = patchable_model(inner, True, **arguments)  # type: ignore[arg-type]
+    whole = patchable_model(
+        inner,
+        True,
+        adapter=WHOLE_ATTENTION_ADAPTER,
+        **arguments,  # type: ignore[arg-type]
+    )
+    assert [src.name for src in whole.srcs][1:3] == ["A0", "MLP 0"]
+    assert [dest.name for dest in whole.dests] == [dest.name for dest in heads.dests]
+    for value, inputs in ((0.0, CLEAN), (1.0, CORRUPT)):
+        with t.no_grad():
+            expected = inner(inputs)
+        for model in (heads, whole):
+            t.testing.assert_close(at_mask(model, value), expected, atol=1e-5, rtol=0.0)
+
+
+def test_an_mlp_that_shares_the_heads_norm_where_weights_were_processed() -> None:
+    """TransformerLens's gated MLP then calls none of its linear maps as a module."""
+    inner = folded(bridge("stablelm_parallel"))
+    assert mlp_shares_norm(inner.blocks[0])
+    assert inner.blocks[0].mlp._use_processed_weights
+    model = patchable_model(inner, True, separate_qkv=True)
+    with t.no_grad():
+        clean, corrupt = inner(CLEAN), inner(CORRUPT)
+    t.testing.assert_close(at_mask(model, 0.0), clean, atol=1e-5, rtol=0.0)
+    t.testing.assert_close(at_mask(model, 1.0), corrupt, atol=1e-5, rtol=0.0)
+    assert inner.blocks[0].mlp._use_processed_weights
+    patch = src_ablations(model, CORRUPT)
+    with t.no_grad(), patch_mode(model, patch, ["Resid Start->MLP 1"]):
+        assert (model(CLEAN) - clean).abs().max() > 1e-3
+
+
+def test_what_computes_an_mlp_and_nothing_else() -> None:
+    """What a module gives is remembered only if it depends on what its MLP reads alone."""
+    has_one = {name: whole_mlp(bridge(name).blocks[0]) for name in ("gpt2", "gemma2")}
+    assert all(has_one.values())
+    for name in ("mpt", "opt", "xglm", "bloom"):
+        assert whole_mlp(bridge(name).blocks[0]) is None, name
+
+
+def test_the_unfactorized_graph_of_scaled_residuals() -> None:
+    with pytest.raises(ModelError, match="scales what its parts add.*factorized=True"):
+        patchable_model(bridge("granite"), False, separate_qkv=True)
+
+
+def test_attention_that_reads_its_input_in_another_way() -> None:
+    """A class that looks like any other, and calls a linear map with something else."""
+    inner = bridge("llama")
+    for block in inner.blocks:
+        attention: Any = block.attn
+        plain = type(attention)
+
+        class Doubling(plain):  # type: ignore[misc, valid-type]
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                kwargs["hidden_states"] = 2 * kwargs["hidden_states"]
+                return super().forward(*args, **kwargs)
+
+        attention.__class__ = Doubling
+    with pytest.raises(ModelError, match="do not read what was expected"):
+        patchable_model(inner, True, separate_qkv=True)
+
+
+def test_the_families() -> None:
+    assert len(FAMILIES) >= 40
