@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run robustness test fuzz lint format bench docs explorer pocket-model datasets lock clean
+.PHONY: help run robustness test fuzz lint format bench architectures docs explorer pocket-model datasets lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -48,6 +48,9 @@ format: $(VENV)/.stamp-dev  ## format the code and repair what ruff can
 bench: $(VENV)/.stamp-run  ## measure speed and memory
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 	$(BIN)/python -m benchmarks.graphs
+
+architectures: $(VENV)/.stamp-dev  ## check every architecture, and write the site's table
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architecture_table $(ARGS)
 
 docs: $(VENV)/.stamp-dev  ## build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)

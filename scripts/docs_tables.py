@@ -1,6 +1,6 @@
 """The tables of the documentation site, made from the objects that they are about.
 
-python scripts/docs_tables.py algorithms    # or tasks, metrics, architectures
+python scripts/docs_tables.py algorithms    # or tasks, metrics, architectures ...
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from auto_circuit.errors import DataError
 from auto_circuit.metrics.prune_metrics.prune_metrics import PRUNE_METRICS, PruneMetric
@@ -130,9 +131,49 @@ def architectures() -> str:
     return table(head, rows)
 
 
+ARCHITECTURES = Path(__file__).parents[1] / "docs" / "architectures.json"
+"""What the tests found: `python -m tests.architecture_table` writes it."""
+NOT_SUPPORTED = "not supported, because "
+
+
+def architecture_checks() -> str:
+    """Architecture x check: what the tests found."""
+    found = json.loads(ARCHITECTURES.read_text())
+    reasons = _reasons(found)
+    rows = (
+        [found["titles"][name], *(_checked(cell, reasons) for cell in cells.values())]
+        for name, cells in found["families"].items()
+    )
+    return table(["family", *found["columns"].values()], rows)
+
+
+def architecture_reasons() -> str:
+    """Why a cell of that table has no number."""
+    reasons = _reasons(json.loads(ARCHITECTURES.read_text()))
+    return table(
+        ["", "not supported, because"],
+        ((f"[{i}]", reason) for i, reason in enumerate(reasons, 1)),
+    )
+
+
+def _reasons(found: dict[str, Any]) -> list[str]:
+    cells = [cell for row in found["families"].values() for cell in row.values()]
+    texts = [cell.removeprefix(NOT_SUPPORTED) for cell in cells if isinstance(cell, str)]
+    return list(dict.fromkeys(texts))
+
+
+def _checked(cell: float | str, reasons: list[str]) -> str:
+    if isinstance(cell, str):
+        number = reasons.index(cell.removeprefix(NOT_SUPPORTED)) + 1
+        return f"{NOT_SUPPORTED}[{number}](#why-not)"
+    return f"{cell:.0e}" if 0 < cell < 0.01 else f"{cell:g}"
+
+
 TABLES = {
     "algorithms": algorithms,
     "architectures": architectures,
+    "architecture_checks": architecture_checks,
+    "architecture_reasons": architecture_reasons,
     "metrics": metrics,
     "number_algorithms": number_algorithms,
     "tasks": tasks,

@@ -1,98 +1,61 @@
-"""The families of Hugging Face models of which the site has a table, as tiny random models.
+"""The families of Hugging Face models of which the site has a table, and how to hook them.
 
-A newcomer is a `Family`: its class, its configuration's numbers, and the `Plan` by which
-`plain_patching` finds its parts.
+`tests/families.py` makes the models. A newcomer is a line there and one here: its name for
+readers, and the `Plan` by which `plain_patching` finds its parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch as t
-import transformers
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources._bridge_builder import (
-    build_bridge_from_module,
-)
 from transformers import PreTrainedModel
 
-from tests.models import randomize
+from tests.families import bridge_of, make
 from tests.plain_patching import (
     PlainModel,
     Plan,
+    default_dtype,
     group_by_group,
     head_by_head,
     in_four_parts,
     thirds,
 )
 
-VOCAB, D_MODEL, HEADS = 40, 16, 4
-SIZES = {
-    "num_hidden_layers": 2,
-    "num_attention_heads": HEADS,
-    "hidden_size": D_MODEL,
-    "intermediate_size": 24,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 32,
-}
-GROUPED = {**SIZES, "num_key_value_heads": 2}
-WIDE = {**GROUPED, "head_dim": 8}
-GPT2_SIZES = {
-    "n_layer": 2,
-    "n_head": HEADS,
-    "n_embd": D_MODEL,
-    "n_positions": 32,
-    "vocab_size": VOCAB,
-}
+FLOAT32 = t.float32
+"""Also where `in_float64` puts another type in its place."""
+LOUDER = 2.5
+"""Weights are multiplied by this: attention is then far from uniform, and effects large."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """title: as readers know it. model: the class's name without "Config"'s ending.
-
-    config: arguments of its configuration. plan: None if it is refused.
-    """
+    """title: as readers know it. plan: None for a family without a graph."""
 
     title: str
-    config_class: str
-    model_class: str
-    config: Mapping[str, Any]
     plan: Plan | None = None
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-
-    def hugging_face(self, dtype: t.dtype = t.float32) -> PreTrainedModel:
-        """The model, the same in every call."""
-        config = getattr(transformers, self.config_class)(**self.config)
-        # The default ones know no float64, or no hooks.
-        config._attn_implementation = "eager"
-        config._experts_implementation = "eager"
-        for name, value in self.attributes.items():
-            setattr(config, name, value)
-        model = getattr(transformers, self.model_class)(config)
-        randomize(model)
-        for parameter in model.parameters():
-            parameter.data *= 2.5  # so that attention is far from uniform
-        return model.to(dtype).eval().requires_grad_(False)
-
-    def bridge(self, dtype: t.dtype = t.float32) -> TransformerBridge:
-        """TransformerLens's model with the same weights."""
-        model = self.hugging_face(dtype)
-        bridge = build_bridge_from_module(
-            model, type(model).__name__, hf_config=model.config
-        )
-        return bridge.eval().requires_grad_(False)
-
-    def plain(self, dtype: t.dtype = t.float32) -> PlainModel:
-        assert self.plan is not None, f"{self.title} has no plan"
-        return PlainModel(self.hugging_face(dtype), self.plan)
 
 
-def family(
-    title: str, name: str, config: Mapping[str, Any], plan: Plan | None, **attributes: Any
-) -> Family:
-    return Family(title, f"{name}Config", f"{name}ForCausalLM", config, plan, attributes)
+def hugging_face(name: str, dtype: t.dtype = FLOAT32) -> PreTrainedModel:
+    """A family's model, the same in every call."""
+    with t.random.fork_rng(devices=[]), default_dtype(FLOAT32):
+        model = make(name, FLOAT32)
+    for parameter in model.parameters():
+        parameter.data *= LOUDER
+    return model.to(dtype)  # type: ignore[no-any-return]
+
+
+def bridge(name: str, dtype: t.dtype = FLOAT32) -> TransformerBridge:
+    """TransformerLens's model with the same weights."""
+    return bridge_of(hugging_face(name, dtype))
+
+
+def plain_model(name: str, dtype: t.dtype = FLOAT32) -> PlainModel:
+    """The Hugging Face model alone."""
+    plan = FAMILIES[name].plan
+    assert plan is not None, f"{name} has no plan"
+    return PlainModel(hugging_face(name, dtype), plan)
 
 
 LLAMA = Plan()
@@ -148,8 +111,6 @@ FALCON = Plan(
     gated=(),
     down="mlp.dense_4h_to_h",
 )
-FALCON_SIZES = {**SIZES, "ffn_hidden_size": 24}
-del FALCON_SIZES["intermediate_size"]
 OPT = Plan(
     blocks="model.decoder.layers",
     end="model.decoder.final_layer_norm",
@@ -163,24 +124,12 @@ OPT = Plan(
     down="fc2",
 )
 
-STABLE_LM = {**GROUPED, "partial_rotary_factor": 0.5}
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("GPT-2", "GPT2Config", "GPT2LMHeadModel", GPT2_SIZES, GPT2),
-    "gpt_bigcode": family("GPT-BigCode (SantaCoder)", "GPTBigCode", GPT2_SIZES, GPT2),
-    "gpt_neo": family(
+    "gpt2": Family("GPT-2", GPT2),
+    "gpt_bigcode": Family("GPT-BigCode (SantaCoder)", GPT2),
+    "gpt_neo": Family(
         "GPT-Neo, TinyStories",
-        "GPTNeo",
-        {
-            "num_layers": 2,
-            "num_heads": HEADS,
-            "hidden_size": D_MODEL,
-            "intermediate_size": 24,
-            "vocab_size": VOCAB,
-            "max_position_embeddings": 32,
-            "window_size": 4,
-            "attention_types": [[["global", "local"], 1]],
-        },
         replace(
             GPT2,
             qkv=tuple(f"attn.attention.{x}_proj" for x in "qkv"),
@@ -188,54 +137,27 @@ FAMILIES: dict[str, Family] = {
             output="attn.attention.out_proj",
         ),
     ),
-    "gptj": family("GPT-J", "GPTJ", {**GPT2_SIZES, "rotary_dim": 4}, GPT_J),
-    "codegen": family(
-        "CodeGen",
-        "CodeGen",
-        {**GPT2_SIZES, "rotary_dim": 4},
-        replace(GPT_J, qkv=("attn.qkv_proj",), stripe=in_four_parts),
+    "gptj": Family("GPT-J", GPT_J),
+    "codegen": Family(
+        "CodeGen", replace(GPT_J, qkv=("attn.qkv_proj",), stripe=in_four_parts)
     ),
-    "opt": family(
-        "OPT",
-        "OPT",
-        {
-            "num_hidden_layers": 2,
-            "num_attention_heads": HEADS,
-            "hidden_size": D_MODEL,
-            "word_embed_proj_dim": D_MODEL,
-            "ffn_dim": 24,
-            "vocab_size": VOCAB,
-            "max_position_embeddings": 32,
-        },
-        OPT,
-    ),
-    "bloom": family(
+    "pythia": Family("Pythia (GPT-NeoX)", NEOX),
+    "pythia_sequential": Family("GPT-NeoX, not parallel", NEOX),
+    "opt": Family("OPT", OPT),
+    "xglm": Family("XGLM", replace(OPT, blocks="model.layers", end="model.layer_norm")),
+    "bloom": Family(
         "BLOOM",
-        "Bloom",
-        {"n_layer": 2, "n_head": HEADS, "hidden_size": D_MODEL, "vocab_size": VOCAB},
-        Plan(
-            blocks="transformer.h",
-            end="transformer.ln_f",
-            qkv=("self_attention.query_key_value",),
+        replace(
+            FALCON,
             stripe=head_by_head,
-            output="self_attention.dense",
+            mlp_norm="post_attention_layernorm",
             mlp_in="mlp.dense_h_to_4h",
             mlp_out="mlp.dense_4h_to_h",
             activation="mlp.gelu_impl",
-            gated=(),
-            down="mlp.dense_4h_to_h",
         ),
     ),
-    "mpt": family(
+    "mpt": Family(
         "MPT",
-        "Mpt",
-        {
-            "n_layers": 2,
-            "n_heads": HEADS,
-            "d_model": D_MODEL,
-            "vocab_size": VOCAB,
-            "max_seq_len": 32,
-        },
         Plan(
             blocks="transformer.blocks",
             end="transformer.norm_f",
@@ -251,36 +173,13 @@ FAMILIES: dict[str, Family] = {
             down="ffn.down_proj",
         ),
     ),
-    "falcon": family("Falcon 7B", "Falcon", FALCON_SIZES, FALCON),
-    "falcon_new": family(
-        "Falcon 40B",
-        "Falcon",
-        {**FALCON_SIZES, "new_decoder_architecture": True, "num_kv_heads": 2},
-        replace(FALCON, attn_norm="ln_attn", mlp_norm="ln_mlp"),
-    ),
-    "falcon_rw": family(
+    "falcon": Family("Falcon 7B", FALCON),
+    "falcon_alibi": Family(
         "Falcon RW",
-        "Falcon",
-        {
-            **FALCON_SIZES,
-            "multi_query": False,
-            "parallel_attn": False,
-            "alibi": True,
-            "bias": True,
-        },
         replace(FALCON, mlp_norm="post_attention_layernorm", stripe=head_by_head),
     ),
-    "pythia": family("Pythia (GPT-NeoX)", "GPTNeoX", SIZES, NEOX),
-    "neox_sequential": family(
-        "GPT-NeoX, not parallel",
-        "GPTNeoX",
-        {**SIZES, "use_parallel_residual": False},
-        NEOX,
-    ),
-    "phi": family(
+    "phi": Family(
         "Phi 1, 1.5 and 2",
-        "Phi",
-        SIZES,
         replace(
             PARALLEL,
             end="model.final_layernorm",
@@ -290,111 +189,17 @@ FAMILIES: dict[str, Family] = {
             down="mlp.fc2",
         ),
     ),
-    "phi3": family(
+    "phi3": Family(
         "Phi-3 and 4",
-        "Phi3",
-        {**GROUPED, "pad_token_id": 0},
         replace(FUSED_GATE, qkv=("self_attn.qkv_proj",), stripe=thirds),
     ),
-    "llama": family("Llama 2 and 3", "Llama", GROUPED, LLAMA),
-    "mistral": family("Mistral", "Mistral", {**GROUPED, "sliding_window": 4}, LLAMA),
-    "mixtral": family(
-        "Mixtral",
-        "Mixtral",
-        {**GROUPED, "num_local_experts": 3, "sliding_window": None},
-        MOE,
-    ),
-    "qwen2": family("Qwen 2 and 2.5", "Qwen2", GROUPED, LLAMA),
-    "qwen2_moe": family(
-        "Qwen 2 MoE",
-        "Qwen2Moe",
-        {
-            **GROUPED,
-            "num_experts": 3,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 24,
-        },
-        MOE,
-    ),
-    "qwen3": family("Qwen 3", "Qwen3", WIDE, LLAMA),
-    "qwen3_moe": family(
-        "Qwen 3 MoE",
-        "Qwen3Moe",
-        {
-            **WIDE,
-            "num_experts": 3,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-        },
-        MOE,
-    ),
-    "gemma": family("Gemma 1", "Gemma", WIDE, LLAMA),
-    "gemma2": family("Gemma 2", "Gemma2", {**WIDE, "sliding_window": 4}, BOTH_NORMS),
-    "gemma3": Family(
-        "Gemma 3",
-        "Gemma3TextConfig",
-        "Gemma3ForCausalLM",
-        {**WIDE, "sliding_window": 4},
-        BOTH_NORMS,
-    ),
-    "olmo": family("OLMo 1", "Olmo", GROUPED, LLAMA),
-    "olmo2": family("OLMo 2", "Olmo2", GROUPED, POST_NORMS),
-    "olmo3": family("OLMo 3", "Olmo3", {**GROUPED, "sliding_window": 4}, POST_NORMS),
-    "olmoe": family(
-        "OLMoE",
-        "Olmoe",
-        {**GROUPED, "num_experts": 3, "num_experts_per_tok": 2},
-        MOE,
-    ),
-    "stablelm": family("StableLM", "StableLm", STABLE_LM, LLAMA),
-    "stablelm_parallel": family(
-        "StableLM, parallel",
-        "StableLm",
-        {**STABLE_LM, "use_parallel_residual": True},
-        PARALLEL,
-    ),
-    "starcoder2": family(
-        "StarCoder 2",
-        "Starcoder2",
-        GROUPED,
-        replace(UNGATED, activation="mlp.act", down="mlp.c_proj"),
-    ),
-    "smollm3": family("SmolLM 3", "SmolLM3", {**GROUPED, "pad_token_id": 0}, LLAMA),
-    "glm": family("GLM", "Glm", {**WIDE, "pad_token_id": 0}, FUSED_GATE),
-    "glm4": family(
-        "GLM-4",
-        "Glm4",
-        {**WIDE, "pad_token_id": 0},
-        replace(
-            FUSED_GATE,
-            attn_post_norm="post_self_attn_layernorm",
-            mlp_post_norm="post_mlp_layernorm",
-        ),
-    ),
-    "cohere": family("Cohere (Command R)", "Cohere", GROUPED, PARALLEL),
-    "cohere2": family("Cohere 2 (Command R7B)", "Cohere2", GROUPED, PARALLEL),
-    "granite": family(
-        "Granite",
-        "Granite",
-        {
-            **GROUPED,
-            "residual_multiplier": 0.22,
-            "embedding_multiplier": 12.0,
-            "logits_scaling": 8.0,
-            "attention_multiplier": 0.4,
-        },
-        replace(LLAMA, scale="residual_multiplier"),
-    ),
-    "granite_moe": family(
+    "stablelm": Family("StableLM", LLAMA),
+    "stablelm_parallel": Family("StableLM, parallel", PARALLEL),
+    "cohere": Family("Cohere (Command R)", PARALLEL),
+    "cohere2": Family("Cohere 2 (Command R7B)", PARALLEL),
+    "granite": Family("Granite", replace(LLAMA, scale="residual_multiplier")),
+    "granite_moe": Family(
         "Granite MoE",
-        "GraniteMoe",
-        {
-            **GROUPED,
-            "residual_multiplier": 0.22,
-            "num_local_experts": 3,
-            "num_experts_per_tok": 2,
-        },
         replace(
             MOE,
             scale="residual_multiplier",
@@ -402,71 +207,45 @@ FAMILIES: dict[str, Family] = {
             mlp_out="block_sparse_moe",
         ),
     ),
-    "nemotron": family(
-        "Nemotron",
-        "Nemotron",
-        {**WIDE, "partial_rotary_factor": 0.5},
-        UNGATED,
+    "llama": Family("Llama 2 and 3", LLAMA),
+    "mistral": Family("Mistral", LLAMA),
+    "mixtral": Family("Mixtral", MOE),
+    "qwen2": Family("Qwen 2 and 2.5", LLAMA),
+    "qwen2_moe": Family("Qwen 2 MoE", MOE),
+    "qwen3": Family("Qwen 3", LLAMA),
+    "qwen3_moe": Family("Qwen 3 MoE", MOE),
+    "gemma": Family("Gemma 1", LLAMA),
+    "gemma2": Family("Gemma 2", BOTH_NORMS),
+    "gemma3": Family("Gemma 3", BOTH_NORMS),
+    "olmo": Family("OLMo 1", LLAMA),
+    "olmo2": Family("OLMo 2", POST_NORMS),
+    "olmo3": Family("OLMo 3", POST_NORMS),
+    "olmoe": Family("OLMoE", MOE),
+    "starcoder2": Family(
+        "StarCoder 2", replace(UNGATED, activation="mlp.act", down="mlp.c_proj")
     ),
-    "apertus": family(
+    "smollm3": Family("SmolLM 3", LLAMA),
+    "glm": Family("GLM", FUSED_GATE),
+    "glm4": Family(
+        "GLM-4",
+        replace(
+            FUSED_GATE,
+            attn_post_norm="post_self_attn_layernorm",
+            mlp_post_norm="post_mlp_layernorm",
+        ),
+    ),
+    "ernie4_5": Family("Ernie 4.5", LLAMA),
+    "apertus": Family(
         "Apertus",
-        "Apertus",
-        GROUPED,
         replace(
             UNGATED, attn_norm="attention_layernorm", mlp_norm="feedforward_layernorm"
         ),
     ),
-    "arcee": family("Arcee", "Arcee", GROUPED, UNGATED),
-    "ernie4_5": family("Ernie 4.5", "Ernie4_5", WIDE, LLAMA),
-    "exaone4": family(
-        "EXAONE 4", "Exaone4", {**GROUPED, "sliding_window": 4}, POST_NORMS
-    ),
-    "seed_oss": family("Seed-OSS", "SeedOss", WIDE, LLAMA),
-    "hunyuan": family("HunYuan", "HunYuanDenseV1", WIDE, LLAMA),
-    "gpt_oss": family(
-        "gpt-oss",
-        "GptOss",
-        {
-            **WIDE,
-            "num_local_experts": 3,
-            "num_experts_per_tok": 2,
-            "sliding_window": 4,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
-        MOE,
-    ),
-    "xglm": family(
-        "XGLM",
-        "XGLM",
-        {
-            "num_layers": 2,
-            "attention_heads": HEADS,
-            "d_model": D_MODEL,
-            "ffn_dim": 24,
-            "vocab_size": VOCAB,
-            "max_position_embeddings": 32,
-        },
-        replace(OPT, blocks="model.layers", end="model.layer_norm"),
-    ),
-    "openai_gpt": Family(
-        "GPT (2018)",
-        "OpenAIGPTConfig",
-        "OpenAIGPTLMHeadModel",
-        GPT2_SIZES,
-    ),
-    "opt_350m": family(
-        "OPT 350M",
-        "OPT",
-        {
-            "num_hidden_layers": 2,
-            "num_attention_heads": HEADS,
-            "hidden_size": D_MODEL,
-            "word_embed_proj_dim": D_MODEL,
-            "ffn_dim": 24,
-            "vocab_size": VOCAB,
-            "max_position_embeddings": 32,
-            "do_layer_norm_before": False,
-        },
-        None,
-    ),
+    "nemotron": Family("Nemotron", UNGATED),
+    "arcee": Family("Arcee", UNGATED),
+    "seed_oss": Family("Seed-OSS", LLAMA),
+    "exaone4": Family("EXAONE 4", POST_NORMS),
+    "hunyuan": Family("HunYuan", LLAMA),
+    "gpt_oss": Family("gpt-oss", MOE),
+    "opt_norm_after": Family("OPT 350M"),
 }

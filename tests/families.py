@@ -160,6 +160,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("SeedOss", _GEMMA),
     "exaone4": ("Exaone4", _GEMMA | {"sliding_window": 4, "sliding_window_pattern": 2}),
     "hunyuan": ("HunYuanDenseV1", _GEMMA),
+    "gpt_oss": (
+        "GptOss",
+        _GEMMA
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
 }
 """Per family, the Hugging Face class's name (without `ForCausalLM`) and the configuration."""
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch as t
@@ -141,8 +141,16 @@ class PlainModel:
     def logits(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         return self.model(tokens, use_cache=False, **kwargs).logits
 
-    def d_head(self, block: int) -> int:
-        return len(in_out(self.part(block, self.plan.output))) // self.sizes.heads
+    def qkv(self, block: int, part: int) -> Any:
+        """The linear map of queries (0), keys (1) or values (2)."""
+        return self.part(block, self.plan.qkv[part if len(self.plan.qkv) > 1 else 0])
+
+    def stripes(self, block: int, part: int) -> list[slice]:
+        """Each head's rows in it."""
+        width = len(in_out(self.part(block, self.plan.output))) // self.sizes.heads
+        n_heads = self.sizes.heads if part == 0 else self.sizes.kv_heads
+        starts = [self.plan.stripe(part, head, self.sizes) for head in range(n_heads)]
+        return [slice(start * width, (start + 1) * width) for start in starts]
 
 
 @contextmanager
@@ -151,16 +159,23 @@ def in_float64() -> Iterator[None]:
 
     Norms and softmax are: numbers of models in float64 would be good to 1e-7 only.
     """
-    default = t.get_default_dtype()
-    t.set_default_dtype(t.float64)
+    with (
+        default_dtype(t.float64),
+        mock.patch.multiple(t, float32=t.float64, float=t.float64),
+        mock.patch.object(Tensor, "float", Tensor.double),
+    ):
+        yield
+
+
+@contextmanager
+def default_dtype(dtype: t.dtype) -> Iterator[None]:
+    """Inside, new tensors have this type."""
+    before = t.get_default_dtype()
+    t.set_default_dtype(dtype)
     try:
-        with (
-            mock.patch.object(t, "float32", t.float64),
-            mock.patch.object(Tensor, "float", Tensor.double),
-        ):
-            yield
+        yield
     finally:
-        t.set_default_dtype(default)
+        t.set_default_dtype(before)
 
 
 # ------------------------------------------------------------------------------ nodes
@@ -225,7 +240,9 @@ def hooks() -> Iterator[Callable[..., None]]:
     """
     with ExitStack() as stack:
 
-        def add(module: Module, before: Any = None, after: Any = None) -> None:
+        def add(
+            module: Module, before: Any = None, after: Any = None, is_first: bool = False
+        ) -> None:
             def pre_hook(module: Module, args: Any, kwargs: Any) -> Any:
                 if args:
                     new = before(args[0])
@@ -243,7 +260,8 @@ def hooks() -> Iterator[Callable[..., None]]:
                 handle = module.register_forward_pre_hook(pre_hook, with_kwargs=True)
                 stack.callback(handle.remove)
             if after is not None:
-                stack.callback(module.register_forward_hook(hook).remove)
+                handle = module.register_forward_hook(hook, prepend=is_first)
+                stack.callback(handle.remove)
 
         yield add
 
@@ -267,6 +285,7 @@ def written(plain: PlainModel, tokens: Tensor, **kwargs: Any) -> dict[str, Tenso
     for block in range(plain.n_blocks):
         heads = heads_written(plain, block, seen[f"z{block}"])
         sources |= {f"A{block}.{i}": head for i, head in enumerate(heads.unbind(-2))}
+        sources[f"A{block}"] = heads.sum(-2)  # where the source is the whole layer
         sources[f"MLP {block}"] = plain.scale * seen[f"MLP {block}"]
     return sources
 
@@ -318,14 +337,14 @@ def patch_each_edge(
         )
 
     def patch_heads(block: int, part: int, linear: Any) -> Callable[[Tensor], Tensor]:
-        norm, width = plain.norm(block, plan.attn_norm), plain.d_head(block)
+        norm, stripes = plain.norm(block, plan.attn_norm), plain.stripes(block, part)
 
         def patch(out: Tensor) -> Tensor:
             x = inputs[linear if norm is None else norm]
             other, out = linear.forward(changed(norm, x)), out.clone()
             for i in rows("head", block, part):
-                at = plan.stripe(part, dests[i].head, plain.sizes) * width
-                out[i, :, at : at + width] = other[i, :, at : at + width]
+                own = stripes[dests[i].head]
+                out[i, :, own] = other[i, :, own]
             return out
 
         return patch
@@ -339,7 +358,7 @@ def patch_each_edge(
                 if norm is not None:
                     add(norm, before=save(norm))
             for part in range(3):
-                linear = plain.part(block, plan.qkv[part if len(plan.qkv) > 1 else 0])
+                linear = plain.qkv(block, part)
                 if rows("head", block, part):
                     add(linear, before=save(linear))
                     add(linear, after=patch_heads(block, part, linear))
@@ -347,3 +366,181 @@ def patch_each_edge(
                 add(plain.part(block, plan.mlp_in), before=patch_mlp(block))
         add(plain.end(), before=lambda x: set_rows(x, changed(None, x), rows("end")))
         return plain.logits(clean.expand(n, -1))
+
+
+# ----------------------------------------------------------------- gradients by other rules
+
+Rules = Literal["none", "gim", "relp"]
+
+
+class _SofterBackward(t.autograd.Function):
+    """Softmax, with the gradient s (g - <g, s>) of the softmax s at temperature 2."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        ctx.save_for_backward(scores)
+        return scores.softmax(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (scores,) = ctx.saved_tensors
+        soft = (scores / 2).softmax(-1)
+        return soft * (grads[0] - (grads[0] * soft).sum(-1, keepdim=True))
+
+
+def scaled(x: Tensor, factor: float | Tensor) -> Tensor:
+    """x, whose gradient is multiplied."""
+    return x.detach() + factor * (x - x.detach())
+
+
+def with_constant(x: Tensor, factor: Tensor, value: Tensor) -> Tensor:
+    """`value`, with the gradient of x times a constant."""
+    product = x * factor.detach()
+    return value.detach() + (product - product.detach())
+
+
+def _frozen_scale(norm: Any, args: Any, out: Tensor) -> Tensor:
+    """y = gain (x - mean) / scale + bias, where the scale is a constant."""
+    x = args[0] - args[0].mean(-1, keepdim=True) if is_centred(norm) else args[0]
+    bias = getattr(norm, "bias", None)
+    return with_constant(x, (out if bias is None else out - bias) / x, out)
+
+
+def _linear_activation(module: Module, args: Any, out: Tensor) -> Tensor:
+    """y = x (y / x), where the quotient is a constant."""
+    return with_constant(args[0], out / args[0], out)
+
+
+def _halved(module: Module, args: Any, out: Tensor) -> Tensor:
+    return scaled(out, 0.5)
+
+
+@contextmanager
+def backward_rules(plain: PlainModel, rules: Rules) -> Iterator[None]:
+    """Inside, gradients flow by the rules of GIM or of RelP; values are what they are.
+
+    GIM: the softmax of attention has another gradient; queries and keys pass 1/4 of theirs,
+    values 1/2. RelP: activations are linear. Both: scales of norms are constants, and the
+    two factors of a gated MLP pass 1/2.
+    """
+    if rules == "none":
+        yield
+        return
+    plan = plain.plan
+    norms = [m for m in plain.model.modules() if "Norm" in type(m).__name__]
+    hooked: list[tuple[Any, Any]] = [
+        (norm, _frozen_scale) for norm in norms if not list(norm.children())
+    ]
+    for block in range(plain.n_blocks):
+        hooked += [(plain.part(block, name), _halved) for name in plan.gated]
+        if rules == "relp":
+            assert plan.activation is not None
+            hooked.append((plain.part(block, plan.activation), _linear_activation))
+        else:
+            hooked += _weaker_heads(plain, block)
+    with ExitStack() as stack:
+        for module, hook in hooked:
+            stack.callback(module.register_forward_hook(hook).remove)
+        if rules == "gim":
+            stack.enter_context(_softer_softmax())
+        yield
+
+
+@contextmanager
+def _softer_softmax() -> Iterator[None]:
+    plain_softmax = t.nn.functional.softmax
+
+    def softmax(
+        scores: Tensor, dim: int = -1, dtype: Any = None, **kwargs: Any
+    ) -> Tensor:
+        if scores.ndim < 3:  # the weights of experts
+            return plain_softmax(scores, dim=dim, dtype=dtype)
+        assert dim in (-1, scores.ndim - 1)
+        return _SofterBackward.apply(scores if dtype is None else scores.to(dtype))  # type: ignore[no-any-return]
+
+    with mock.patch.object(t.nn.functional, "softmax", softmax):
+        yield
+
+
+def _weaker_heads(plain: PlainModel, block: int) -> list[tuple[Any, Any]]:
+    found = []
+    for name in plain.plan.qkv:
+        linear = plain.part(block, name)
+        factors = t.ones(in_out(linear).shape[1], dtype=linear.weight.dtype)
+        for part, factor in ((0, 0.25), (1, 0.25), (2, 0.5)):
+            if plain.qkv(block, part) is linear:
+                for rows in plain.stripes(block, part):
+                    factors[rows] = factor
+        found.append((linear, lambda m, args, out, factors=factors: scaled(out, factors)))
+    return found
+
+
+def edge_scores(
+    plain: PlainModel,
+    clean: Tensor,
+    corrupt: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    rules: Rules = "none",
+) -> dict[tuple[str, str], float]:
+    """Attribution of every pair: (the source's change) * (the gradient where it is read)."""
+    on_clean, on_corrupt = written(plain, clean), written(plain, corrupt)
+    with backward_rules(plain, rules):
+        grads = _gradients(plain, clean, loss)
+    return {
+        (src, dest): float(((on_corrupt[src] - on_clean[src]) * grad).sum())
+        for src in on_clean
+        for dest, grad in grads.items()
+    }
+
+
+def _gradients(
+    plain: PlainModel, tokens: Tensor, loss: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """The gradient at what each destination reads, [1 seq d_model], by name."""
+    plan, seen = plain.plan, dict[Any, Tensor]()
+
+    def save(place: Any) -> Callable[[Tensor], None]:
+        return lambda x: seen.update({place: x})
+
+    def save_alone(place: Any) -> Callable[[Tensor], Tensor]:
+        """What nobody else reads: without a norm it is the residual stream itself."""
+        return lambda x: seen.setdefault(place, x.view_as(x))
+
+    with hooks() as add:
+        add(plain.block(0), before=lambda x: x.detach().requires_grad_())
+        for block in range(plain.n_blocks):
+            for norm in {plain.norm(block, n) for n in (plan.attn_norm, plan.mlp_norm)}:
+                if norm is not None:
+                    add(norm, before=save(norm))
+            for linear in {plain.qkv(block, part) for part in range(3)}:
+                add(linear, before=save(("in", linear)))
+                add(linear, after=save(("out", linear)), is_first=True)
+            add(plain.part(block, plan.mlp_in), before=save_alone(("mlp", block)))
+        add(plain.end(), before=save("end"))
+        value = loss(plain.logits(tokens))
+    places = [p for p in seen if p == "end" or (type(p) is tuple and p[0] != "in")]
+    grads = dict(
+        zip(places, t.autograd.grad(value, [seen[p] for p in places]), strict=True)
+    )
+    found = {"Resid End": grads["end"]}
+    for block in range(plain.n_blocks):
+        norm = plain.norm(block, plan.mlp_norm)
+        x = seen.get(norm, seen["mlp", block])
+        found[f"MLP {block}"] = _pulled_back(x, norm, None, grads["mlp", block])
+        norm = plain.norm(block, plan.attn_norm)
+        for part, letter in enumerate("QKV"):
+            linear = plain.qkv(block, part)
+            x = seen["in", linear] if norm is None else seen[norm]
+            for head, rows in enumerate(plain.stripes(block, part)):
+                grad = t.zeros_like(grads["out", linear])
+                grad[..., rows] = grads["out", linear][..., rows]
+                found[f"A{block}.{head}.{letter}"] = _pulled_back(x, norm, linear, grad)
+    return {name: grad.reshape(1, -1, grad.shape[-1]) for name, grad in found.items()}
+
+
+def _pulled_back(x: Tensor, norm: Any, linear: Any, grad: Tensor) -> Tensor:
+    """The gradient before a norm and a linear map, from that after them."""
+    x = x.detach().requires_grad_()
+    y = x if norm is None else norm(x)
+    y = y if linear is None else linear.forward(y)
+    return t.autograd.grad(y, x, grad)[0] if y is not x else grad

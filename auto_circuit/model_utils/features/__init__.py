@@ -1,1 +1,0 @@
-"""Latents of autoencoders, and neurons, as nodes of a model's graph."""
