@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch as t
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
 
 from auto_circuit.checks import checked
@@ -22,7 +23,7 @@ from auto_circuit.metrics.official_circuits.circuits.ioi_official import (
     ioi_true_edges_mlp_0_only,
 )
 from auto_circuit.metrics.prune_metrics.answer_diff_percent import answer_diff_percent
-from auto_circuit.model_utils.load_model import load_transformer
+from auto_circuit.model_utils.load_model import DeviceMap, load_transformer
 from auto_circuit.model_utils.transformer_lens_sites import switch_on_heads
 from auto_circuit.prompt_files import read_prompt_file
 from auto_circuit.prune import run_circuits
@@ -42,13 +43,31 @@ LEARNED_TRAIN_FACTOR = 8
 """A learned circuit is found on this many prompts for each one that it is tested on."""
 
 
-def load_tl_model(name: str | Path, device: t.device | str = "cpu") -> TransformerBridge:
+def load_tl_model(
+    name: str | Path | Module,
+    device: t.device | str | None = None,
+    dtype: t.dtype | None = None,
+    device_map: DeviceMap | None = None,
+    tokenizer: Any = None,
+) -> TransformerBridge:
     """A TransformerLens model, ready for `patchable_model`.
 
     name: a Hugging Face hub name ("gpt2", "EleutherAI/pythia-70m-deduped"), or a local
-        folder in Hugging Face format.
-    Float32, eval mode, weights processed (layer norm folded, writing weights and
-    unembedding centred) and without gradients. Raises ModelError if it cannot be had.
+        folder in Hugging Face format; or a model that is loaded already, as a Hugging Face
+        PreTrainedModel (it becomes a part of the result; its weights stay as they are) or a
+        TransformerBridge (which is returned).
+    device, dtype: None: the CPU and float32, or those of the given model.
+    device_map: instead of a device, what `from_pretrained` takes ("auto", or module name ->
+        device), with whole blocks on each device.
+    tokenizer: of a given PreTrainedModel; without one, prompts are tokens.
+
+    In eval mode and without gradients. In float32, on one device, the weights of a name are
+    processed (layer norm folded, writing weights and unembedding centred); else they are as
+    they were published. Masks and scores are float32 in any case (float64 for float64).
+
+    What was loaded is checked by numbers against the Hugging Face model. Raises ModelError if
+    it cannot be had, or is wrong; ConfigError for arguments that do not go together, and for
+    a device map that splits a block.
 
     TransformerLens's hooks of single heads (`hook_result`, `hook_q_input` ...) and of MLPs'
     inputs are on, as in auto-circuit; they make passes outside of `patch_mode` slower, by
@@ -56,7 +75,7 @@ def load_tl_model(name: str | Path, device: t.device | str = "cpu") -> Transform
     changes no number here. (`hook_attn_in` is off: TransformerLens 4 does
     not have it beside `hook_q_input`.)
     """
-    model = load_transformer(name, device)
+    model = load_transformer(name, device, dtype, device_map, tokenizer)
     switch_on_heads(model)
     return model
 

@@ -196,7 +196,8 @@ def edge_matrix_groups(
     """
     stretches: list[list[DestPort]] = []
     for port in ports:
-        if stretches and stretches[-1][0].srcs == port.srcs:
+        # Heads that share an input are the first rows of a matrix, so they begin one.
+        if stretches and stretches[-1][0].srcs == port.srcs and port.heads is None:
             stretches[-1].append(port)
         else:
             stretches.append([port])
@@ -220,6 +221,7 @@ def _can_join(following: list[DestPort], stretch: list[DestPort]) -> bool:
     return (
         len(following) == 1
         and port.n_rows == 1
+        and port.heads is None
         and port.srcs.start == srcs.start
         and port.srcs.stop > srcs.stop
         and not port.additive

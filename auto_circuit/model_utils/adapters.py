@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.nn import Module
 
 from auto_circuit.errors import ModelError
+from auto_circuit.model_utils.features.spliced import SPLICED_TRANSFORMER_ADAPTER
 from auto_circuit.model_utils.micro_model_utils import MICRO_MODEL_ADAPTER
 from auto_circuit.model_utils.model_adapter import ModelAdapter
 from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import (
@@ -16,6 +17,7 @@ ADAPTERS: tuple[ModelAdapter, ...] = (
     MICRO_MODEL_ADAPTER,
     TRANSFORMER_BRIDGE_ADAPTER,
     AUTOENCODER_TRANSFORMER_ADAPTER,
+    SPLICED_TRANSFORMER_ADAPTER,
 )
 
 

@@ -1,5 +1,7 @@
 """Load a language model by hub name or from a local folder, and check what was loaded.
 
+Or take one that is loaded already, as a Hugging Face model or a TransformerBridge.
+
 A model that is loaded wrong gives numbers like any other. So the weights are compared with
 what the configuration asks for, and what TransformerLens makes of the model with what the
 model itself says.
@@ -8,7 +10,8 @@ model itself says.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,16 +21,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import (
+    build_bridge_from_module,
+)
 from transformer_lens.model_bridge.sources._hf_format import (
     determine_architecture_from_hf_config,
 )
 from transformer_lens.model_bridge.sources.transformers.helpers import (
     get_hf_model_class_for_architecture,
 )
+from transformers import PreTrainedModel
 
 from auto_circuit.checks import check_device
-from auto_circuit.errors import ModelError
+from auto_circuit.errors import ConfigError, ModelError
 from auto_circuit.model_utils.loaded_bridge import LoadedBridge, as_loaded
+from auto_circuit.weights import has_values
 
 MODEL_ALIASES = {
     "gpt2-small": "gpt2",
@@ -49,32 +57,72 @@ Root mean square, as a share of their standard deviation.
 N_PROBE_TOKENS = 8
 
 
+DeviceMap = str | Mapping[str, t.device | str | int]
+"""What accelerate takes: "auto", "balanced", or module name -> device."""
+
+
 def load_transformer(
-    name: str | Path,
-    device: t.device | str = "cpu",
-    dtype: t.dtype = t.float32,
+    name: str | Path | Module,
+    device: t.device | str | None = None,
+    dtype: t.dtype | None = None,
+    device_map: DeviceMap | None = None,
+    tokenizer: Any = None,
 ) -> LoadedBridge:
     """A model whose weights need no gradients, in eval mode.
 
-    name: a Hugging Face hub name, or a local folder in Hugging Face format.
-    In float32 the weights are processed as auto-circuit does (layer norm folded, writing
-    weights and unembedding centred), which changes no probabilities. In other types they
-    are as they were published.
+    name: a Hugging Face hub name, or a local folder in Hugging Face format; or the model
+        itself, a PreTrainedModel or a TransformerBridge. It becomes (a part of) what is
+        returned, and its weights stay as they are.
+    device: None: the CPU, or where the given model is.
+    dtype: None: float32, or the given model's. In float32 the weights of a name are
+        processed as auto-circuit does (layer norm folded, writing weights and unembedding
+        centred), which changes no probabilities. In other types, and over several devices,
+        they are as they were published.
+    device_map: instead of a device, which part of the model goes where, as for
+        `from_pretrained`. The parts of a block go together.
+    tokenizer: of a given PreTrainedModel.
 
-    Raises ConfigError for a device that is not there; ModelError, with the cause, if the
-    model cannot be had, if its weights are not those that its configuration asks for or
-    are not finite, and if TransformerLens's model says something else than the original.
+    Raises ConfigError for a device that is not there, and for arguments that do not go
+    together; ModelError, with the cause, if the model cannot be had, if its weights are not
+    those that its configuration asks for or are not finite, and if TransformerLens's model
+    says something else than the original.
     """
-    device = check_device("device", device)
-    _check_dtype(dtype)
+    if dtype is not None:
+        _check_dtype(dtype)
+    if device is not None:
+        device = check_device("device", device)
+    if device_map is not None:
+        _check_device_map(device, device_map)
+    if isinstance(name, Module):
+        if device_map is not None:
+            raise ConfigError(
+                "`device_map` says where the weights of a name or folder go; a model that "
+                "is loaded has them somewhere. Load it by "
+                "`from_pretrained(..., device_map=...)`."
+            )
+        return _bridge_of(name, device, dtype, tokenizer)
+    if tokenizer is not None:
+        raise ConfigError(
+            "`tokenizer` is for a given PreTrainedModel; that of a name or folder is with it."
+        )
+    return _load(name, device or "cpu", dtype or t.float32, device_map)
+
+
+def _load(
+    name: str | Path,
+    device: t.device | str,
+    dtype: t.dtype,
+    device_map: DeviceMap | None,
+) -> LoadedBridge:
     source = MODEL_ALIASES.get(str(name), str(name))
     _check_folder(name, source)
     original = _Original()
+    place = {"device": str(device)} if device_map is None else {"device_map": device_map}
     try:
         model = TransformerBridge.boot_transformers(
-            source, device=str(device), dtype=dtype, model_class=original
+            source, dtype=dtype, model_class=original, **place  # type: ignore[arg-type]
         )
-        if dtype == t.float32:
+        if dtype == t.float32 and device_map is None:
             model.enable_compatibility_mode()
     except ModelError:
         raise
@@ -89,6 +137,91 @@ def load_transformer(
     if original.log_probs is not None:
         check_log_probs(model, original.log_probs, f"the model {source!r}")
     return model
+
+
+def _bridge_of(
+    given: Module, device: t.device | str | None, dtype: t.dtype | None, tokenizer: Any
+) -> LoadedBridge:
+    """A model that is loaded already, as a bridge."""
+    what = f"this {type(given).__name__}"
+    if not isinstance(given, (PreTrainedModel, TransformerBridge)):
+        raise ModelError(
+            f"A model is a name, a folder, a Hugging Face PreTrainedModel or a "
+            f"TransformerBridge; {what} is none. `patchable_model(..., adapter=...)` takes "
+            "models of other kinds."
+        )
+    if device is not None:
+        given.to(device)
+    if dtype is not None:
+        _cast(given, dtype)
+    _check_finite(what, given)
+    given.eval().requires_grad_(False)
+    if isinstance(given, TransformerBridge):
+        if tokenizer is not None:
+            given.tokenizer = tokenizer
+        return as_loaded(given)
+    try:
+        log_probs = _said_by(given) if has_values(given) else None
+        bridge = build_bridge_from_module(
+            given, type(given).__name__, hf_config=given.config, tokenizer=tokenizer
+        )
+    except Exception as error:  # each architecture has errors of its own
+        raise ModelError(
+            f"TransformerLens cannot make a bridge of {what}: {_first_line(error)} Models "
+            "that read tokens and say the next one are supported, where TransformerLens "
+            "knows their architecture."
+        ) from error
+    model = as_loaded(bridge.eval())
+    if log_probs is not None:
+        check_log_probs(model, log_probs, what)
+    return model
+
+
+def _cast(model: Module, dtype: t.dtype) -> None:
+    """Parameters alone: rotary frequencies stay in float32."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _said_by(model: Any) -> Float[Tensor, "1 seq vocab"]:
+    """What a Hugging Face model says of the probe."""
+    weight = model.get_input_embeddings().weight
+    device = (
+        "cpu" if weight.is_meta else weight.device
+    )  # offloaded: accelerate moves them
+    return probe_log_probs(
+        lambda tokens: model(tokens, use_cache=False).logits, _n_words(model), device
+    )
+
+
+def _check_device_map(device: t.device | str | None, device_map: DeviceMap) -> None:
+    """Raise ConfigError for a map that cannot be, before anything is loaded."""
+    if device is not None:
+        raise ConfigError("Give either `device` or `device_map`, not both.")
+    if not isinstance(device_map, str):
+        check_whole_blocks(device_map)
+
+
+def check_whole_blocks(device_map: Mapping[str, t.device | str | int]) -> None:
+    """Raise ConfigError for a device map that puts parts of one block on two devices."""
+    for name in device_map:
+        block = re.match(r".*?\.\d+(?=\.)", name)
+        if block is None:
+            continue
+        inside = f"{block[0]}."
+        # What is said of the block's parts, and of all that it is in.
+        devices = {
+            str(device)
+            for part, device in device_map.items()
+            if part.startswith(inside) or inside.startswith(f"{part}." if part else "")
+        }
+        if len(devices) > 1:
+            raise ConfigError(
+                f"`device_map` splits the block {block[0]!r} over the devices "
+                f"{' and '.join(sorted(devices))}. What a block's heads and MLP read and "
+                "write must be on one device: give each block a device as a whole."
+            )
 
 
 class _Original:
@@ -112,9 +245,7 @@ class _Original:
         _check_names(name, info)
         _check_finite(name, model)
         model.eval()
-        self.log_probs = probe_log_probs(
-            lambda tokens: model(tokens, use_cache=False).logits, _n_words(model)
-        )
+        self.log_probs = _said_by(model)
         return model
 
 
@@ -155,7 +286,8 @@ def check_log_probs(
 ) -> None:
     """Raise ModelError if a bridge says something else than the model that it is made of."""
     weight = next(model.parameters())
-    found = probe_log_probs(model, model.cfg.d_vocab, weight.device)
+    device = "cpu" if weight.is_meta else weight.device
+    found = probe_log_probs(model, model.cfg.d_vocab, device)
     if found.shape != expected.shape:
         raise ModelError(
             f"TransformerLens's output for {what} has the shape {tuple(found.shape)}, the "
@@ -165,7 +297,8 @@ def check_log_probs(
     distance = t.where(found == expected, 0.0, found - expected)
     error = float(distance.square().mean().sqrt())
     spread = float(expected[expected.isfinite()].std())
-    if not error <= LOG_PROB_TOLERANCES[weight.dtype] * spread:
+    widest = LOG_PROB_TOLERANCES[t.bfloat16]  # also of embeddings in 8 bits
+    if not error <= LOG_PROB_TOLERANCES.get(weight.dtype, widest) * spread:
         raise ModelError(
             f"TransformerLens loads {what} wrong: its log-probabilities are off by "
             f"{error:.2g} (root mean square; they themselves spread by {spread:.2g}), so "
@@ -226,7 +359,9 @@ def _check_names(name: str, info: Any) -> None:
 
 def _check_finite(name: str, model: Module) -> None:
     damaged = [
-        key for key, weight in model.named_parameters() if not weight.isfinite().all()
+        key
+        for key, weight in model.named_parameters()
+        if not weight.is_meta and not weight.isfinite().all()
     ]
     if damaged:
         raise ModelError(

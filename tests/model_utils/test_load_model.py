@@ -14,18 +14,24 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
-from transformers import AutoTokenizer
+from transformer_lens.model_bridge.sources._bridge_builder import (
+    build_bridge_from_module,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from auto_circuit.errors import ConfigError, ModelError
 from auto_circuit.experiment_utils import load_tl_model
+from auto_circuit.model_utils import load_model
 from auto_circuit.model_utils.load_model import (
     check_log_probs,
+    check_whole_blocks,
     load_transformer,
     probe_log_probs,
 )
 from auto_circuit.model_utils.transformer_lens_utils import native_bridge
 from auto_circuit.tasks import POCKET_MODEL
-from tests.models import SIZES, gpt2, randomize
+from auto_circuit.utils.graph_utils import patchable_model
+from tests.models import SIZES, gpt2, randomize, tokens
 
 WEIGHT = "transformer.h.1.attn.c_proj.weight"
 
@@ -164,3 +170,127 @@ def test_value_biases_are_folded_in_float32_only() -> None:
         model: Any = load_transformer(POCKET_MODEL, dtype=dtype)
         biases = t.stack([block.attn.b_V for block in model.blocks])
         assert biases.dtype == dtype and bool((biases == 0).all()) == are_folded
+
+
+# ------------------------------------------------------------------ models that are loaded
+
+
+def hugging_face_model(**changes: Any) -> Any:
+    config = transformers.LlamaConfig(**{**SIZES, "num_key_value_heads": 2, **changes})
+    model = transformers.LlamaForCausalLM(config)
+    randomize(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [None, t.bfloat16, t.float64])
+def test_a_hugging_face_model(dtype: t.dtype | None) -> None:
+    given = hugging_face_model()
+    inputs = tokens(2, 5)
+    with t.no_grad():
+        expected = given(inputs).logits
+    model = load_tl_model(given, dtype=dtype)
+    assert model.original_model is given and model.tokenizer is None
+    assert next(model.parameters()).dtype == (dtype or t.float32)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    atol = 0.1 if dtype == t.bfloat16 else 1e-5
+    t.testing.assert_close(model(inputs).float(), expected, atol=atol, rtol=0)
+    graph = patchable_model(model, True, "last_seq", separate_qkv=True)
+    assert {mask.dtype for mask in graph.patch_masks.values()} == {
+        t.float64 if dtype == t.float64 else t.float32
+    }
+    # As it is, so that it can be given again.
+    assert load_tl_model(model) is model
+
+
+def test_a_hugging_face_model_with_its_tokenizer() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(POCKET_MODEL)
+    given = AutoModelForCausalLM.from_pretrained(POCKET_MODEL)
+    model = load_tl_model(given, tokenizer=tokenizer)
+    named = load_transformer(POCKET_MODEL)
+    text = "When Mary and John went"
+    assert model.to_tokens(text).tolist() == named.to_tokens(text).tolist()
+    expected, found = (m(text).log_softmax(-1) for m in (named, model))
+    t.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_a_model_whose_bridge_says_something_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def build(model: Any, *args: Any, **kwargs: Any) -> Any:
+        bridge = build_bridge_from_module(model, *args, **kwargs)
+        bridge.blocks[1].mlp.out.weight.data *= 1.5
+        return bridge
+
+    monkeypatch.setattr(load_model, "build_bridge_from_module", build)
+    with pytest.raises(ModelError, match="loads this LlamaForCausalLM wrong"):
+        load_tl_model(hugging_face_model())
+
+
+def test_models_that_are_none() -> None:
+    broken = hugging_face_model()
+    next(broken.parameters()).data[3, 2] = t.nan
+    for given, message in (
+        (t.nn.Linear(2, 2), "this Linear is none.*adapter="),
+        (broken, "this LlamaForCausalLM.*NaN"),
+        (_t5(), "cannot make a bridge of this T5"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            load_tl_model(given)
+
+
+def _t5() -> Any:
+    sizes: Any = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**sizes, vocab_size=20, decoder_start_token_id=0)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def test_a_device_map() -> None:
+    model: Any = load_tl_model(POCKET_MODEL, device_map={"": "cpu"})
+    plain: Any = load_transformer(POCKET_MODEL)
+    inputs = tokens(2, 5)
+    found, expected = (m(inputs).log_softmax(-1) for m in (model, plain))
+    t.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert not bool((model.blocks[0].attn.b_V == 0).all())  # as it was published
+
+
+SPLITS: tuple[dict[str, Any], ...] = (
+    {"transformer.h.0.attn": 0, "transformer.h.0.mlp": 1},
+    {"transformer.h.0": "cpu", "transformer.h.0.mlp": "disk"},
+    {"transformer.h": 0, "transformer.h.3.mlp.c_fc": 1},
+    {"": 0, "transformer.h.3.attn": 1},
+)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_device_map_that_splits_a_block(split: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"splits the block 'transformer.h.\d' over the"
+    ):
+        load_tl_model("no such model is asked for", device_map=split)
+    check_whole_blocks({"transformer.h.0": 0, "transformer.h.1": 1, "lm_head": 1})
+    check_whole_blocks({"transformer.h.0.attn": 0, "transformer.h.0.mlp": 0, "x.h.1": 1})
+
+
+def test_arguments_that_do_not_go_together() -> None:
+    given = hugging_face_model()
+    calls: tuple[tuple[Callable[[], Any], str], ...] = (
+        (
+            lambda: load_tl_model("gpt2", "cpu", device_map="auto"),
+            "`device` or `device_map`",
+        ),
+        (lambda: load_tl_model(given, device_map="auto"), "from_pretrained"),
+        (lambda: load_tl_model("gpt2", tokenizer=object()), "`tokenizer` is for a given"),
+    )
+    for call, message in calls:
+        with pytest.raises(ConfigError, match=message):
+            call()
+    with pytest.raises(ModelError, match="`dtype` is torch.int8; expected one of"):
+        load_tl_model(given, dtype=t.int8)
+
+
+def test_a_model_on_the_meta_device_has_a_bridge() -> None:
+    with t.device("meta"):
+        config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
+        given = transformers.LlamaForCausalLM(config)
+    graph = patchable_model(load_tl_model(given), True, separate_qkv=True)
+    assert len(graph.find_edges("A0.1->A1.1.K")) == 1

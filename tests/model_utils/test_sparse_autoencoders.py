@@ -12,7 +12,7 @@ import torch as t
 from safetensors.torch import save_file
 from torch import Tensor
 
-from auto_circuit.errors import ConfigError, ModelError
+from auto_circuit.errors import ConfigError, DataError, ModelError
 from auto_circuit.model_utils.sparse_autoencoders import sparse_autoencoder
 from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import (
     AutoencoderTransformer,
@@ -277,9 +277,9 @@ def test_autoencoders_of_sae_lens(folder: Path, architecture: str, centres: bool
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architecture": "gated"}, "of the kind 'gated'"),
-        ({"architecture": "topk", "activation_fn": "topk"}, "of the kind 'topk'"),
-        ({"activation_fn_str": "topk"}, "activation 'topk'"),
+        ({"architecture": "topk", "k": 3}, "of the kind 'topk'.*Use `spliced`"),
+        ({"architecture": "matching_pursuit"}, "of the kind 'matching_pursuit'"),
+        ({"activation_fn_str": "tanh"}, "activation 'tanh'"),
         ({"normalize_activations": "layer_norm"}, "`normalize_activations` 'layer_norm'"),
     ],
 )
@@ -303,7 +303,7 @@ def test_damaged_autoencoders_of_sae_lens(folder: Path) -> None:
     with pytest.raises(ModelError, match="sae_weights.safetensors is damaged"):
         load_autoencoder(bridge, bridge, 0, "resid_delta_mlp")
     (path / "cfg.json").write_text("{")
-    with pytest.raises(ModelError, match="cfg.json is not there, or is not JSON"):
+    with pytest.raises(DataError, match="cfg.json is not JSON"):
         load_autoencoder(bridge, bridge, 0, "resid_delta_mlp")
     with pytest.raises(ModelError, match="an autoencoder of SAELens.*cfg.json"):
         SparseAutoencoder.from_state_dict(bridge, weights)

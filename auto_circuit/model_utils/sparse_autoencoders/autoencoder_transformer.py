@@ -16,14 +16,14 @@ from typing import Any
 from warnings import warn
 
 import torch as t
-from jaxtyping import Int
 from torch import Tensor
 from torch.nn import Module, ModuleDict
 from transformer_lens.model_bridge import TransformerBridge
 
 from auto_circuit.checks import checked
-from auto_circuit.data import PromptDataLoader, PromptPairBatch, Side
+from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import ConfigError, ModelError
+from auto_circuit.model_utils.features.active import whole_prompts
 from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter, Port, SrcSite
 from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import (
     SparseAutoencoder,
@@ -41,8 +41,6 @@ from auto_circuit.model_utils.transformer_lens_utils import (
     factorized_src_nodes,
     small_bridge,
 )
-from auto_circuit.padding import padding_mask
-from auto_circuit.prefix_cache import PrefixCache
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AutoencoderInput, SrcNode
 from auto_circuit.utils.module_use import in_use
@@ -135,26 +133,12 @@ class AutoencoderTransformer(Module):
         with in_use(self.wrapped_model, self), _seen(self, add):
             for batch in dataloader:
                 for side in ("clean", "corrupt") if include_corrupt else ("clean",):
-                    tokens, mask = self._whole_prompts(batch, side, dataloader.kv_cache)
+                    tokens, mask = whole_prompts(
+                        self.wrapped_model, batch, side, dataloader.kv_cache
+                    )
                     is_text = mask.unsqueeze(-1)
                     self.wrapped_model(tokens, attention_mask=mask)
         return sums
-
-    def _whole_prompts(
-        self, batch: PromptPairBatch, side: Side, prefix: PrefixCache | None
-    ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-        """Tokens, and a mask that is 0 at padding."""
-        tokens, kwargs = batch.model_input(side)
-        mask = kwargs.get("attention_mask")
-        if mask is None:
-            mask = padding_mask(tokens, getattr(self.wrapped_model, "tokenizer", None))
-        if mask is None:
-            mask = t.ones_like(tokens)
-        if prefix is not None:
-            full = prefix.tokens.expand(tokens.shape[0], -1)
-            tokens = t.cat([full, tokens], dim=1)
-            mask = t.cat([t.ones_like(full), mask], dim=1)
-        return tokens, mask
 
 
 @checked

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,8 +9,6 @@ from typing import Any
 
 import torch as t
 from jaxtyping import Float, Shaped
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Identity, Module, Parameter
 from transformer_lens.model_bridge import TransformerBridge
@@ -19,6 +16,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, ModelError
 from auto_circuit.files import repo_path_to_abs_path
+from auto_circuit.model_utils.features.autoencoder_files import (
+    load_autoencoder_folder,
+    read_weights,
+)
 from auto_circuit.types import AutoencoderInput
 
 CACHE_FOLDER = ".autoencoder_cache"
@@ -229,10 +230,7 @@ def load_autoencoder(
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is damaged: {error}.") from error
+        return read_weights(path)
     try:
         content: Any = t.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
@@ -250,65 +248,27 @@ def load_sae_lens(wrapped_hook: Module, folder: Path) -> SparseAutoencoder:
 
     Raises ModelError for kinds other than `SAE_LENS_KINDS`, and for damaged files.
     """
-    config = _read_config(folder / "cfg.json")
-    _check_sae_lens_kind(folder, config)
-    paths = sorted(folder.glob("*.safetensors"))
-    if len(paths) != 1:
-        raise ModelError(f"{folder} has {len(paths)} .safetensors files; expected one.")
-    weights = _read_weights(paths[0])
-    needed = SAE_LENS_WEIGHTS | ({"threshold"} if _kind(config) == "jumprelu" else set())
-    if weights.keys() != needed:
+    read = load_autoencoder_folder(folder)
+    if read.kind not in SAE_LENS_KINDS or read.normalization != "none":
         raise ModelError(
-            f"{paths[0]} has the weights {sorted(weights)[:8]}; expected {sorted(needed)}."
+            f"The autoencoder in {folder} is of the kind {read.kind!r}, with "
+            f"`normalize_activations` {read.normalization!r}; known here are "
+            f"{list(SAE_LENS_KINDS)} with 'none'. Use `spliced` for others "
+            "(`auto_circuit.model_utils.features.spliced`)."
         )
-    weights = {name: values.float() for name, values in weights.items()}
-    encoder, bias = weights["W_enc"].T.contiguous(), weights["b_enc"]
-    if not config.get("apply_b_dec_to_input", True):
+    bias = read.encoder_bias
+    if not read.centres_input:
         # Ours subtracts `b_dec` from the input: add what that takes away.
-        bias = bias + encoder @ weights["b_dec"]
+        bias = bias + read.encoder_weight @ read.decoder_bias
     sae = SparseAutoencoder.from_state_dict(
         wrapped_hook,
         {
-            "pre_bias": weights["b_dec"],
-            "encoder_weight": encoder,
+            "pre_bias": read.decoder_bias,
+            "encoder_weight": read.encoder_weight,
             "latent_bias": bias,
-            "decoder_weight": weights["W_dec"].T.contiguous(),
+            "decoder_weight": read.decoder_weight.T.contiguous(),
         },
     )
-    if "threshold" in weights:
-        sae.threshold = Parameter(weights["threshold"], requires_grad=False)
+    if read.threshold is not None:
+        sae.threshold = Parameter(read.threshold, requires_grad=False)
     return sae
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is not there, or is not JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds a {type(config).__name__}; expected an object.")
-    return config
-
-
-def _kind(config: Mapping[str, Any]) -> Any:
-    return config.get("architecture", "standard")
-
-
-def _check_sae_lens_kind(folder: Path, config: Mapping[str, Any]) -> None:
-    activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))
-    is_known = _kind(config) in SAE_LENS_KINDS
-    if not is_known or activation not in ("relu", "jumprelu"):
-        raise ModelError(
-            f"The autoencoder in {folder} is of the kind {_kind(config)!r} (activation "
-            f"{activation!r}); known are {list(SAE_LENS_KINDS)} with 'relu'."
-        )
-    for name, plain in (
-        ("normalize_activations", "none"),
-        ("finetuning_scaling_factor", False),
-        ("reshape_activations", "none"),
-    ):
-        if config.get(name, plain) not in (plain, None):
-            raise ModelError(
-                f"The autoencoder in {folder} has `{name}` {config[name]!r}; expected "
-                f"{plain!r}. Fold it into the weights first."
-            )

@@ -1,0 +1,1 @@
+"""Latents of autoencoders, and neurons, as nodes of a model's graph."""

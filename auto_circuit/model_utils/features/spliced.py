@@ -1,0 +1,539 @@
+"""A transformer, some of whose components are seen through latents or neurons.
+
+`spliced(model, autoencoders)` gives a model for `patchable_model`. What a component writes
+(or all that the residual stream has, where it is cut) is the sum of what latents write and of
+an error, the rest; both are sources, and destinations where what is encoded is read from the
+residual stream. Since the error is kept, the model's outputs are the bare model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch as t
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Identity, Module, ModuleList
+from transformer_lens.model_bridge import TransformerBridge
+
+from auto_circuit.checks import checked
+from auto_circuit.errors import ConfigError, ModelError
+from auto_circuit.model_utils.features.places import Neurons, Placed, make_splice, placed
+from auto_circuit.model_utils.features.splices import Splice
+from auto_circuit.model_utils.model_adapter import (
+    GraphNodes,
+    HeadInputs,
+    ModelAdapter,
+    Port,
+    SrcSite,
+)
+from auto_circuit.model_utils.transformer_lens_sites import hook_point
+from auto_circuit.model_utils.transformer_lens_utils import (
+    RESID_START,
+    TRANSFORMER_BRIDGE_ADAPTER,
+    embed_tokens,
+    small_bridge,
+)
+from auto_circuit.types import Component, DestNode, SrcNode
+from auto_circuit.utils.torch_state import in_own_state
+
+BRIDGE = TRANSFORMER_BRIDGE_ADAPTER
+LATENTS, ERROR, LATENTS_IN, ERROR_IN = ".latents", ".error", ".latents_in", ".error_in"
+ROUNDING = 1e4
+"""How much latents computed in two ways may differ, in units of `eps`."""
+Residual = Float[Tensor, "batch seq d_model"]
+
+
+class SplicedTransformer(Module):
+    """A TransformerBridge, and what takes the place of some of its parts (see `spliced`).
+
+    Called, it is the wrapped model. Attributes that it does not have are that one's.
+    """
+
+    def __init__(self, wrapped_model: TransformerBridge, splices: list[Splice]) -> None:
+        super().__init__()
+        self.wrapped_model = wrapped_model
+        self._splices = ModuleList(splices)
+        # Shows what the first source writes where a cut follows right after it.
+        self.start = Identity()
+        self.eval()
+
+    @property
+    def splices(self) -> list[Splice]:
+        """In the order in which they run."""
+        return list(self._splices)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("wrapped_model", "_splices", "start"):
+                raise
+            return getattr(self.wrapped_model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's output."""
+        return self.wrapped_model(*args, **kwargs)
+
+
+@checked
+def spliced(
+    model: TransformerBridge,
+    autoencoders: Sequence[Any],
+    latents: Sequence[Sequence[int] | None] | None = None,
+) -> SplicedTransformer:
+    """A model whose graph has latents, or neurons, as nodes. The model is not changed.
+
+    autoencoders: each an `Autoencoder` (`load_autoencoder_folder`), a `Placed(object with
+        encode and decode, hook_name)`, or `Neurons(block)`.
+    latents: for each of them the latents that are nodes (None: all); what the others write
+        becomes part of the error. `active_latents` finds those that are active.
+
+    Where a hook point is encoded, and the nodes that there are then, for block 2:
+
+    - `hook_resid_pre`, `hook_resid_post`: "Resid Pre 2 Latent 7" and "Resid Pre 2 Error", both
+      sources and destinations. The residual stream is cut: later destinations read them
+      alone, and no earlier source.
+    - `hook_attn_out`, `attn.hook_z`: the sources "A2 Latent 7" and "A2 Error" in place of the
+      block's heads. `hook_mlp_out`, `mlp.hook_post`: "MLP 2 Latent 7", "MLP 2 Error" in place
+      of the MLP. Destinations are those of the model.
+    - a transcoder, from `mlp.hook_in` or `ln2.hook_normalized` to `hook_mlp_out`: "MLP 2
+      Latent 7" and "MLP 2 Error" as sources and destinations. The error is what the MLP
+      writes, less what the latents would write if they read what the error reads.
+    - `Neurons(2)`: the sources "MLP 2 Neuron 7" and "MLP 2 Rest", which is what the other
+      neurons and the bias write; with `as_destinations=True` also destinations.
+
+    Raises ConfigError and ModelError for an autoencoder of another model or hook point, for two
+    in one place, and for latents that it does not have.
+    """
+    _check_bridge(model)
+    items = [placed(item) for item in autoencoders]
+    kept: Sequence[Sequence[int] | None] = (
+        [None] * len(items) if latents is None else latents
+    )
+    if not items or len(kept) != len(items):
+        raise ConfigError(
+            f"There are {len(items)} autoencoders and `latents` for {len(kept)}; expected "
+            "one or more, and as many. Without any use the model itself."
+        )
+    splices = [
+        make_splice(model, item, None if idxs is None else list(idxs))
+        for item, idxs in zip(items, kept, strict=True)
+    ]
+    _check_places(splices)
+    splices.sort(key=_order)
+    result = SplicedTransformer(model, splices)
+    _check_latents_as_dests(result)
+    return result
+
+
+def _check_bridge(model: Any) -> None:
+    if not isinstance(model, TransformerBridge):
+        raise ConfigError(
+            f"A {type(model).__name__} cannot be spliced; expected a TransformerBridge, "
+            "which `load_tl_model` gives."
+        )
+
+
+def _check_places(splices: Sequence[Splice]) -> None:
+    """Raise ConfigError for two that replace the same."""
+    places = [(s.writes if s.is_cut else s.component, s.block) for s in splices]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            first = splices[places.index(place)]
+            raise ConfigError(
+                f"Two autoencoders replace {splices[i].name!r}: of {first.reads!r} and of "
+                f"{splices[i].reads!r}. Keep one."
+            )
+
+
+def _order(splice: Splice) -> tuple[int, int]:
+    """Before its block, in it, after it."""
+    if not splice.is_cut:
+        return splice.block, ("attention", "mlp").index(splice.component)
+    return splice.block, (-1 if splice.writes.endswith("hook_in") else 2)
+
+
+@in_own_state(grad=False)
+def _check_latents_as_dests(model: SplicedTransformer) -> None:
+    """Raise ModelError unless latents read what `reads` shows, from the residual stream."""
+    runs: list[_Run] = []
+    with _open_sites(model, True, runs=runs):
+        model.wrapped_model(BRIDGE.probe_input(model.wrapped_model))
+    for run in runs:
+        if run.difference is None:
+            continue
+        error, scale = run.difference
+        if not error <= ROUNDING * t.finfo(next(model.parameters()).dtype).eps * scale:
+            raise ModelError(
+                f"The latents of {run.splice.name!r} are not what follows from the residual "
+                f"stream at {run.splice.shows!r} (they differ by {error:.1e}): this "
+                "architecture computes something else in between, which is not supported."
+            )
+
+
+# -------------------------------------------------------------------- running the model
+
+
+@dataclass(eq=False)
+class _Run:
+    """What one pass leaves for the rest of it. difference: (error, size) of latents."""
+
+    splice: Splice
+    encoded: list[Tensor] = field(default_factory=list)
+    amounts: list[Tensor] = field(default_factory=list)
+    difference: tuple[float, float] | None = None
+
+    def read(self, module: Module, args: Any, out: Tensor) -> None:
+        """Keep what is encoded."""
+        self.encoded[:] = [out]
+
+    def show(self, module: Module, args: Any, out: Tensor) -> None:
+        """Compute latents, each from an input of its own."""
+        self.amounts[:] = [self.splice.amounts_as_dests(out)]
+
+    def write(self, module: Module, args: Any, out: Tensor) -> Tensor:
+        """Split what is written."""
+        of_error = self.splice.latents.amounts(self.encoded.pop())
+        amounts = self.amounts.pop() if self.amounts else of_error
+        return self.splice.split(out, amounts, of_error)
+
+    def write_and_compare(self, module: Module, args: Any, out: Tensor) -> Tensor:
+        """The same where nothing is patched: do latents agree?"""
+        if self.amounts:
+            amounts = self.amounts[0]
+            error = (amounts - self.splice.latents.amounts(self.encoded[0])).abs().max()
+            self.difference = float(error), float(amounts.abs().max()) + 1e-9
+        return self.write(module, args, out)
+
+    def cut(self, start: Module | None, module: Module, args: Any, out: Tensor) -> Tensor:
+        """Split the residual stream."""
+        out = out if start is None else start(out)
+        amounts = self.splice.amounts_as_dests(out)
+        of_error = self.splice.error_in(out)
+        return self.splice.split(of_error, amounts, self.splice.latents.amounts(of_error))
+
+    def hooks(
+        self, start: Module | None, compares: bool
+    ) -> dict[str, Callable[..., Any]]:
+        """Hook point -> what is called with its output."""
+        splice = self.splice
+        if splice.is_cut:
+            return {splice.writes: partial(self.cut, start)}
+        write = self.write_and_compare if compares else self.write
+        if splice.reads == splice.writes:
+
+            def read_and_write(module: Module, args: Any, out: Tensor) -> Tensor:
+                self.read(module, args, out)
+                return write(module, args, out)
+
+            return {splice.writes: read_and_write}
+        found: dict[str, Callable[..., Any]] = {splice.reads: self.read}
+        if splice.shows is not None:
+            found[splice.shows] = self.show
+        return {**found, splice.writes: write}
+
+
+@contextmanager
+def _open_sites(
+    model: Module, separate_qkv: bool | None, runs: list[_Run] | None = None
+) -> Iterator[None]:
+    """Inside, what is replaced passes through latents and errors. runs: they compare."""
+    assert isinstance(model, SplicedTransformer)
+    with ExitStack() as stack:
+        stack.enter_context(BRIDGE.open_sites(model.wrapped_model, separate_qkv))
+        for splice in model.splices:
+            run = _Run(splice)
+            stack.callback(run.encoded.clear)
+            stack.callback(run.amounts.clear)
+            start = model.start if _is_at_start(splice) else None
+            for name, hook in run.hooks(start, runs is not None).items():
+                site = hook_point(model.wrapped_model, name)
+                stack.callback(site.register_forward_hook(hook).remove)
+            if runs is not None:
+                runs.append(run)
+        yield
+
+
+def _is_at_start(splice: Splice) -> bool:
+    return splice.is_cut and splice.writes == "blocks.0.hook_in"
+
+
+# ---------------------------------------------------------------------------- the graph
+
+
+def _graph_nodes(
+    model: Module,
+    factorized: bool,
+    separate_qkv: bool | None,
+    bridge_adapter: ModelAdapter = BRIDGE,
+) -> GraphNodes:
+    assert isinstance(model, SplicedTransformer)
+    if not factorized or separate_qkv is None:
+        raise ConfigError(
+            "A spliced model has a factorized graph only, and needs `separate_qkv`: make it "
+            "patchable with `factorized=True, separate_qkv=True` (or False)."
+        )
+    srcs, dests = bridge_adapter.graph_nodes(model.wrapped_model, True, separate_qkv)
+    first_layers = _first_layers(dests)
+    # Three new layers before each: after the block before, before this block, and itself.
+    srcs = [replace(src, layer=4 * src.layer) for src in srcs]
+    dests = [replace(dest, layer=4 * dest.layer) for dest in dests]
+    for splice in model.splices:
+        if splice.is_cut:
+            layer = _cut_layer(splice, first_layers)
+            srcs = _inserted(srcs, _cut_nodes(SrcNode, splice, layer))
+            dests = _inserted(dests, _cut_nodes(DestNode, splice, layer))
+        else:
+            srcs = _replaced_srcs(splice, srcs, dests)
+            dests = _split_dests(splice, dests)
+    srcs = [replace(src, src_idx=i) for i, src in enumerate(srcs)]
+    return _with_dense_layers(srcs, _reading_the_last_cut(model, srcs, dests))
+
+
+def _first_layers(dests: Sequence[DestNode]) -> dict[int | None, int]:
+    """Block -> its first layer; None: the end's."""
+    found: dict[int | None, int] = {}
+    for dest in dests:
+        assert dest.component is not None
+        block = dest.component.block
+        found[block] = min(dest.layer, found.get(block, dest.layer))
+    return found
+
+
+def _cut_layer(splice: Splice, first_layers: Mapping[int | None, int]) -> int:
+    if splice.writes.endswith("hook_in"):
+        return 4 * first_layers[splice.block] - 1
+    after = splice.block + 1
+    return 4 * first_layers[after if after in first_layers else None] - 2
+
+
+def _inserted(nodes: list[Any], new: list[Any]) -> list[Any]:
+    """New nodes of one layer before those of later ones."""
+    earlier = [node for node in nodes if node.layer < new[0].layer]
+    return [*earlier, *new, *nodes[len(earlier) :]]
+
+
+def _new_nodes(
+    kind: type[Any],
+    splice: Splice,
+    modules: tuple[str, str],
+    heads: tuple[int, ...] | None = None,
+    **common: Any,
+) -> list[Any]:
+    """A node for each latent, and one for the error, at these two modules.
+
+    heads: those that all belong to, where latents have no inputs of their own. Else each has
+        a "head" to itself: a latent feeds that latent.
+    """
+    own = splice.shows is not None
+    n_latents = len(splice.idxs)
+    latents = [
+        kind(
+            name=f"{splice.name} {splice.part} {idx}",
+            module_name=modules[0],
+            head_idx=row,
+            head_dim=2,
+            heads=(row,) if own else heads,
+            **common,
+        )
+        for row, idx in enumerate(splice.idxs)
+    ]
+    of_error = (n_latents,) if own else heads
+    return [*latents, kind(splice.rest, modules[1], heads=of_error, **common)]
+
+
+def _cut_component(splice: Splice) -> Component:
+    return Component(splice.name.rpartition(" ")[0].lower(), splice.block, "own")
+
+
+def _cut_nodes(kind: type[Any], splice: Splice, layer: int) -> list[Any]:
+    endings = (LATENTS, ERROR) if kind is SrcNode else (LATENTS_IN, ERROR_IN)
+    modules = (splice.writes + endings[0], splice.writes + endings[1])
+    component = _cut_component(splice)
+    return _new_nodes(kind, splice, modules, layer=layer, component=component)
+
+
+def _is_replaced(splice: Splice, node: SrcNode | DestNode) -> bool:
+    component = node.component
+    return component is not None and (component.kind, component.block) == (
+        splice.component,
+        splice.block,
+    )
+
+
+def _replaced_srcs(
+    splice: Splice, srcs: list[SrcNode], dests: Sequence[DestNode]
+) -> list[SrcNode]:
+    """The sources, with a component's replaced by latents and an error."""
+    old = [src for src in srcs if _is_replaced(splice, src)]
+    heads = {
+        head for dest in dests if _is_replaced(splice, dest) for head in dest.heads or ()
+    }
+    new = _new_nodes(
+        SrcNode,
+        splice,
+        (splice.writes + LATENTS, splice.writes + ERROR),
+        heads=tuple(sorted(heads)) or None,
+        layer=old[0].layer,
+        component=old[0].component,
+    )
+    first = srcs.index(old[0])
+    return [*srcs[:first], *new, *srcs[first + len(old) :]]
+
+
+def _split_dests(splice: Splice, dests: list[DestNode]) -> list[DestNode]:
+    """The destinations, with an MLP's split into its latents and its error."""
+    if splice.shows is None:
+        return dests
+    (old,) = [dest for dest in dests if _is_replaced(splice, dest)]
+    new = _new_nodes(
+        DestNode,
+        splice,
+        (splice.shows + LATENTS_IN, old.module_name),
+        layer=old.layer,
+        component=old.component,
+    )
+    where = dests.index(old)
+    return [*dests[:where], *new, *dests[where + 1 :]]
+
+
+def _reading_the_last_cut(
+    model: SplicedTransformer, srcs: list[SrcNode], dests: list[DestNode]
+) -> list[DestNode]:
+    """The destinations, each of which reads no source before the last cut."""
+    first_of_cut: dict[int, int] = {}
+    for splice in model.splices:
+        if splice.is_cut:
+            module_name = splice.writes + LATENTS
+            src = next(src for src in srcs if src.module_name == module_name)
+            first_of_cut[src.layer] = src.src_idx
+    return [
+        replace(
+            dest,
+            min_src_idx=max(
+                (idx for layer, idx in first_of_cut.items() if layer < dest.layer),
+                default=dest.min_src_idx,
+            ),
+        )
+        for dest in dests
+    ]
+
+
+def _with_dense_layers(srcs: list[SrcNode], dests: list[DestNode]) -> GraphNodes:
+    layers = sorted({node.layer for node in (*srcs, *dests)})
+    dense = {layer: i for i, layer in enumerate(layers)}
+    return (
+        [replace(src, layer=dense[src.layer]) for src in srcs],
+        [replace(dest, layer=dense[dest.layer]) for dest in dests],
+    )
+
+
+# ----------------------------------------------------------------------- sources, ports
+
+
+def _src_site(model: Module, module_name: str) -> SrcSite:
+    assert isinstance(model, SplicedTransformer)
+    for splice in model.splices:
+        if module_name == splice.writes + LATENTS:
+            return SrcSite(splice.latents_out, partial(_projection, splice))
+        if module_name == splice.writes + ERROR:
+            return SrcSite(splice.error_out)
+    if module_name == RESID_START and any(map(_is_at_start, model.splices)):
+        return SrcSite(model.start)
+    return BRIDGE.src_site(model.wrapped_model, module_name)
+
+
+def _projection(splice: Splice, n_latents: int) -> Float[Tensor, "latent 1 d_model"]:
+    """What latents write, as if each was a head with one value."""
+    return splice.written_directions().unsqueeze(1)
+
+
+def _ports(
+    model: Module,
+    module_names: Sequence[str],
+    separate_qkv: bool | None,
+    bridge_adapter: ModelAdapter = BRIDGE,
+) -> tuple[Port, ...]:
+    assert isinstance(model, SplicedTransformer)
+    ours = {port.dest_modules[0]: port for s in model.splices for port in _own_ports(s)}
+    names = [name for name in module_names if name not in ours]
+    of_bridge = bridge_adapter.ports(model.wrapped_model, names, separate_qkv)
+    # Of an MLP whose inside is read, what it gave before does not say what that was.
+    read = {splice.block for splice in model.splices if not splice.is_cut}
+    ports = [
+        replace(port, component=None) if port.block in read else port
+        for port in of_bridge
+    ]
+    order = list(module_names)
+    both = [*ports, *ours.values()]
+    return tuple(sorted(both, key=lambda port: order.index(port.dest_modules[0])))
+
+
+def _own_ports(splice: Splice) -> list[Port]:
+    """Where patches of latents enter, and, of a cut, those of the error."""
+    if splice.shows is None:
+        return []
+    heads = None
+    if len(splice.latents.linears):
+        n_latents = len(splice.idxs)
+        heads = HeadInputs(
+            norm=splice.__dict__["norm"],
+            closed_form=splice.closed_form,
+            linears=tuple((linear, n_latents) for linear in splice.latents.linears),
+            share_rows=len(splice.latents.linears) > 1,
+        )
+    latents = Port(
+        (splice.shows + LATENTS_IN,), splice.latents_in, heads=heads, block=splice.block
+    )
+    if not splice.is_cut:
+        return [latents]
+    error = Port((splice.shows + ERROR_IN,), splice.error_in, block=splice.block)
+    return [latents, error]
+
+
+def _of_wrapped(
+    function: Callable[..., Any],
+) -> Callable[..., Any]:
+    return lambda model, *args: function(model.wrapped_model, *args)
+
+
+def _ungrouped(model: Module) -> ModelAdapter:
+    assert isinstance(model, SplicedTransformer) and BRIDGE.ungrouped is not None
+    bridge_adapter = BRIDGE.ungrouped(model.wrapped_model)
+    return replace(
+        SPLICED_TRANSFORMER_ADAPTER,
+        graph_nodes=partial(_graph_nodes, bridge_adapter=bridge_adapter),
+        ports=partial(_ports, bridge_adapter=bridge_adapter),
+    )
+
+
+def _open_hooks(model: Module) -> AbstractContextManager[None]:
+    assert isinstance(model, SplicedTransformer)
+    return BRIDGE.open_hooks(model.wrapped_model)
+
+
+SPLICED_TRANSFORMER_ADAPTER = ModelAdapter(
+    name="SplicedTransformer",
+    about="TransformerLens models with latents or neurons as nodes (`spliced`).",
+    tried=("GPT-2", "Pythia", "Llama", "Gemma 2"),
+    handles=lambda model: isinstance(model, SplicedTransformer),
+    graph_nodes=_graph_nodes,
+    src_site=_src_site,
+    ports=_ports,
+    open_sites=_open_sites,
+    probe_input=_of_wrapped(BRIDGE.probe_input),
+    find_unembed=_of_wrapped(BRIDGE.find_unembed),
+    blocks=_of_wrapped(BRIDGE.blocks),
+    is_transformer=True,
+    ungrouped=_ungrouped,
+    embed_tokens=_of_wrapped(embed_tokens),
+    open_hooks=_open_hooks,
+    example=lambda: spliced(small_bridge(), [Neurons(0)], [(0, 2)]),
+)
+
+__all__ = ["Neurons", "Placed", "SplicedTransformer", "spliced"]

@@ -1,0 +1,346 @@
+"""What takes the place of a component, or of the residual stream, in a spliced model.
+
+What was written is the sum of what each latent writes and of an error: all the rest, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch as t
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Identity, Linear, Module, ModuleList, Parameter
+
+from auto_circuit.errors import ConfigError
+from auto_circuit.model_utils.features.autoencoder import Autoencoder
+from auto_circuit.model_utils.model_adapter import Norm
+
+Encoded = Float[Tensor, "*lead d_in"]
+Amounts = Float[Tensor, "*lead latent"]
+"""How much of its direction each latent writes."""
+Directions = Float[Tensor, "latent d_out"]
+
+
+class Latents(Module):
+    """The latents that are nodes: how much each writes, and of what.
+
+    linears: if a latent is a function of its own row of some linear maps, these maps.
+    """
+
+    linears: ModuleList
+
+    @property
+    def n_latents(self) -> int:
+        """How many there are."""
+        raise NotImplementedError
+
+    def amounts(self, encoded: Encoded) -> Amounts:
+        """How much each writes."""
+        # Not by calling them: the engine stands in for that, where latents are destinations.
+        return self.of_rows([type(m).forward(m, encoded) for m in self.linears])
+
+    def of_rows(self, outs: Sequence[Amounts]) -> Amounts:
+        """The same from what the linear maps give."""
+        raise NotImplementedError
+
+    def directions(self) -> Directions:
+        """What each writes where its amount is 1."""
+        raise NotImplementedError
+
+
+class RowLatents(Latents):
+    """Latents of an autoencoder that depend on their own rows of the encoder alone."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        weight = autoencoder.encoder_weight
+        linear = Linear(weight.shape[1], weight.shape[0], device="meta")
+        linear.weight = Parameter(weight, requires_grad=False)
+        linear.bias = Parameter(autoencoder.folded_bias(), requires_grad=False)
+        self.linears = ModuleList([linear])
+        self.autoencoder = autoencoder
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Module:
+        super()._apply(*args, **kwargs)
+        weight: Any = self.linears[0].weight
+        self.autoencoder = self.autoencoder.to(weight.device, weight.dtype)
+        return self
+
+    @property
+    def n_latents(self) -> int:
+        """How many there are."""
+        return self.autoencoder.n_latents
+
+    def of_rows(self, outs: Sequence[Amounts]) -> Amounts:
+        """The latents."""
+        (encoded,) = outs
+        return self.autoencoder.activate(encoded)
+
+    def directions(self) -> Directions:
+        """The decoder's rows."""
+        return self.autoencoder.decoder_weight
+
+
+class WholeLatents(Latents):
+    """Some latents of anything that encodes and decodes; each may depend on all others.
+
+    Raises ConfigError if decoding is not linear: latents then write no parts of a sum.
+    """
+
+    def __init__(self, autoencoder: Any, kept: Sequence[int], like: Encoded) -> None:
+        super().__init__()
+        self.linears = ModuleList()
+        self.kept = list(kept)
+        self.__dict__["autoencoder"] = autoencoder
+        is_ours = isinstance(autoencoder, Autoencoder)
+        if is_ours:
+            directions = autoencoder.decoder_weight[self.kept]
+        else:
+            directions = linear_directions(autoencoder, self.kept, like)
+        self.register_buffer("_directions", directions.to(like))
+
+    @property
+    def n_latents(self) -> int:
+        """How many there are."""
+        return len(self.kept)
+
+    def amounts(self, encoded: Encoded) -> Amounts:
+        """How much each writes."""
+        autoencoder = self.__dict__["autoencoder"]
+        amounts = autoencoder.encode(encoded)[..., self.kept]
+        if isinstance(autoencoder, Autoencoder):
+            amounts = amounts * autoencoder.output_scale(encoded)
+        return amounts.to(encoded.dtype)
+
+    def directions(self) -> Directions:
+        """What each decodes to."""
+        return self._directions  # type: ignore[return-value]
+
+
+class NeuronLatents(Latents):
+    """Neurons of an MLP: their activations, and their rows of its last matrix.
+
+    into: the MLP's linear maps into its neurons, as [neuron, d_in] weights and biases, or
+        none if their activations are what is encoded. combine: the activations from what
+        these give.
+    """
+
+    def __init__(
+        self,
+        neurons: Sequence[int],
+        output_weight: Callable[[], Float[Tensor, "neuron d_out"]],
+        into: Sequence[Module] = (),
+        combine: Callable[[Sequence[Amounts]], Amounts] | None = None,
+    ) -> None:
+        super().__init__()
+        self.neurons = list(neurons)
+        self.linears = ModuleList(into)
+        self.__dict__["output_weight"] = output_weight
+        self.__dict__["combine"] = combine
+
+    @property
+    def n_latents(self) -> int:
+        """How many there are."""
+        return len(self.neurons)
+
+    def amounts(self, encoded: Encoded) -> Amounts:
+        """The neurons' activations."""
+        if not len(self.linears):
+            return encoded[..., self.neurons]
+        return super().amounts(encoded)
+
+    def of_rows(self, outs: Sequence[Amounts]) -> Amounts:
+        """The activations."""
+        return self.__dict__["combine"](outs)
+
+    def directions(self) -> Directions:
+        """The rows of the MLP's last matrix, as they are now."""
+        return self.__dict__["output_weight"]()[self.neurons]
+
+
+class NeuronRows(Module):
+    """The linear map into some neurons, as the model's weights are now.
+
+    weight_of, bias_of: all of the MLP's, [d_model neuron] and [neuron].
+    """
+
+    def __init__(
+        self,
+        neurons: Sequence[int],
+        weight_of: Callable[[], Float[Tensor, "d_in neuron"]],
+        bias_of: Callable[[], Float[Tensor, "neuron"] | None],
+    ) -> None:
+        super().__init__()
+        self.neurons = list(neurons)
+        self.__dict__.update(weight_of=weight_of, bias_of=bias_of)
+        self.out_features = len(self.neurons)
+
+    @property
+    def weight(self) -> Float[Tensor, "neuron d_in"]:
+        """A row for each of the neurons."""
+        return self.__dict__["weight_of"]().T[self.neurons]
+
+    @property
+    def bias(self) -> Float[Tensor, "neuron"] | None:
+        """Their biases."""
+        bias = self.__dict__["bias_of"]()
+        return None if bias is None else bias[self.neurons]
+
+    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
+        """The weight: does it need gradients?"""
+        yield self.weight  # type: ignore[misc]
+
+    def forward(self, x: Encoded) -> Amounts:
+        """What goes into the neurons."""
+        return t.nn.functional.linear(x, self.weight, self.bias)
+
+
+class BareNorm(Module):
+    """A norm without its weights: what `hook_normalized` shows."""
+
+    def __init__(self, norm: Norm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Encoded) -> Encoded:
+        """x centred, and divided by its scale."""
+        centred = self.norm.centre(x)
+        return (centred / self.norm.scale(centred)).to(x.dtype)
+
+
+def linear_directions(autoencoder: Any, kept: Sequence[int], like: Encoded) -> Directions:
+    """What each latent decodes to, of anything with `encode` and `decode`.
+
+    like: an activation, [d_in]. Raises ConfigError if the parts do not add up.
+    """
+    with t.no_grad():
+        latents = autoencoder.encode(like.unsqueeze(0))
+        if latents.ndim != 2 or latents.shape[0] != 1:
+            raise ConfigError(
+                f"`encode` of a {type(autoencoder).__name__} gives the shape "
+                f"{tuple(latents.shape)} for [1, {len(like)}]; expected [1, latents]."
+            )
+        alone = t.zeros(len(kept), latents.shape[1], dtype=like.dtype, device=like.device)
+        unknown = [idx for idx in kept if not 0 <= idx < latents.shape[1]]
+        if unknown:
+            raise ConfigError(
+                f"There are no latents {unknown[:5]}; the autoencoder has "
+                f"{latents.shape[1]}, from 0 on."
+            )
+        alone[range(len(kept)), list(kept)] = 1.0
+        nothing = autoencoder.decode(t.zeros_like(alone[:1]))
+        directions = autoencoder.decode(alone) - nothing
+        amounts = t.arange(1.0, len(kept) + 1, dtype=like.dtype, device=like.device)
+        together = autoencoder.decode((amounts.unsqueeze(-1) * alone).sum(0, True))
+        expected = amounts @ directions
+        error = (together - nothing - expected).abs().max()
+        scale = expected.abs().max() + together.abs().max()
+    if not error <= 1e3 * t.finfo(like.dtype).eps * scale:
+        raise ConfigError(
+            f"What a {type(autoencoder).__name__} decodes two latents to is not the sum of "
+            f"what it decodes each to (they differ by {error:.1e}), so that latents cannot "
+            "be sources. Expected a linear `decode`."
+        )
+    return directions
+
+
+class Splice(Module):
+    """Latents and an error in the place of what a module gives.
+
+    name: of the nodes ("MLP 3", "Resid Pre 2"); part: "Latent" or "Neuron".
+    idxs: the latents as they are counted where they come from.
+    block, component: which block it is in, and what of it is replaced: "attention", "mlp"
+        or, if the residual stream is cut, "residual".
+    reads, writes: hook points: what is encoded, and what the parts add up to.
+    to_written: from what is decoded to what is written, [d_out d_model]; None: the same.
+    shows: the hook point of the residual stream that latents read, if each is a
+        destination; norm: what lies between; closed_form: of the norm.
+
+    latents_out, error_out: where sources are seen; latents_in, error_in: where destinations
+    are. They change nothing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        idxs: Sequence[int],
+        block: int,
+        component: str,
+        reads: str,
+        writes: str,
+        latents: Latents,
+        to_written: Callable[[], Float[Tensor, "d_out d_model"]] | None = None,
+        shows: str | None = None,
+        norm: Module | None = None,
+        closed_form: Norm | None = None,
+        part: str = "Latent",
+    ) -> None:
+        super().__init__()
+        self.name, self.idxs, self.part = name, tuple(idxs), part
+        self.block, self.component = block, component
+        self.reads, self.writes, self.shows = reads, writes, shows
+        self.latents = latents
+        # Not registered: they are parts of another model.
+        self.__dict__.update(to_written=to_written, norm=norm)
+        self.closed_form = closed_form
+        self.latents_out, self.error_out = Identity(), Identity()
+        self.latents_in, self.error_in = Identity(), Identity()
+
+    @property
+    def is_cut(self) -> bool:
+        """Does it replace all that the residual stream has at that place?"""
+        return self.component == "residual"
+
+    @property
+    def rest(self) -> str:
+        """What the error is called: of neurons it is what the others write."""
+        return f"{self.name} {'Error' if self.part == 'Latent' else 'Rest'}"
+
+    def written_directions(self) -> Directions:
+        """What each latent writes into the residual stream where its amount is 1."""
+        directions, to_written = self.latents.directions(), self.__dict__["to_written"]
+        return directions if to_written is None else directions @ to_written()
+
+    def normed(self, x: Float[Tensor, "*lead d_model"]) -> Encoded:
+        """What is encoded where the residual stream is x."""
+        norm = self.__dict__["norm"]
+        return x if norm is None else norm(x)
+
+    def amounts_as_dests(self, x: Float[Tensor, "batch seq d_model"]) -> Amounts:
+        """How much each latent writes, with an input of its own (x, where none is patched)."""
+        if len(self.latents.linears):
+            normed = self.normed(self.latents_in(x))
+            return self.latents.of_rows(
+                [linear(normed) for linear in self.latents.linears]
+            )
+        rows = x.unsqueeze(2).expand(-1, -1, len(self.idxs), -1)
+        return self._amounts_of_each(self.latents_in(rows))
+
+    def _amounts_of_each(
+        self, rows: Float[Tensor, "batch seq latent d_model"]
+    ) -> Amounts:
+        # All rows are one: nothing is patched, and no row's gradient is asked for.
+        is_one = rows.stride(2) == 0 and not (t.is_grad_enabled() and rows.requires_grad)
+        if is_one:
+            return self.latents.amounts(self.normed(rows[:, :, 0]))
+        each = [
+            self.latents.amounts(self.normed(rows[:, :, i]))[..., i]
+            for i in range(rows.shape[2])
+        ]
+        return t.stack(each, -1)
+
+    def split(
+        self,
+        written: Float[Tensor, "batch seq d_model"],
+        amounts: Amounts,
+        amounts_of_error: Amounts,
+    ) -> Float[Tensor, "batch seq d_model"]:
+        """What is written, as the sum of the parts of latents and of the error.
+
+        amounts_of_error: what the latents would write if they read what the error reads.
+        """
+        directions = self.written_directions()
+        error = written - amounts_of_error @ directions
+        return self.latents_out(amounts) @ directions + self.error_out(error)
