@@ -35,11 +35,8 @@ from transformer_lens.model_bridge.generalized_components import (
 
 from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError
-from auto_circuit.model_utils.transformer_lens_sites import (
-    PLAIN_ATTENTIONS,
-    PLAIN_MLPS,
-    norm_facts,
-)
+from auto_circuit.model_utils.block_facts import PLAIN_MLPS
+from auto_circuit.model_utils.transformer_lens_sites import PLAIN_ATTENTIONS, norm_facts
 from auto_circuit.utils.patchable_model import PatchableModel
 
 Hook = Callable[[Tensor], Tensor | None]
