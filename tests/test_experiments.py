@@ -36,6 +36,7 @@ from auto_circuit.prune_algos.prune_algos import (
 from auto_circuit.sweep_config import ExperimentConfig, RunOptions, check_config
 from auto_circuit.tasks import TASKS
 from tests.browser import check_shown
+from tests.report_in_browser import drive
 from tests.test_reports import LONG_GRADIENT_ALGOS, QUICK_GRADIENT_ALGOS
 
 REPO = Path(__file__).parents[1]
@@ -126,14 +127,18 @@ def test_a_small_sweep_in_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_default_sweep_in_two_processes(tmp_path: Path) -> None:
+def test_the_default_sweep_in_two_processes(
+    tmp_path: Path, browser: Any, explorer_packages: Path
+) -> None:
     """Another process finds the same scores to the last bit, and a browser shows its figures.
 
-    The other one repeats the first task alone. And training beats the gradient everywhere.
+    The other one repeats the first task's scores alone. And training beats the gradient
+    everywhere. All that the report lets its reader do is done, in a wide window and in a
+    narrow one.
     """
     whole, repeated = tmp_path / "1", tmp_path / "2"
     run_process(whole, 0)
-    run_process(repeated, 1, "--tasks", "Pocket IOI")
+    run_process(repeated, 1, "--tasks", "Pocket IOI", "--circuit-sizes", "0")
     one, two = map(score_files, (whole, repeated))
     assert len(one) == 4 * ExperimentConfig().n_seeds
     assert len(two) == ExperimentConfig().n_seeds
@@ -145,6 +150,9 @@ def test_the_default_sweep_in_two_processes(tmp_path: Path) -> None:
     assert len(figures) == 2 * len(ExperimentConfig().metrics)
     for path in figures:
         check_shown(path)
+    (report,) = whole.glob("*/report.html")
+    for width in (1400, 390):
+        drive(browser, report, width, explorer_packages)
 
 
 def _plain_function(algo: PruneAlgo) -> tuple[object, dict[str, object]]:
