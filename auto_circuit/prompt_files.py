@@ -298,16 +298,21 @@ def _check_answers(values: Any, is_text: bool, where: str) -> None:
         kind = "texts and token ids" if is_text else "numbers"
         raise DataError(f"{where}: expected a list of {kind}; got {values!r:.100}.")
     if is_text or any(isinstance(value, str) for value in values):
+        _check_texts([value for value in values if isinstance(value, str)], where)
         for value in values:
-            if isinstance(value, str):
-                _check_text(value, where)
-            elif not is_whole(value):
+            if not isinstance(value, str) and not is_whole(value):
                 raise DataError(
                     f"{where}: expected a list of texts and token ids; {value!r:.100} is "
                     "neither."
                 )
     elif values:
         numbers_shape(values, where)
+
+
+def _check_texts(values: list[str], where: str) -> None:
+    if not is_text("".join(values)):  # one look at all: there may be many answers
+        for value in values:
+            _check_text(value, where)
 
 
 def _check_text(value: str, where: str) -> None:
