@@ -11,11 +11,11 @@ INSTALL := $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run robustness test fuzz lint format bench architectures docs explorer pocket-model datasets lock clean
+.PHONY: help run robustness test fuzz lint format bench architectures docs explorer pocket-autoencoders pocket-model datasets lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
-	  | awk -F ':.*## ' '{ printf "  make %-13s %s\n", $$1, $$2 }'
+	  | awk -F ':.*## ' '{ printf "  make %-19s %s\n", $$1, $$2 }'
 	@echo
 	@echo '  ARGS="..." is handed on; PYTHON=python3.12 picks the Python for a new $(VENV).'
 
@@ -58,6 +58,9 @@ docs: $(VENV)/.stamp-dev  ## build the documentation site into site/
 
 explorer:  ## build the explorer's JavaScript from its source (needs Node)
 	cd auto_circuit/explorer && npm ci && npm run build
+
+pocket-autoencoders: $(VENV)/.stamp-run  ## train the autoencoders that the package carries
+	$(BIN)/python scripts/train_pocket_autoencoders.py $(ARGS)
 
 pocket-model: $(VENV)/.stamp-run  ## train the small model that the package carries
 	$(BIN)/python scripts/train_pocket_model.py $(ARGS)

@@ -187,11 +187,15 @@ def robustness_rows(
     varied = variations(base)
     if is_padded(alike):
         varied = [v for v in varied if not v.choices.token_positions]
-    if task.autoencoder_input is not None:
+    if task.has_latents:
         varied = [v for v in varied if not v.choices.nodes]
     # One model under all graphs, seen through its autoencoders if the task asks for them:
     # what it does unpatched is the same.
-    shared = {"_model_def": alike.model.wrapped_model, "autoencoder_input": None}
+    shared = {
+        "_model_def": alike.model.wrapped_model,
+        "autoencoder_input": None,
+        "autoencoders": None,
+    }
     graphs = {
         _graph_kind(variation.choices): replace(
             chosen_task(task, variation.choices), **shared

@@ -50,7 +50,10 @@ if TYPE_CHECKING:
 SCORES, MEASUREMENTS, EXAMPLES = "scores", "measurements", "examples"
 """Kinds of cells."""
 
-NOT_OF_RESULTS = ("key", "name", "device", "seed", "_model_def", "_dataset_name")
+NOT_OF_RESULTS = (
+    *("key", "name", "device", "seed"),
+    *("_model_def", "_dataset_name", "autoencoders"),
+)
 """Fields of a Task that change no number, or that are described by what they stand for."""
 
 
@@ -427,6 +430,9 @@ def task_description(task: Task) -> dict[str, Any]:
     """All of a task that changes a result but its seed: weights and prompts by content."""
     rest = {f.name: getattr(task, f.name) for f in fields(task)}
     rest = {name: described(v) for name, v in rest.items() if name not in NOT_OF_RESULTS}
+    if task.autoencoders is not None:
+        folders = [p for p in Path(task.autoencoders).glob("*") if p.is_dir()]
+        rest["autoencoders"] = {p.name: digest_of_folder(p) for p in sorted(folders)}
     if type(task).init_task is not Task.init_task:
         loaded = [task.model.wrapped_model, *_batches(task)]
         return {"class": described(type(task)), "loaded": described(loaded), **rest}

@@ -72,6 +72,10 @@ class Task:
         Of its latents the autoencoder_max_latents are kept that are most active on the
         training prompts (with autoencoder_prune_with_corrupt on the corrupt ones too).
         autoencoder_pythia_size: which of Pythia's autoencoders.
+    autoencoders: see the model through autoencoders and transcoders instead that say where
+        they belong (`spliced`): a folder that has a folder for each, in SAELens's format.
+        Of each the autoencoder_max_latents are kept that differ most between the clean and
+        the corrupt training prompts.
     _true_edge_func: (model) or (model, token_positions, word_idxs, seq_start_idx) -> the
         true edges, those of the circuit; None if they are not known.
     dtype: the type in which the model is loaded, if it is named.
@@ -115,6 +119,7 @@ class Task:
     keep_positions: bool = False
     prepend_bos: bool | None = None
     depth: int | None = field(default=None, metadata=FOR_READERS)
+    autoencoders: str | Path | None = None
 
     def init_task(self) -> None:
         """Load the model, the prompts and the true edges now, not on first use."""
@@ -252,7 +257,7 @@ class Task:
     def _graph_model(self) -> Module:
         """The model whose graph it is: the bare one, or seen through autoencoders."""
         bridge = self._bare_model
-        if self.autoencoder_input is None:
+        if not self.has_latents:
             return bridge
         from transformer_lens.model_bridge import TransformerBridge
 
@@ -265,6 +270,8 @@ class Task:
                 f"The task {self.key!r} asks for sparse autoencoders "
                 f"(`autoencoder_input`), but a {type(bridge).__name__} has none."
             )
+        if self.autoencoder_input is None or self.autoencoders is not None:
+            return self._spliced(bridge)
         saes = sae_model(
             bridge,
             self.autoencoder_input,
@@ -276,6 +283,30 @@ class Task:
             self.autoencoder_max_latents,
             include_corrupt=bool(self.autoencoder_prune_with_corrupt),
         )
+
+    @property
+    def has_latents(self) -> bool:
+        """Does its graph have latents of autoencoders in the place of components?"""
+        return self.autoencoder_input is not None or self.autoencoders is not None
+
+    def _spliced(self, bridge: Any) -> Module:
+        """The model with the latents that differ most between clean and corrupt."""
+        from auto_circuit.features import active_latents, load_autoencoders, spliced
+
+        if self.autoencoder_input is not None:
+            raise ConfigError(
+                f"The task {self.key!r} has both `autoencoders` and `autoencoder_input`; "
+                "expected one of them."
+            )
+        found = load_autoencoders(self.autoencoders or "")
+        latents = active_latents(
+            bridge,
+            found,
+            self.train_loader,
+            self.autoencoder_max_latents,
+            prompts="differ",
+        )
+        return spliced(bridge, found, latents)
 
     @property
     def _device(self) -> t.device:
@@ -441,6 +472,18 @@ POCKET_TASKS: tuple[Task, ...] = (
     POCKET_DOCSTRING_TASK,
 )
 
+POCKET_AUTOENCODERS = Path(__file__).parent / "pocket_autoencoders"
+"""Autoencoders of the pocket model's residual stream, between its blocks."""
+
+POCKET_IOI_FEATURES_TASK = replace(
+    POCKET_IOI_TASK,
+    key="Pocket IOI Features",
+    name="Indirect Object Identification by features (pocket model)",
+    autoencoders=POCKET_AUTOENCODERS,
+    autoencoder_max_latents=64,
+    depth=None,
+)
+
 # The published tasks: their models come from the hub.
 
 SPORTS_PLAYERS_TOKEN_CIRCUIT_TASK = Task(
@@ -602,6 +645,7 @@ TRACR_TASKS: tuple[Task, ...] = (
 
 TASKS: tuple[Task, ...] = (
     *POCKET_TASKS,
+    POCKET_IOI_FEATURES_TASK,
     *TRACR_TASKS,
     SPORTS_PLAYERS_TOKEN_CIRCUIT_TASK,
     SPORTS_PLAYERS_COMPONENT_CIRCUIT_TASK,

@@ -17,10 +17,13 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from auto_circuit.errors import ConfigError, ModelError
-from auto_circuit.model_utils.features.active import active_latents
-from auto_circuit.model_utils.features.autoencoder import Autoencoder
-from auto_circuit.model_utils.features.places import Neurons, Placed
-from auto_circuit.model_utils.features.spliced import spliced
+from auto_circuit.features import (
+    Autoencoder,
+    Neurons,
+    Placed,
+    active_latents,
+    spliced,
+)
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
@@ -352,6 +355,17 @@ def test_latents_that_are_active_on_the_data(top_n: int | None) -> None:
     for total, latents in zip(sums, found, strict=True):
         best = total.topk(min(top_n or len(total), int((total > 0).sum()))).indices
         assert latents == sorted(best.tolist())
+    changes: list[Any] = [0, 0]
+    for batch in loader:
+        caches = [bridge.run_with_cache(x)[1] for x in (batch.clean, batch.corrupt)]
+        encoded = [
+            plain_latents(items[0], cache["blocks.0.hook_mlp_out"]) for cache in caches
+        ]
+        changes[0] += (encoded[0] - encoded[1]).abs().sum((0, 1))
+        acts = [cache["blocks.1.mlp.hook_post"] for cache in caches]
+        changes[1] += (acts[0] - acts[1]).abs().sum((0, 1))
+    differing = active_latents(bridge, items, loader, 2, prompts="differ")
+    assert differing == [sorted(c.topk(2).indices.tolist()) for c in changes]
     few = active_latents(bridge, items, loader, threshold=1e9)
     assert few == [[], []]
     model = spliced(bridge, items, found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch as t
 from jaxtyping import Float, Int
@@ -23,6 +23,9 @@ from auto_circuit.prefix_cache import PrefixCache
 from auto_circuit.utils.module_use import in_use
 from auto_circuit.utils.torch_state import in_own_state
 
+PromptsSeen = Literal["clean", "both", "differ"]
+"""Which prompts' activations count, or what of them."""
+
 
 @checked
 def active_latents(
@@ -31,7 +34,7 @@ def active_latents(
     dataloader: PromptDataLoader,
     top_n: int | None = None,
     threshold: float = 0.0,
-    include_corrupt: bool = True,
+    prompts: PromptsSeen = "both",
 ) -> list[list[int]]:
     """For each autoencoder, the latents that are active on some prompts: for `spliced`.
 
@@ -39,7 +42,9 @@ def active_latents(
     top_n: at most so many of each, those with the highest mean activation.
     threshold: the mean activation (its size, over the tokens of all prompts, without padding)
         is above this.
-    include_corrupt: the corrupt prompts count, too.
+    prompts: the "clean" ones count, or "both" sides; or by how much latents "differ" between
+        the two, at each token: what does not differ does nothing where one side's
+        activations are patched into the other.
 
     Raises ConfigError and ModelError as `spliced` does; not for autoencoders without any
     active latent, whose list is empty.
@@ -48,8 +53,7 @@ def active_latents(
     if top_n is not None:
         check_count("top_n", top_n)
     splices = [make_splice(model, placed(item), None) for item in autoencoders]
-    sides: tuple[Side, ...] = ("clean", "corrupt") if include_corrupt else ("clean",)
-    means = _mean_amounts(model, splices, dataloader, sides)
+    means = _mean_amounts(model, splices, dataloader, prompts)
     return [_most(mean, top_n, threshold) for mean in means]
 
 
@@ -65,26 +69,33 @@ def _mean_amounts(
     model: TransformerBridge,
     splices: Sequence[Splice],
     dataloader: PromptDataLoader,
-    sides: Sequence[Side],
+    prompts: PromptsSeen,
 ) -> list[Float[Tensor, "latent"]]:
-    """How much each latent writes on average, as a size."""
+    """How much each latent writes on average, or by how much that differs, as a size."""
     sums = [t.zeros(len(splice.idxs), dtype=t.float64) for splice in splices]
-    n_tokens, is_text = 0, t.empty(0)
+    sides: tuple[Side, ...] = ("clean",) if prompts == "clean" else ("clean", "corrupt")
+    n_tokens, seen = 0, [t.empty(0) for _ in splices]
 
-    def add(i: int, module: Module, args: Any, out: Tensor) -> None:
-        amounts = splices[i].latents.amounts(out).abs() * is_text
-        sums[i] += amounts.double().flatten(0, -2).sum(0).cpu()
+    def see(i: int, module: Module, args: Any, out: Tensor) -> None:
+        seen[i] = splices[i].latents.amounts(out).double()
 
     with in_use(model, splices), ExitStack() as stack:
         for i, splice in enumerate(splices):
-            site = hook_point(model, splice.reads)
-            stack.callback(site.register_forward_hook(partial(add, i)).remove)
+            site = hook_point(model, splice.site.reads)
+            stack.callback(site.register_forward_hook(partial(see, i)).remove)
         for batch in dataloader:
+            of_clean: list[Tensor] = []
             for side in sides:
                 tokens, mask = whole_prompts(model, batch, side, dataloader.kv_cache)
-                is_text = mask.unsqueeze(-1)
-                n_tokens += int(mask.sum())
                 model(tokens, attention_mask=mask)
+                n_tokens += int(mask.sum())
+                if prompts == "differ" and side == "clean":
+                    of_clean = list(seen)
+                    continue
+                for i, amounts in enumerate(seen):
+                    change = amounts - of_clean[i] if of_clean else amounts
+                    text = change.abs() * mask.unsqueeze(-1)
+                    sums[i] += text.flatten(0, -2).sum(0).cpu()
     return [total / max(n_tokens, 1) for total in sums]
 
 

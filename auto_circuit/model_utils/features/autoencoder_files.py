@@ -89,6 +89,19 @@ def load_autoencoder_folder(
 
 
 @checked
+def load_autoencoders(folder: Path | str) -> list[Autoencoder]:
+    """Those in the folders of a folder, by their names. Raises as for one, and ModelError if
+    there is none.
+    """
+    folders = sorted(path.parent for path in Path(folder).glob(f"*/{CONFIG_FILE}"))
+    if not folders:
+        raise ModelError(
+            f"{folder} has no folder with a {CONFIG_FILE}; expected one for each autoencoder."
+        )
+    return [load_autoencoder_folder(path) for path in folders]
+
+
+@checked
 def save_autoencoder(autoencoder: Autoencoder, folder: Path | str) -> None:
     """Write a folder that SAELens, and `load_autoencoder_folder`, can read, whole or not.
 

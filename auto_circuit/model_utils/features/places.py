@@ -29,6 +29,7 @@ from auto_circuit.model_utils.features.splices import (
     NeuronRows,
     RowLatents,
     Splice,
+    SpliceSite,
     WholeLatents,
 )
 from auto_circuit.model_utils.transformer_lens_sites import (
@@ -134,17 +135,16 @@ def make_splice(
     writes, to_written = _written(model, block, hook)
     latents, idxs = _latents(model, item, _width(model, block, hook), kept)
     is_cut = component == "residual"
-    return Splice(
+    site = SpliceSite(
         f"A{block}" if component == "attention" else f"{name} {block}",
-        idxs,
         block,
         component,
         reads=_module_name(block, hook),
         writes=writes,
-        latents=latents,
         to_written=to_written,
         shows=writes if is_cut else None,
     )
+    return Splice(site, latents, idxs)
 
 
 def parse_hook(model: TransformerBridge, name: str) -> tuple[int, str]:
@@ -318,20 +318,19 @@ def _reading_mlp_input(
         facts = norm_facts(norm)
         form = type(facts)(facts.centred, facts.epsilon, lambda: 1.0, lambda: None)
         inner = BareNorm(form)
-    return Splice(
+    site = SpliceSite(
         f"MLP {block}",
-        idxs,
         block,
         "mlp",
         # What the MLP really reads, also where the error's input is patched.
         reads=f"blocks.{block}.ln2.hook_in" if is_before else f"blocks.{block}.{hook}",
         writes=f"blocks.{block}.hook_mlp_out",
-        latents=latents,
         shows=f"blocks.{block}.hook_mlp_in",
         norm=inner,
         closed_form=form,
-        part="Neuron" if isinstance(latents, NeuronLatents) else "Latent",
     )
+    is_neurons = isinstance(latents, NeuronLatents)
+    return Splice(site, latents, idxs, "Neuron" if is_neurons else "Latent")
 
 
 def _norm_before_mlp(model: TransformerBridge, block: int) -> NormalizationBridge:
@@ -362,16 +361,14 @@ def _neurons(
         into, combine = _into_neurons(model, mlp, idxs)
         latents = NeuronLatents(idxs, output_weight, into, combine)
         return _reading_mlp_input(model, block, "mlp.hook_in", latents, idxs)
-    return Splice(
+    site = SpliceSite(
         f"MLP {block}",
-        idxs,
         block,
         "mlp",
         reads=f"blocks.{block}.mlp.out.hook_in",
         writes=f"blocks.{block}.hook_mlp_out",
-        latents=NeuronLatents(idxs, output_weight),
-        part="Neuron",
     )
+    return Splice(site, NeuronLatents(idxs, output_weight), idxs, "Neuron")
 
 
 def _into_neurons(

@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, ModelError
-from auto_circuit.model_utils.features.places import Neurons, Placed, make_splice, placed
+from auto_circuit.model_utils.features.places import Neurons, make_splice, placed
 from auto_circuit.model_utils.features.splices import Splice
 from auto_circuit.model_utils.model_adapter import (
     GraphNodes,
@@ -141,21 +141,23 @@ def _check_bridge(model: Any) -> None:
 
 def _check_places(splices: Sequence[Splice]) -> None:
     """Raise ConfigError for two that replace the same."""
-    places = [(s.writes if s.is_cut else s.component, s.block) for s in splices]
+    places = [
+        (s.site.writes if s.is_cut else s.site.component, s.site.block) for s in splices
+    ]
     for i, place in enumerate(places):
         if place in places[:i]:
             first = splices[places.index(place)]
             raise ConfigError(
-                f"Two autoencoders replace {splices[i].name!r}: of {first.reads!r} and of "
-                f"{splices[i].reads!r}. Keep one."
+                f"Two autoencoders replace {splices[i].name!r}: of {first.site.reads!r} and of "
+                f"{splices[i].site.reads!r}. Keep one."
             )
 
 
 def _order(splice: Splice) -> tuple[int, int]:
     """Before its block, in it, after it."""
     if not splice.is_cut:
-        return splice.block, ("attention", "mlp").index(splice.component)
-    return splice.block, (-1 if splice.writes.endswith("hook_in") else 2)
+        return splice.site.block, ("attention", "mlp").index(splice.site.component)
+    return splice.site.block, (-1 if splice.site.writes.endswith("hook_in") else 2)
 
 
 @in_own_state(grad=False)
@@ -171,7 +173,7 @@ def _check_latents_as_dests(model: SplicedTransformer) -> None:
         if not error <= ROUNDING * t.finfo(next(model.parameters()).dtype).eps * scale:
             raise ModelError(
                 f"The latents of {run.splice.name!r} are not what follows from the residual "
-                f"stream at {run.splice.shows!r} (they differ by {error:.1e}): this "
+                f"stream at {run.splice.site.shows!r} (they differ by {error:.1e}): this "
                 "architecture computes something else in between, which is not supported."
             )
 
@@ -223,19 +225,19 @@ class _Run:
         """Hook point -> what is called with its output."""
         splice = self.splice
         if splice.is_cut:
-            return {splice.writes: partial(self.cut, start)}
+            return {splice.site.writes: partial(self.cut, start)}
         write = self.write_and_compare if compares else self.write
-        if splice.reads == splice.writes:
+        if splice.site.reads == splice.site.writes:
 
             def read_and_write(module: Module, args: Any, out: Tensor) -> Tensor:
                 self.read(module, args, out)
                 return write(module, args, out)
 
-            return {splice.writes: read_and_write}
-        found: dict[str, Callable[..., Any]] = {splice.reads: self.read}
-        if splice.shows is not None:
-            found[splice.shows] = self.show
-        return {**found, splice.writes: write}
+            return {splice.site.writes: read_and_write}
+        found: dict[str, Callable[..., Any]] = {splice.site.reads: self.read}
+        if splice.site.shows is not None:
+            found[splice.site.shows] = self.show
+        return {**found, splice.site.writes: write}
 
 
 @contextmanager
@@ -260,7 +262,7 @@ def _open_sites(
 
 
 def _is_at_start(splice: Splice) -> bool:
-    return splice.is_cut and splice.writes == "blocks.0.hook_in"
+    return splice.is_cut and splice.site.writes == "blocks.0.hook_in"
 
 
 # ---------------------------------------------------------------------------- the graph
@@ -306,9 +308,9 @@ def _first_layers(dests: Sequence[DestNode]) -> dict[int | None, int]:
 
 
 def _cut_layer(splice: Splice, first_layers: Mapping[int | None, int]) -> int:
-    if splice.writes.endswith("hook_in"):
-        return 4 * first_layers[splice.block] - 1
-    after = splice.block + 1
+    if splice.site.writes.endswith("hook_in"):
+        return 4 * first_layers[splice.site.block] - 1
+    after = splice.site.block + 1
     return 4 * first_layers[after if after in first_layers else None] - 2
 
 
@@ -330,7 +332,7 @@ def _new_nodes(
     heads: those that all belong to, where latents have no inputs of their own. Else each has
         a "head" to itself: a latent feeds that latent.
     """
-    own = splice.shows is not None
+    own = splice.site.shows is not None
     n_latents = len(splice.idxs)
     latents = [
         kind(
@@ -348,12 +350,12 @@ def _new_nodes(
 
 
 def _cut_component(splice: Splice) -> Component:
-    return Component(splice.name.rpartition(" ")[0].lower(), splice.block, "own")
+    return Component(splice.name.rpartition(" ")[0].lower(), splice.site.block, "own")
 
 
 def _cut_nodes(kind: type[Any], splice: Splice, layer: int) -> list[Any]:
     endings = (LATENTS, ERROR) if kind is SrcNode else (LATENTS_IN, ERROR_IN)
-    modules = (splice.writes + endings[0], splice.writes + endings[1])
+    modules = (splice.site.writes + endings[0], splice.site.writes + endings[1])
     component = _cut_component(splice)
     return _new_nodes(kind, splice, modules, layer=layer, component=component)
 
@@ -361,8 +363,8 @@ def _cut_nodes(kind: type[Any], splice: Splice, layer: int) -> list[Any]:
 def _is_replaced(splice: Splice, node: SrcNode | DestNode) -> bool:
     component = node.component
     return component is not None and (component.kind, component.block) == (
-        splice.component,
-        splice.block,
+        splice.site.component,
+        splice.site.block,
     )
 
 
@@ -377,7 +379,7 @@ def _replaced_srcs(
     new = _new_nodes(
         SrcNode,
         splice,
-        (splice.writes + LATENTS, splice.writes + ERROR),
+        (splice.site.writes + LATENTS, splice.site.writes + ERROR),
         heads=tuple(sorted(heads)) or None,
         layer=old[0].layer,
         component=old[0].component,
@@ -388,13 +390,13 @@ def _replaced_srcs(
 
 def _split_dests(splice: Splice, dests: list[DestNode]) -> list[DestNode]:
     """The destinations, with an MLP's split into its latents and its error."""
-    if splice.shows is None:
+    if splice.site.shows is None:
         return dests
     (old,) = [dest for dest in dests if _is_replaced(splice, dest)]
     new = _new_nodes(
         DestNode,
         splice,
-        (splice.shows + LATENTS_IN, old.module_name),
+        (splice.site.shows + LATENTS_IN, old.module_name),
         layer=old.layer,
         component=old.component,
     )
@@ -409,7 +411,7 @@ def _reading_the_last_cut(
     first_of_cut: dict[int, int] = {}
     for splice in model.splices:
         if splice.is_cut:
-            module_name = splice.writes + LATENTS
+            module_name = splice.site.writes + LATENTS
             src = next(src for src in srcs if src.module_name == module_name)
             first_of_cut[src.layer] = src.src_idx
     return [
@@ -439,9 +441,9 @@ def _with_dense_layers(srcs: list[SrcNode], dests: list[DestNode]) -> GraphNodes
 def _src_site(model: Module, module_name: str) -> SrcSite:
     assert isinstance(model, SplicedTransformer)
     for splice in model.splices:
-        if module_name == splice.writes + LATENTS:
+        if module_name == splice.site.writes + LATENTS:
             return SrcSite(splice.latents_out, partial(_projection, splice))
-        if module_name == splice.writes + ERROR:
+        if module_name == splice.site.writes + ERROR:
             return SrcSite(splice.error_out)
     if module_name == RESID_START and any(map(_is_at_start, model.splices)):
         return SrcSite(model.start)
@@ -464,7 +466,7 @@ def _ports(
     names = [name for name in module_names if name not in ours]
     of_bridge = bridge_adapter.ports(model.wrapped_model, names, separate_qkv)
     # Of an MLP whose inside is read, what it gave before does not say what that was.
-    read = {splice.block for splice in model.splices if not splice.is_cut}
+    read = {splice.site.block for splice in model.splices if not splice.is_cut}
     ports = [
         replace(port, component=None) if port.block in read else port
         for port in of_bridge
@@ -476,23 +478,28 @@ def _ports(
 
 def _own_ports(splice: Splice) -> list[Port]:
     """Where patches of latents enter, and, of a cut, those of the error."""
-    if splice.shows is None:
+    if splice.site.shows is None:
         return []
     heads = None
     if len(splice.latents.linears):
         n_latents = len(splice.idxs)
         heads = HeadInputs(
-            norm=splice.__dict__["norm"],
-            closed_form=splice.closed_form,
+            norm=splice.site.norm,
+            closed_form=splice.site.closed_form,
             linears=tuple((linear, n_latents) for linear in splice.latents.linears),
             share_rows=len(splice.latents.linears) > 1,
         )
     latents = Port(
-        (splice.shows + LATENTS_IN,), splice.latents_in, heads=heads, block=splice.block
+        (splice.site.shows + LATENTS_IN,),
+        splice.latents_in,
+        heads=heads,
+        block=splice.site.block,
     )
     if not splice.is_cut:
         return [latents]
-    error = Port((splice.shows + ERROR_IN,), splice.error_in, block=splice.block)
+    error = Port(
+        (splice.site.shows + ERROR_IN,), splice.error_in, block=splice.site.block
+    )
     return [latents, error]
 
 
@@ -535,5 +542,3 @@ SPLICED_TRANSFORMER_ADAPTER = ModelAdapter(
     open_hooks=_open_hooks,
     example=lambda: spliced(small_bridge(), [Neurons(0)], [(0, 2)]),
 )
-
-__all__ = ["Neurons", "Placed", "SplicedTransformer", "spliced"]

@@ -6,7 +6,8 @@ What was written is the sum of what each latent writes and of an error: all the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch as t
 from jaxtyping import Float
@@ -60,6 +61,8 @@ class RowLatents(Latents):
         linear.weight = Parameter(weight, requires_grad=False)
         linear.bias = Parameter(autoencoder.folded_bias(), requires_grad=False)
         self.linears = ModuleList([linear])
+        # Registered: whoever asks what the model's weights are is to see them.
+        self.register_buffer("_directions", autoencoder.decoder_weight)
         self.autoencoder = autoencoder
 
     def _apply(self, *args: Any, **kwargs: Any) -> Module:
@@ -80,7 +83,7 @@ class RowLatents(Latents):
 
     def directions(self) -> Directions:
         """The decoder's rows."""
-        return self.autoencoder.decoder_weight
+        return self._directions  # type: ignore[return-value]
 
 
 class WholeLatents(Latents):
@@ -246,52 +249,60 @@ def linear_directions(autoencoder: Any, kept: Sequence[int], like: Encoded) -> D
     return directions
 
 
-class Splice(Module):
-    """Latents and an error in the place of what a module gives.
+@dataclass(frozen=True, eq=False)
+class SpliceSite:
+    """Where a component is replaced.
 
-    name: of the nodes ("MLP 3", "Resid Pre 2"); part: "Latent" or "Neuron".
-    idxs: the latents as they are counted where they come from.
+    name: of the nodes ("MLP 3", "Resid Pre 2").
     block, component: which block it is in, and what of it is replaced: "attention", "mlp"
         or, if the residual stream is cut, "residual".
     reads, writes: hook points: what is encoded, and what the parts add up to.
     to_written: from what is decoded to what is written, [d_out d_model]; None: the same.
     shows: the hook point of the residual stream that latents read, if each is a
         destination; norm: what lies between; closed_form: of the norm.
+    """
 
+    name: str
+    block: int
+    component: str
+    reads: str
+    writes: str
+    to_written: Callable[[], Float[Tensor, "d_out d_model"]] | None = None
+    shows: str | None = None
+    norm: Module | None = None
+    closed_form: Norm | None = None
+
+
+class Splice(Module):
+    """Latents and an error in the place of what a module gives.
+
+    idxs: the latents as they are counted where they come from; part: what they are called.
     latents_out, error_out: where sources are seen; latents_in, error_in: where destinations
     are. They change nothing.
     """
 
     def __init__(
         self,
-        name: str,
-        idxs: Sequence[int],
-        block: int,
-        component: str,
-        reads: str,
-        writes: str,
+        site: SpliceSite,
         latents: Latents,
-        to_written: Callable[[], Float[Tensor, "d_out d_model"]] | None = None,
-        shows: str | None = None,
-        norm: Module | None = None,
-        closed_form: Norm | None = None,
-        part: str = "Latent",
+        idxs: Sequence[int],
+        part: Literal["Latent", "Neuron"] = "Latent",
     ) -> None:
         super().__init__()
-        self.name, self.idxs, self.part = name, tuple(idxs), part
-        self.block, self.component = block, component
-        self.reads, self.writes, self.shows = reads, writes, shows
-        self.latents = latents
-        # Not registered: they are parts of another model.
-        self.__dict__.update(to_written=to_written, norm=norm)
-        self.closed_form = closed_form
+        self.site = site
+        self.latents, self.idxs, self.part = latents, tuple(idxs), part
         self.latents_out, self.error_out = Identity(), Identity()
         self.latents_in, self.error_in = Identity(), Identity()
 
     @property
+    def name(self) -> str:
+        """Of the nodes."""
+        return self.site.name
+
+    @property
     def is_cut(self) -> bool:
         """Does it replace all that the residual stream has at that place?"""
-        return self.component == "residual"
+        return self.site.component == "residual"
 
     @property
     def rest(self) -> str:
@@ -300,12 +311,12 @@ class Splice(Module):
 
     def written_directions(self) -> Directions:
         """What each latent writes into the residual stream where its amount is 1."""
-        directions, to_written = self.latents.directions(), self.__dict__["to_written"]
+        directions, to_written = self.latents.directions(), self.site.to_written
         return directions if to_written is None else directions @ to_written()
 
     def normed(self, x: Float[Tensor, "*lead d_model"]) -> Encoded:
         """What is encoded where the residual stream is x."""
-        norm = self.__dict__["norm"]
+        norm = self.site.norm
         return x if norm is None else norm(x)
 
     def amounts_as_dests(self, x: Float[Tensor, "batch seq d_model"]) -> Amounts:
