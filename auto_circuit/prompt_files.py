@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
@@ -26,6 +27,8 @@ NEEDED = FIELDS[:3]
 FILE_FIELDS = ("prompts", "seq_labels", "word_idxs")
 BOS_LABEL = "<|BOS|>"
 MAX_DEPTH = 8
+MAX_KEPT = 2**20
+"""The most characters of a file whose prompts are kept in case it is read again."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,19 @@ def read_prompt_file(path: Path | str) -> PromptFile:
     Raises DataError, which says what is wrong with which prompt and field.
     """
     path = _checked_path(path)
-    read = READERS.get(path.suffix.lower())
-    if read is None:
+    if path.suffix.lower() not in READERS:
         raise DataError(
             f"The prompt file {path} has the suffix {path.suffix!r}; expected one of "
             f"{', '.join(READERS)}."
         )
-    content = read(_read_text(path), str(path))
+    text = _read_text(path)
+    found = (_kept if len(text) <= MAX_KEPT else _content)(text, path)
+    labels = found.seq_labels and [*found.seq_labels]
+    return PromptFile([*found.prompts], labels, {**found.word_idxs})
+
+
+def _content(text: str, path: Path) -> PromptFile:
+    content = READERS[path.suffix.lower()](text, str(path))
     _check_spelling(content, FILE_FIELDS, str(path))
     rows = content.get("prompts")
     if not isinstance(rows, list):
@@ -112,6 +121,10 @@ def read_prompt_file(path: Path | str) -> PromptFile:
     ):
         raise DataError(f'{path}: "word_idxs" must map words to positions.')
     return PromptFile(prompts, labels, idxs)
+
+
+_kept = lru_cache(maxsize=4)(_content)
+"""A sweep reads the same text again for each seed, and to check it before the model loads."""
 
 
 def _checked_path(path: Any) -> Path:

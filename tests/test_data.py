@@ -804,3 +804,22 @@ def test_each_side_of_a_batch_has_its_own_mask() -> None:
     for side, mask in zip(("clean", "corrupt"), masks, strict=True):
         _, kwargs = batch.model_input(side)
         assert kwargs["attention_mask"].tolist() == mask.tolist()
+
+
+def test_a_file_that_is_read_again_is_what_is_there_then(tmp_path: Path) -> None:
+    """Also if its size and time are what they were, and if what was read was changed."""
+    path = tmp_path / "prompts.json"
+    content = {
+        "prompts": [{"clean": "Ann", "corrupt": "Bob", "answers": ["Bob"]}],
+        "word_idxs": {"name": 0},
+    }
+    path.write_text(json.dumps(content))
+    when = path.stat().st_mtime_ns
+    first = read_prompt_file(path)
+    first.prompts.clear()
+    first.word_idxs.clear()
+    again = read_prompt_file(path)
+    assert again.prompts[0].clean == "Ann" and again.word_idxs == {"name": 0}
+    path.write_text(json.dumps(content).replace("Ann", "Zoe"))
+    os.utime(path, ns=(when, when))
+    assert read_prompt_file(path).prompts[0].clean == "Zoe"
