@@ -252,6 +252,11 @@ def _keep_named(
 ) -> None:
     """Put the edge of a name into a circuit's masks, if the graph has it."""
     table = model.edge_table
+    if place is not ...:
+        at_place = table.named(name, place)
+        if at_place is not None:
+            at_place.set_prune_score(dict(masks), True)
+        return
     edge = table.named(name, table.positions[0])
     if edge is not None and _is_there(model, place):
         at_no_position = Edge(edge.src, edge.dest).patch_idx

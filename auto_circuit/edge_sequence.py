@@ -39,12 +39,15 @@ class EdgeTable:
 
     srcs: source `i` has `src_idx` i. dests: in the graph's order. read: for each of them, the
         indices of its sources. seq_len: how many positions have edges of their own, if any.
+    crossings: the ends of crossing edges, which come after all others: by the position that
+        they lead to, the end, and the position that they come from.
     """
 
     srcs: Sequence[SrcNode]
     dests: Sequence[DestNode]
     read: Sequence[range]
     seq_len: int | None
+    crossings: Sequence[DestNode] = ()
 
     @cached_property
     def starts(self) -> list[int]:
@@ -53,8 +56,36 @@ class EdgeTable:
 
     @property
     def n_at_position(self) -> int:
-        """How many edges there are at each position."""
+        """How many edges there are at each position, but for crossing ones."""
         return self.starts[-1]
+
+    @property
+    def _n_from_srcs(self) -> int:
+        """How many edges there are but for crossing ones."""
+        return self.n_at_position * len(self.positions)
+
+    @cached_property
+    def _crossing_starts(self) -> list[int]:
+        """For each position, the place of the first crossing edge that leads to it."""
+        if not self.crossings:
+            return [self._n_from_srcs]
+        n_read = [
+            len(self.crossings[0].crossing.srcs_of(i))  # type: ignore[union-attr]
+            for i in range(len(self.positions))
+        ]
+        n_edges = (len(self.crossings) * n for n in n_read)
+        return list(accumulate(n_edges, initial=self._n_from_srcs))
+
+    def places_at(self, seq_idx: int | None) -> Sequence[int]:
+        """The places of all edges at a position."""
+        position, n_each = seq_idx or 0, self.n_at_position
+        from_srcs = range(position * n_each, (position + 1) * n_each)
+        if not self.crossings:
+            return from_srcs
+        return [
+            *from_srcs,
+            *range(*self._crossing_starts[position : position + 2]),
+        ]
 
     @property
     def positions(self) -> Sequence[int | None]:
@@ -64,7 +95,7 @@ class EdgeTable:
     @property
     def n_edges(self) -> int:
         """How many edges there are, counted at each position if these are told apart."""
-        return self.n_at_position * len(self.positions)
+        return self._crossing_starts[-1]
 
     @cached_property
     def srcs_by_name(self) -> dict[str, SrcNode]:
@@ -77,11 +108,21 @@ class EdgeTable:
         return {dest.name: dest for dest in self.dests}
 
     @cached_property
+    def _crossings_by_name(self) -> dict[str, DestNode]:
+        return {dest.name: dest for dest in self.crossings}
+
+    @cached_property
+    def _crossing_idxs(self) -> dict[DestNode, int]:
+        return {dest: idx for idx, dest in enumerate(self.crossings)}
+
+    @cached_property
     def _dest_idxs(self) -> dict[DestNode, int]:
         return {dest: idx for idx, dest in enumerate(self.dests)}
 
     def edge(self, place: int) -> Edge:
         """The edge at a place in the graph's order, from 0 on."""
+        if place >= self._n_from_srcs and self.crossings:
+            return self._crossing_edge(place)
         position, rest = divmod(place, self.n_at_position)
         # Destinations with 3, 1 and 4 edges start at 0, 3 and 4: place 5 is one of the last,
         # the second of its sources.
@@ -89,10 +130,36 @@ class EdgeTable:
         src_idx = self.read[dest_idx][rest - self.starts[dest_idx]]
         return Edge(self.srcs[src_idx], self.dests[dest_idx], self.positions[position])
 
+    def _crossing_edge(self, place: int) -> Edge:
+        position = bisect_right(self._crossing_starts, place) - 1
+        rest = place - self._crossing_starts[position]
+        dest_idx, src_idx = divmod(rest, len(self._read_across(position)))
+        dest = self.crossings[dest_idx]
+        assert dest.crossing is not None
+        return Edge(dest.crossing.srcs[src_idx], dest, position)
+
+    def _read_across(self, position: int, dest_idx: int = 0) -> Sequence[SrcNode]:
+        """What the end of crossing edges reads at a position: of all positions, in order."""
+        crossing = self.crossings[dest_idx].crossing
+        assert crossing is not None
+        return crossing.srcs_of(position)
+
+    def _crossing_place(self, edge: Edge) -> int | None:
+        dest_idx, position = self._crossing_idxs.get(edge.dest), edge.seq_idx
+        if dest_idx is None or position is None:
+            return None
+        read = self._read_across(position, dest_idx)
+        if edge.src.src_idx >= len(read) or read[edge.src.src_idx] != edge.src:
+            return None
+        start = self._crossing_starts[position] + dest_idx * len(read)
+        return start + edge.src.src_idx
+
     def place(self, edge: object) -> int | None:
         """Where an edge is in that order; None if it is no edge of the graph."""
         if not isinstance(edge, Edge) or not self.has_position(edge.seq_idx):
             return None
+        if edge.is_crossing:
+            return self._crossing_place(edge)
         dest_idx = self._dest_idxs.get(edge.dest)
         if dest_idx is None or not self.reads(edge.dest, edge.src):
             return None
@@ -116,10 +183,20 @@ class EdgeTable:
     def named(self, name: str, seq_idx: int | None) -> Edge | None:
         """The edge of a name without position, at a position; None if there is none."""
         src_name, _, dest_name = name.partition("->")
+        if not self.has_position(seq_idx):
+            return None
+        across = self._crossings_by_name.get(dest_name)
+        if across is not None:
+            return self._named_across(src_name, across, seq_idx or 0)
         src, dest = self.srcs_by_name.get(src_name), self.dests_by_name.get(dest_name)
-        if src is None or dest is None or not self.has_position(seq_idx):
+        if src is None or dest is None:
             return None
         return Edge(src, dest, seq_idx) if self.reads(dest, src) else None
+
+    def _named_across(self, src_name: str, dest: DestNode, position: int) -> Edge | None:
+        read = self._read_across(position, self._crossing_idxs[dest])
+        found = [src for src in read if src.name == src_name]
+        return Edge(found[0], dest, position) if found else None
 
     def hint(self, name: str) -> str:
         """For the end of an error's text: what may be meant by a name that no edge has."""
@@ -127,6 +204,8 @@ class EdgeTable:
         if not arrow:
             example = self.edge(0).name
             return f' The name of an edge is "source->destination", such as "{example}".'
+        if dest_name in self._crossings_by_name:
+            return self._crossing_hint(src_name, self._crossings_by_name[dest_name])
         at = self.positions[0]
         if src_name in self.srcs_by_name and dest_name in self.dests_by_name:
             if self.named(name, at) is not None:
@@ -137,6 +216,13 @@ class EdgeTable:
         near = [f"{src}->{dest}" for src in srcs for dest in dests]
         return near_matches(name, [found for found in near if self.named(found, at)])
 
+    def _crossing_hint(self, src_name: str, dest: DestNode) -> str:
+        assert dest.crossing is not None
+        names = [src.name for src in dest.crossing.srcs]
+        if src_name not in names:
+            return near_matches(src_name, names)
+        return f" In causal attention {dest.name} reads no later position than its own."
+
 
 class EdgeSequence(Sequence[Edge], AbstractSet[Edge]):
     """Edges of a graph, in its order: a sequence and a set of which no list is kept.
@@ -146,7 +232,7 @@ class EdgeSequence(Sequence[Edge], AbstractSet[Edge]):
     `OrderedSet(edges)` can, and has all the edges in memory.
     """
 
-    def __init__(self, table: EdgeTable, places: range | None = None) -> None:
+    def __init__(self, table: EdgeTable, places: Sequence[int] | None = None) -> None:
         self._table = table
         self._places = range(table.n_edges) if places is None else places
 
@@ -272,7 +358,8 @@ class NamedEdges(Mapping[str, Edge]):
         return edge
 
     def __iter__(self) -> Iterator[str]:
-        return (self._table.edge(i).name for i in range(self._table.n_at_position))
+        places = self._table.places_at(self._seq_idx)
+        return (self._table.edge(place).name for place in places)
 
     def __len__(self) -> int:
-        return self._table.n_at_position
+        return len(self._table.places_at(self._seq_idx))

@@ -220,17 +220,70 @@ class DestNode(Node):
     `head_input` says which of a head's inputs it is, if each is a destination of its own.
     `reaches_all_heads`: does it change what all heads of its component write, as where a
     norm runs over the queries of all of them?
+
+    `crossing`: if given, the node reads no residual stream but what a head's attention takes
+    from all positions (see `Crossing`).
     """
 
     min_src_idx: int = 0
     head_input: HeadInput | None = field(default=None, kw_only=True, compare=False)
     reaches_all_heads: bool = field(default=False, kw_only=True, compare=False)
+    crossing: Crossing | None = field(
+        default=None, kw_only=True, compare=False, repr=False
+    )
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """What a head reads across positions: its own values (or keys) at each of them.
+
+    srcs: the head's value (or key) input at every position; `src_idx` is the position.
+    is_causal: does a position read none after itself?
+
+    The edges into one head are numbered by the position that they lead to and then by that
+    which they come from. Of 3 positions, causal, that is 0->0, 0->1, 1->1, 0->2, 1->2, 2->2.
+    """
+
+    srcs: tuple[SrcNode, ...] = field(repr=False)
+    is_causal: bool
+
+    @property
+    def n_positions(self) -> int:
+        """The number of positions."""
+        return len(self.srcs)
+
+    @property
+    def n_pairs(self) -> int:
+        """The number of edges into one head."""
+        return self.pair(self.n_positions, 0)
+
+    def pair(self, reader: int, read: int) -> int:
+        """The number of the edge that leads to one position from another."""
+        return (
+            reader * (reader + 1) // 2 if self.is_causal else reader * self.n_positions
+        ) + read
+
+    def srcs_of(self, reader: int) -> tuple[SrcNode, ...]:
+        """What a position reads."""
+        return self.srcs[: reader + 1] if self.is_causal else self.srcs
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """(the position that reads, that which is read) for each edge, in order."""
+        return [
+            (reader, src.src_idx)
+            for reader in range(self.n_positions)
+            for src in self.srcs_of(reader)
+        ]
 
 
 @total_ordering
 @dataclass(frozen=True, eq=True, repr=False)
 class Edge:
-    """What one source writes and one destination reads, at one position or at all."""
+    """What one source writes and one destination reads, at one position or at all.
+
+    A crossing edge (`is_crossing`) is what attention carries from one position to another:
+    `seq_idx` is where it leads to, and the `src_idx` of its source where it comes from.
+    """
 
     src: SrcNode
     dest: DestNode
@@ -242,18 +295,37 @@ class Edge:
         return f"{self.src.name}->{self.dest.name}"
 
     @property
+    def is_crossing(self) -> bool:
+        """Does it lead through attention, from one position to another or the same?"""
+        return self.dest.crossing is not None
+
+    @property
     def patch_idx(self) -> tuple[int, ...]:
         """The index of the edge in its destination module's mask and scores."""
+        crossing = self.dest.crossing
+        if crossing is not None:
+            assert self.seq_idx is not None and self.dest.head_idx is not None
+            return (
+                self.dest.head_idx,
+                crossing.pair(self.seq_idx, self.src.src_idx),
+            )
         seq_idx = () if self.seq_idx is None else (self.seq_idx,)
         head_idx = () if self.dest.head_idx is None else (self.dest.head_idx,)
         return seq_idx + head_idx + (self.src.src_idx - self.dest.min_src_idx,)
 
     @property
-    def sort_key(self) -> tuple[int, int, str, int, int]:
-        """(position, layer, module, head, source): the fixed order of edges."""
+    def sort_key(self) -> tuple[bool, int, int, str, int, int]:
+        """(crossing?, position, layer, module, head, source): the fixed order of edges."""
         seq_idx = -1 if self.seq_idx is None else self.seq_idx
         layer, module_name, head_idx, _ = self.dest.sort_key
-        return (seq_idx, layer, module_name, head_idx, self.src.src_idx)
+        return (
+            self.is_crossing,
+            seq_idx,
+            layer,
+            module_name,
+            head_idx,
+            self.src.src_idx,
+        )
 
     def __lt__(self, other: Edge) -> bool:
         return self.sort_key < other.sort_key
@@ -305,7 +377,10 @@ class MeasurementRow:
 
 BatchKey = int
 PerEdge = Shaped[Tensor, "*_seq_head _src"]
-"""A value for each edge into the destinations of one module: [seq?, head?, src]."""
+"""A value for each edge into the destinations of one module: [seq?, head?, src].
+
+Of crossing edges it is [head, pair]: see `Crossing`.
+"""
 
 PruneScores = dict[str, PerEdge]
 """Destination module name -> [seq?, head?, src]: one number per edge.

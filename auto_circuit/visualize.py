@@ -197,13 +197,18 @@ def drawing(
     if prune_scores is None:
         prune_scores = _current_masks(model)
     has_threshold = score_threshold > 0
+    scored = scored_edges(model, prune_scores, score_threshold)
+    drawn = [(edge, score) for edge, score in scored if not edge.is_crossing]
+    selection = f", |score| \u2265 {score_threshold:.3g}" if has_threshold else ""
+    if len(drawn) < len(scored):
+        selection += f", without {len(scored) - len(drawn):,} edges through attention"
     return Drawing(
-        edges=tuple(scored_edges(model, prune_scores, score_threshold)),
+        edges=tuple(drawn),
         readers=_readers(model),
         layers=frozenset(node.layer for node in model.nodes),
         labels=None if model.seq_len is None else tuple(labels),
         n_graph_edges=model.n_edges,
-        selection=f", |score| \u2265 {score_threshold:.3g}" if has_threshold else "",
+        selection=selection,
     )
 
 

@@ -7,21 +7,27 @@ queries, keys and values of a block's heads, and the MLP after them) are one pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch as t
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Module
 
 from auto_circuit.engine.kept_sources import KeptSources
-from auto_circuit.engine.patch_wrapper import PatchWrapperImpl
-from auto_circuit.model_utils.model_adapter import HeadInputs, SrcSite
+from auto_circuit.engine.patch_wrapper import MaskWeights, PatchWrapperImpl
+from auto_circuit.model_utils.model_adapter import AttentionReader, HeadInputs, SrcSite
+from auto_circuit.types import Crossing
 from auto_circuit.utils.user_hooks import Bypassed
 
 Written = Float[Tensor, "batch seq *part"]
 """The output of a module that writes: what its sources write, or what that follows from."""
+TokenPairs = Float[Tensor, "batch_or_1 head token token"]
+"""The weight of a head's edge to each token (third dimension) from each (the last one)."""
+ReadAttention = Callable[[Module, AttentionReader], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +120,65 @@ class DestPort:
 
 
 @dataclass(frozen=True, eq=False)
+class CrossingPort:
+    """The crossing edges of one block's heads, those of keys and those of values.
+
+    attention: the module; heads: the port of its heads' inputs, by whose residual stream it is
+        known what the heads read in the run that is patched in.
+    wrappers: the masks [head, pair].
+    read_attention: lets somebody look into it.
+    """
+
+    attention: Module
+    heads: DestPort
+    crossing: Crossing
+    wrappers: Mapping[str, PatchWrapperImpl]
+    read_attention: ReadAttention
+
+    @property
+    def dest_modules(self) -> tuple[str, ...]:
+        """The names of the masks."""
+        return tuple(wrapper.module_name for wrapper in self.wrappers.values())
+
+    @property
+    def block(self) -> int:
+        """The block that it is in."""
+        return self.heads.block
+
+    def read(self, reader: AttentionReader) -> AbstractContextManager[None]:
+        """Inside, `reader` looks into every pass of the attention."""
+        return self.read_attention(self.attention, reader)
+
+    @cached_property
+    def pair_numbers(self) -> Int[Tensor, "position position"]:
+        """The number of each pair of positions; of one that has no edge, `n_pairs`."""
+        n_positions = self.crossing.n_positions
+        device = next(iter(self.wrappers.values())).mask.device
+        numbers = t.full((n_positions, n_positions), self.crossing.n_pairs, device=device)
+        readers, read = t.tensor(self.crossing.pairs(), device=device).T
+        numbers[readers, read] = t.arange(self.crossing.n_pairs, device=device)
+        return numbers
+
+    def at_tokens(
+        self, mask: MaskWeights, positions: Int[Tensor, "row token"]
+    ) -> TokenPairs:
+        """The weight of every pair of tokens, each of which has a position.
+
+        positions: of each example's tokens, or one row for all.
+        """
+        # What has no edge has the weight 0: [1 1 head pair] -> [1 head pair + 1]. Of tokens in
+        # the positions 0, 0, 1 the numbers are [[0 0 3] [0 0 3] [1 1 2]]: 3 is that of none.
+        weights = t.nn.functional.pad(mask[:, 0], (0, 1))
+        numbers = self.pair_numbers[positions[:, :, None], positions[:, None, :]]
+        if len(numbers) == 1:
+            return weights[:, :, numbers[0]]
+        weights = weights.expand(len(numbers), -1, -1)
+        examples = t.arange(len(numbers), device=weights.device)[:, None, None]
+        # An index before and after the dimension of heads: they go last.
+        return weights[examples, :, numbers].movedim(-1, 1)
+
+
+@dataclass(frozen=True, eq=False)
 class EdgeMatrix:
     """The edges from the sources lo..hi-1 into all the rows of some ports."""
 
@@ -148,6 +213,7 @@ class PatchPlan:
         share a port are in one group.
     blocks: the modules that the residual stream passes one after the other, if any.
     kept: which sources a pass keeps, if not all (see `kept_sources`).
+    crossings: the attentions with crossing edges, if the graph has these.
     """
 
     matrix_groups: tuple[tuple[EdgeMatrix, ...], ...]
@@ -155,6 +221,7 @@ class PatchPlan:
     src_ports: tuple[SrcPort, ...]
     blocks: tuple[Module, ...] = ()
     kept: KeptSources | None = None
+    crossings: tuple[CrossingPort, ...] = ()
 
     @property
     def n_srcs(self) -> int:

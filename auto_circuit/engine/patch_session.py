@@ -25,12 +25,14 @@ from functools import partial
 from typing import Any
 
 import torch as t
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import Module
 
 from auto_circuit.engine.buffers import PassBuffers
+from auto_circuit.engine.crossings import AttentionPatches
 from auto_circuit.engine.edge_matrices import (
+    CrossingPort,
     DestPort,
     EdgeMatrix,
     PatchPlan,
@@ -55,6 +57,8 @@ from auto_circuit.engine.pass_works import (
     stack_rows,
     used_srcs,
 )
+from auto_circuit.engine.patch_wrapper import MaskWeights, PatchWrapperImpl
+from auto_circuit.engine.token_masks import TokenMasks
 from auto_circuit.errors import GraphError
 from auto_circuit.modules import replaced_forward
 from auto_circuit.utils.user_hooks import (
@@ -86,7 +90,13 @@ class PatchSession:
     differences: are `patch_src_outs` the differences themselves? They then do not depend
         on what the sources write.
     keeps_layers: will `starting_at` be used?
+
+    What a pass may be told besides: positions, the position (or span) of each of its tokens,
+    if that is not the token's own; token_masks, to which it gives its masks at each token.
     """
+
+    positions: Int[Tensor, "example token"] | None = None
+    token_masks: TokenMasks | None = None
 
     def __init__(
         self,
@@ -106,6 +116,17 @@ class PatchSession:
                 "`keeps_layers` and `overwrite_patch` do not go together: a pass from the "
                 "middle needs the activations that the whole pass would overwrite."
             )
+        if differences and plan.crossings:
+            raise GraphError(
+                "This graph has crossing edges, which need what the run that is patched in "
+                "wrote, and not only how far it is from this one (`differences`). Use a "
+                "graph without them (`crossing=False`), or another algorithm."
+            )
+        if plan.kept is not None and plan.crossings:
+            raise GraphError(
+                "This graph has crossing edges, which need what all sources write, so a pass "
+                "cannot keep a few of them at a time. Give more memory, or smaller batches."
+            )
         self.plan = plan
         self.patch = patch_src_outs
         self.curr_src_outs = curr_src_outs
@@ -122,11 +143,14 @@ class PatchSession:
         self._first_block = 0
         self._overwritten_from = len(plan.blocks)
         self._block_outs: dict[int, Any] = {}
+        self._attention = {port: AttentionPatches() for port in plan.crossings}
+        self._recording: DestPort | None = None
         self._hook_ids: list[int] = []
         self._last_hooks: list[tuple[Any, int]] = []  # a module's OrderedDict, a key
         self._patch_version: int | None = None
         self._patch_sums: dict[tuple[int, int], Residual] = {}
         self._base_outs: dict[DestPort, tuple[list[Outputs], list[int | None]]] = {}
+        self._first_hook_ids = user_hooks.ids() if plan.crossings else []
         self._exit = ExitStack()
         # The model has its own, to keep them between contexts.
         self.buffers = PassBuffers()
@@ -144,6 +168,8 @@ class PatchSession:
                 self._hook(port.module, partial(self._read, port))
             if port.component is not None:
                 self._remember(port, port.component)
+        for crossing_port in self.plan.crossings:
+            self._look_into(crossing_port)
         for src_port in self.plan.src_ports:
             site = src_port.site
             self._hook(site.module, partial(self._write, src_port), site.is_computed)
@@ -164,6 +190,8 @@ class PatchSession:
         self._patch_sums.clear()
         self._base_outs.clear()
         self._block_outs.clear()
+        self._attention.clear()
+        self.token_masks = None
 
     def _hook(self, module: Module, hook: Hook, is_last: bool = False) -> None:
         """is_last: must it see what all other hooks have made of the output?"""
@@ -274,6 +302,7 @@ class PatchSession:
         self.forward_pass = ForwardPass(last.diff, scratch=last.scratch)
         weights = self._matrix_weights(batch, seq, matrices)
         self._works = self._sparse_works(weights, self.forward_pass)
+        self._set_attention(batch, seq)
 
     # ------------------------------------------------------------------ sources
 
@@ -363,6 +392,7 @@ class PatchSession:
         shape = (batch, seq, self._n_slots(works), d_model)
         self._give_buffers(forward_pass, shape)
         self.forward_pass, self._works = forward_pass, works
+        self._set_attention(batch, seq)
 
     def _n_slots(self, works: PassWorks) -> int:
         """A slot more, after the last source, for the input of heads that read it."""
@@ -454,18 +484,26 @@ class PatchSession:
         """Each matrix's share of the masks."""
         ports = {port: None for matrix in matrices for port in matrix.ports}
         wrappers = {wrapper: None for port in ports for wrapper in port.wrappers}
-        masks = {wrapper: wrapper.mask_weights(batch) for wrapper in wrappers}
-        for wrapper, mask in masks.items():
-            if mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, seq):
-                raise GraphError(
-                    f"The mask of {wrapper.module_name} is for {mask.shape[0]} examples "
-                    f"of {mask.shape[1]} positions, but the input has {batch} of {seq}. "
-                    "See `set_mask_batch_size` and `patchable_model(..., seq_len=)`."
-                )
+        masks = {
+            wrapper: self._mask_at_tokens(wrapper, batch, seq) for wrapper in wrappers
+        }
         weights = {matrix: stack_rows(matrix, masks) for matrix in matrices}
         if self.plan.kept is None:
             return weights
         return {m: self.plan.kept.columns(m.lo, m.hi, w) for m, w in weights.items()}
+
+    def _mask_at_tokens(
+        self, wrapper: PatchWrapperImpl, batch: int, seq: int
+    ) -> MaskWeights:
+        """A mask as the tokens of the pass read it."""
+        mask = wrapper.mask_weights(batch)
+        if self.positions is not None and wrapper.seq_dim is not None:
+            mask = _at_positions(mask, self.positions)
+        if mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, seq):
+            raise _wrong_mask_size(wrapper, tuple(mask.shape[:2]), batch, seq)
+        if self.token_masks is None:
+            return mask
+        return self.token_masks.leaf(wrapper.module_name, mask, batch, seq)
 
     def _sparse_works(
         self, weights: dict[EdgeMatrix, Weights], forward_pass: ForwardPass
@@ -530,6 +568,8 @@ class PatchSession:
         linear: Module,
         normed: Float[Tensor, "batch seq d_in"],
     ) -> Outputs:
+        if self._recording is port:
+            return linear_forward(linear, normed)
         head_outs = self._current_pass().head_outs
         if idx == 0:
             head_outs[port] = self._patched_heads(port, normed)
@@ -548,6 +588,89 @@ class PatchSession:
             base_outs = self._remembered(port, lambda: outputs_of(heads, x))
         (work,) = works.of_port[port]
         return head_outputs(work, x, normed, base_outs) or []
+
+    # ------------------------------------------------------------------ attention
+
+    def _look_into(self, port: CrossingPort) -> None:
+        patches = self._attention[port]
+        patches.names = {kind: w.module_name for kind, w in port.wrappers.items()}
+        self._exit.enter_context(port.read(patches))
+        forward = partial(self._attend, port, port.attention.forward)
+        self._exit.enter_context(replaced_forward(port.attention, forward))
+
+    def _set_attention(self, batch: int, seq: int) -> None:
+        """What the masks of crossing edges do in a pass that begins."""
+        forward_pass = self._current_pass()
+        for port, patches in self._attention.items():
+            patches.pairs, patches.patched = {}, {}
+            patches.token_masks = self.token_masks
+            if port.block < self._first_block:
+                continue
+            for kind, wrapper in port.wrappers.items():
+                mask = wrapper.mask_weights(batch)
+                # With gradients, edges that do nothing have some too.
+                if not forward_pass.is_dense and not bool(mask.any()):
+                    continue
+                patches.pairs[kind] = self._pairs_at_tokens(
+                    port, wrapper, mask, batch, seq
+                )
+        if any(patches.pairs for patches in self._attention.values()):
+            self._check_patched_run_is_known()
+
+    def _pairs_at_tokens(
+        self,
+        port: CrossingPort,
+        wrapper: PatchWrapperImpl,
+        mask: MaskWeights,
+        batch: int,
+        seq: int,
+    ) -> Float[Tensor, "batch_or_1 head token token"]:
+        positions = self.positions
+        if positions is None:
+            positions = t.arange(port.crossing.n_positions, device=mask.device)[None]
+        if mask.shape[0] not in (1, batch) or positions.shape[1] != seq:
+            size = (mask.shape[0], positions.shape[1])
+            raise _wrong_mask_size(wrapper, size, batch, seq)
+        pairs = port.at_tokens(mask, positions)
+        if self.token_masks is None:
+            return pairs
+        return self.token_masks.leaf(wrapper.module_name, pairs, batch)
+
+    def _check_patched_run_is_known(self) -> None:
+        """What attention read in it follows from its sources, unless something has changed."""
+        if not self.weights.holds() or self.user_hooks.ids() != self._first_hook_ids:
+            raise GraphError(
+                "Weights, or hooks, have changed inside of `patch_mode`, so that it is not "
+                "known what heads read in the run that is patched in, which crossing edges "
+                "need. Leave the context, and compute the activations to patch in again."
+            )
+
+    def _attend(
+        self, port: CrossingPort, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Attention, after a look at its keys and values in the run that is patched in."""
+        patches = self._attention[port]
+        if patches.pairs:
+            heads = port.heads.heads
+            assert heads is not None
+            # The patched-in run's residual stream, by the model's own norm and linear maps;
+            # keys also know their positions, which only a pass of the attention does.
+            with t.no_grad(), patches.recording(), self._without_patches(port.heads):
+                x = self._patched_base(port.heads).to(self.patch.dtype)
+                x = x if heads.norm is None else heads.norm(x)
+                _call_with_input(forward, x, args, kwargs)
+        return forward(*args, **kwargs)
+
+    @contextmanager
+    def _without_patches(self, port: DestPort) -> Iterator[None]:
+        """Inside, the linear maps of the port's heads give what they give to all alike."""
+        self._recording = port
+        try:
+            yield
+        finally:
+            self._recording = None
+
+    # ------------------------------------------------------------------ components
 
     def _remember(self, port: DestPort, component: Module) -> None:
         """Compute a component once for all passes in which all its edges are patched.
@@ -603,6 +726,40 @@ def _call_with_output(hook: Hook, module: Module, args: Any, output: Any) -> Any
 def _version(tensor: Shaped[Tensor, "..."]) -> int | None:
     """How often it was changed in place; inference tensors do not count that (None)."""
     return None if tensor.is_inference() else tensor._version
+
+
+def _call_with_input(
+    forward: Callable[..., Any],
+    x: Residual,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Call an attention's forward with another input, given as its own was."""
+    if "hidden_states" in kwargs:
+        forward(*args, **{**kwargs, "hidden_states": x})
+    else:
+        forward(x, *args[1:], **kwargs)
+
+
+def _at_positions(
+    mask: MaskWeights, positions: Int[Tensor, "row token"]
+) -> Float[Tensor, "_batch token _head _src"]:
+    """The mask of each token's position; positions: of each example, or a row for all."""
+    # Positions 0, 0, 1 of three tokens: the mask [1 2 row src] becomes [1 3 row src].
+    if len(positions) == 1:
+        return mask[:, positions[0]]
+    mask = mask.expand(len(positions), -1, -1, -1)
+    return mask[t.arange(len(positions), device=mask.device)[:, None], positions]
+
+
+def _wrong_mask_size(
+    wrapper: PatchWrapperImpl, size: tuple[int, ...], batch: int, seq: int
+) -> GraphError:
+    return GraphError(
+        f"The mask of {wrapper.module_name} is for {size[0]} examples "
+        f"of {size[1]} positions, but the input has {batch} of {seq}. "
+        "See `set_mask_batch_size` and `patchable_model(..., seq_len=)`."
+    )
 
 
 def _copied(output: Any) -> Any:

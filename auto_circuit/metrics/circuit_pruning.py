@@ -102,6 +102,7 @@ def greedy_ranks(
     NaN. Source: `apply_greedy` of EAP-IG (Hanna et al. 2024, arXiv 2403.17806), which the
     AUROC of MIB (arXiv 2504.13151) uses; without prune, which is `connected_circuit`.
     """
+    model.check_no_crossings("A circuit that grows from the output")
     prune_scores = model.check_scores(prune_scores)
     prune_scores = {name: prune_scores[name] for name in model.patch_masks}
     order = best_first(prune_scores, ranking)

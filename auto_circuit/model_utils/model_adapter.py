@@ -7,6 +7,7 @@ a new architecture, write one of these in a file of its own and either add it to
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,10 +17,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from auto_circuit.types import DestNode, SrcNode
+from auto_circuit.types import DestNode, HeadInput, SrcNode
 from auto_circuit.utils.user_hooks import Bypassed
 
 GraphNodes = tuple[list[SrcNode], list[DestNode]]
+HeadVectors = Float[Tensor, "batch head seq d_head"]
+"""Keys or values of heads, at the positions of the input (or of a prefix too)."""
+Scores = Float[Tensor, "batch head seq _"]
+"""For each head and position, a number for what it may attend to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +156,44 @@ class Port:
     bypassed: tuple[Bypassed, ...] = ()
 
 
+class AttentionReader(ABC):
+    """What looks into attention, and changes what heads read there (see `CrossingSite`)."""
+
+    @abstractmethod
+    def further_keys(self, keys: HeadVectors) -> HeadVectors | None:
+        """Keys that queries are to be compared with as well, if any."""
+
+    @abstractmethod
+    def further_values(self, values: HeadVectors) -> HeadVectors | None:
+        """Values that are to be read as well, if any."""
+
+    @abstractmethod
+    def scores(self, own: Scores, further: Scores) -> Scores:
+        """What the scores become, from them and from those of the further keys."""
+
+    @abstractmethod
+    def further_pattern(self, pattern: Scores) -> Scores | None:
+        """How much each position reads of the further values."""
+
+
+@dataclass(frozen=True, eq=False)
+class CrossingSite:
+    """The attention of one block, where heads read keys and values of other positions.
+
+    attention: the module, called with the (normed) input of heads.
+    head_input: which of the two is read: "key" or "value".
+    inputs: for each head, the destination that its keys (values) are made from.
+    dests: for each head, the node that reads them at all positions.
+    is_causal: does a position read none after itself?
+    """
+
+    attention: Module
+    head_input: HeadInput
+    inputs: tuple[DestNode, ...]
+    dests: tuple[DestNode, ...]
+    is_causal: bool
+
+
 @dataclass(frozen=True)
 class ModelAdapter:
     """One model family.
@@ -182,6 +225,10 @@ class ModelAdapter:
         (`run_with_cache`), also those that cost time.
     embed_tokens: (model, tokens) -> what the first source would write without position
         embeddings, [batch seq d_model]; None if there are none in what it writes.
+    crossings: model -> where heads read across positions: for each block its keys and its
+        values; raises ModelError if that cannot be. None: no model of the family can.
+    read_attention: (attention, what looks into it) -> a context in which it does: it sees
+        keys and values as they are compared and read (with positions, normed).
     about, tried, refused: for readers: which models these are, those that were tried and
         run, and those of the family that are refused.
     """
@@ -201,6 +248,10 @@ class ModelAdapter:
     open_hooks: Callable[[Module], AbstractContextManager[None]] = lambda model: (
         nullcontext()
     )
+    crossings: Callable[[Module], tuple[CrossingSite, ...]] | None = None
+    read_attention: (
+        Callable[[Module, AttentionReader], AbstractContextManager[None]] | None
+    ) = None
     example: Callable[[], Module] | None = None
     about: str = ""
     tried: tuple[str, ...] = ()

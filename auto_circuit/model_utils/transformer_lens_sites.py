@@ -425,6 +425,20 @@ def check_can_ungroup(model: TransformerBridge) -> None:
         )
 
 
+def check_shows_attention(model: TransformerBridge) -> None:
+    """Raise ModelError unless keys and values can be seen where heads read them."""
+    blocks = enumerate(model.blocks)
+    kinds = [(i, type(b.attn)) for i, b in blocks if type(b.attn) not in PLAIN_ATTENTIONS]
+    if kinds or not heads_by_weights(model):
+        problem = "its heads cannot be told apart by their weights"
+        if kinds:
+            problem = f"`blocks.{kinds[0][0]}.attn` is a {kinds[0][1].__name__}"
+        raise ModelError(
+            f"This {model.cfg.architecture} model does not show what its heads read across "
+            f"positions (`crossing=True`): {problem}. Use `crossing=False`."
+        )
+
+
 def _split_ports(model: TransformerBridge, name: str) -> list[Port]:
     """Heads whose inputs TransformerLens keeps apart (see `open_sites`)."""
     block, _, hook = name.rpartition(".")

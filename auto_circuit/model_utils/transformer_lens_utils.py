@@ -44,9 +44,11 @@ from transformer_lens.model_bridge.sources.native import NativeModel
 
 from auto_circuit.errors import ConfigError, ModelError
 from auto_circuit.model_utils.block_facts import check_is_decoder, residual_scale
-from auto_circuit.model_utils.model_adapter import GraphNodes, ModelAdapter
+from auto_circuit.model_utils.crossing_attention import read_attention
+from auto_circuit.model_utils.model_adapter import CrossingSite, GraphNodes, ModelAdapter
 from auto_circuit.model_utils.transformer_lens_sites import (
     check_can_ungroup,
+    check_shows_attention,
     has_mlps,
     has_norm_over_heads,
     has_post_norm,
@@ -232,6 +234,54 @@ def factorized_dest_nodes(
     ]
 
 
+CROSSING_INPUTS: tuple[HeadInput, ...] = ("key", "value")
+"""What attention takes from other positions."""
+
+
+def crossing_sites(model: Module, ungroup: bool = False) -> tuple[CrossingSite, ...]:
+    """Where heads read keys and values of other positions, block by block.
+
+    Raises ModelError for models whose attention TransformerLens does not compute itself.
+    """
+    assert isinstance(model, TransformerBridge)
+    check_shows_attention(model)
+    return tuple(
+        _crossing_site(model, block, head_input, ungroup)
+        for block in range(model.cfg.n_layers)
+        for head_input in CROSSING_INPUTS
+    )
+
+
+def _crossing_site(
+    model: TransformerBridge, block: int, head_input: HeadInput, ungroup: bool
+) -> CrossingSite:
+    n_heads = model.cfg.n_heads
+    n_keys = n_heads if ungroup else n_kv_heads(model)
+    inputs = _head_dests(model, block, head_input, n_keys)
+    component = _attention(model, block)
+    dests = [
+        DestNode(
+            name=f"A{block}.{head} by {head_input}",
+            module_name=f"blocks.{block}.attn.hook_{head_input}_crossing",
+            layer=_attention_layer(model, block),
+            head_idx=head,
+            head_dim=2,
+            component=component,
+            heads=(head,),
+            head_input=head_input,
+        )
+        for head in range(n_heads)
+    ]
+    return CrossingSite(
+        attention=model.blocks[block].attn,
+        head_input=head_input,
+        # Four query heads share two keys: inputs 0, 0, 1, 1.
+        inputs=tuple(inputs[head * n_keys // n_heads] for head in range(n_heads)),
+        dests=tuple(dests),
+        is_causal=component.positions == "earlier",
+    )
+
+
 def _unfactorized_stages(model: TransformerBridge, block: int) -> list[tuple[str, str]]:
     """[(the sources' kind, the residual stream that they feed)] of one block."""
     if has_mlps(model) and not has_parallel_attention(model):
@@ -342,6 +392,7 @@ def _ungrouped(model: Module, whole_attention: bool = False) -> ModelAdapter:
         grouped,
         graph_nodes=nodes,
         ports=partial(ports, ungroup=True),
+        crossings=partial(crossing_sites, ungroup=True),
     )
 
 
@@ -389,6 +440,8 @@ TRANSFORMER_BRIDGE_ADAPTER = ModelAdapter(
     ungrouped=_ungrouped,
     embed_tokens=embed_tokens,
     open_hooks=heads_switched_on,
+    crossings=crossing_sites,
+    read_attention=read_attention,
     example=lambda: small_bridge(),
 )
 

@@ -30,6 +30,7 @@ def activation_magnitude_prune_scores(
 
     The mean is over prompts, positions and dimensions; padding does not count.
     """
+    model.check_no_crossings("The magnitude of activations")
     total = t.zeros(model.plan.n_srcs, dtype=t.float64)
     count = 0
     clean = iter_src_ablations(model, dataloader, AblationType.RESAMPLE, "clean")

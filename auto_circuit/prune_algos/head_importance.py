@@ -87,6 +87,7 @@ def head_importance_prune_scores(
     Raises ConfigError for an unknown choice.
     """
     side = ablation_side(config.ablation_type, config.clean_corrupt)
+    model.check_no_crossings("The importance of nodes")
     check_objective(dataloader, config.answer_function)
     total, n_prompts = None, 0
     batches = iter_src_ablations(model, dataloader, config.ablation_type, side)
@@ -142,6 +143,7 @@ def node_scores(model: PatchableModel, prune_scores: PruneScores) -> NodeScores:
     For gradient scores in a factorized graph that is the score of patching the node as a
     whole, to first order. Raises GraphError for scores that do not fit the model.
     """
+    model.check_no_crossings("The score of a node")
     prune_scores = model.check_scores(prune_scores)
     return _sum_over_edges(model, prune_scores)
 
@@ -157,6 +159,7 @@ def edge_scores_of_nodes(model: PatchableModel, scores: NodeScores) -> PruneScor
     the edge has the score of its source. Raises GraphError for scores of the wrong shape, and
     for a graph whose nodes do not say enough about their components (`Node.component`).
     """
+    model.check_no_crossings("The score of a node")
     leading = () if model.seq_len is None else (model.seq_len,)
     if scores.shape != (*leading, model.plan.n_srcs):
         raise GraphError(

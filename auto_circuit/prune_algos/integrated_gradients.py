@@ -185,6 +185,7 @@ def activation_integrated_gradients_prune_scores(
     adds up the scores of all edges on every sublayer's path.
     """
     points = config.points()
+    model.check_no_crossings("A path of activations")
     check_objective(dataloader, config.answer_function)
     side = ablation_side(config.ablation_type, config.clean_corrupt)
     scores, n_prompts = model.new_prune_scores(), 0
@@ -211,6 +212,7 @@ def _input_path_scores(
     points: Sequence[float],
     ablation_type: AblationType,
 ) -> PruneScores:
+    model.check_no_crossings("A path of activations")
     check_objective(dataloader, config.answer_function)
     side = ablation_side(ablation_type, "corrupt")
     clean, n_prompts = None, 0

@@ -31,8 +31,11 @@ from auto_circuit.utils.torch_state import own_computation
 
 
 def edges_from_the_end(edges: Iterable[Edge]) -> list[Edge]:
-    """Edges by destination, from the last layer to the first, else in the graph's order."""
-    return sorted(edges, key=lambda edge: (-edge.dest.layer, edge))
+    """Edges by destination, from the last layer to the first, else in the graph's order.
+
+    Of one layer first those that lead through its attention, whose inputs the others change.
+    """
+    return sorted(edges, key=lambda edge: (-edge.dest.layer, not edge.is_crossing, edge))
 
 
 @dataclass(frozen=True, eq=False)

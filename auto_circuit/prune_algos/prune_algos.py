@@ -47,6 +47,7 @@ from auto_circuit.prune_algos.matryoshka import (
     MATRYOSHKA_PRUNE_ALGO,
     QUICK_MATRYOSHKA_PRUNE_ALGO,
 )
+from auto_circuit.prune_algos.peap import PEAP_PRUNE_ALGO
 from auto_circuit.prune_algos.prune_algo import PruneAlgo, with_squared_error
 from auto_circuit.prune_algos.random_edges import RANDOM_PRUNE_ALGO
 from auto_circuit.prune_algos.subnetwork_probing import (
@@ -123,6 +124,7 @@ PRUNE_ALGOS: tuple[PruneAlgo, ...] = (
     QUICK_EDGE_PRUNING_PRUNE_ALGO,
     MATRYOSHKA_PRUNE_ALGO,
     QUICK_MATRYOSHKA_PRUNE_ALGO,
+    PEAP_PRUNE_ALGO,
     *SQUARED_ERROR_PRUNE_ALGOS,
 )
 PRUNE_ALGO_DICT: dict[AlgoKey, PruneAlgo] = {algo.key: algo for algo in PRUNE_ALGOS}

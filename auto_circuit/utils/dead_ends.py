@@ -18,7 +18,8 @@ How activations get from a destination to a source:
 - A head lives if *any* of its inputs (query, key, value) does.
 - With edges at each position, everything stays at its position, except for what
   attention reads as keys and values: that reaches the same and all later positions
-  (all positions, if the model's attention is bidirectional). An edge into the output
+  (all positions, if the model's attention is bidirectional); in a graph with crossing edges,
+  the positions that those of the circuit lead to. An edge into the output
   counts only at a position that the model's `out_slice` keeps.
 
 A source that no destination feeds (the embeddings) is an input; a destination that
@@ -33,9 +34,12 @@ import torch as t
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from auto_circuit.types import DestNode, PositionsRead
-from auto_circuit.utils.component_links import Links, fed_links
+from auto_circuit.types import DestNode, PositionsRead, SrcNode
+from auto_circuit.utils.component_links import Link, Links, fed_links
 from auto_circuit.utils.patchable_model import PatchableModel
+
+_Crossed = Mapping[tuple[DestNode, SrcNode], Bool[Tensor, "to come_from"]]
+"""For a head's key or value input, and what the head writes: which positions are connected."""
 
 
 def without_dead_ends(
@@ -47,12 +51,14 @@ def without_dead_ends(
     (`Node.component`).
     """
     links = fed_links(model)
-    reached = _reached_srcs(model, circuit, links)
-    needed = _needed_dests(model, circuit, links)
+    crossed = _crossed(model, circuit, links)
+    reached = _reached_srcs(model, circuit, links, crossed)
+    needed = _needed_dests(model, circuit, links, crossed)
     connected = {name: edges.clone() for name, edges in circuit.items()}
     for dest in model.dests:
         rows = edge_rows(model, connected, dest)
         rows &= reached[:, _in_srcs(model, dest)] & needed[dest][:, None]
+    _cut_crossings(model, connected, links)
     return connected
 
 
@@ -60,6 +66,7 @@ def _reached_srcs(
     model: PatchableModel,
     circuit: Mapping[str, Tensor],
     links: Links,
+    crossed: _Crossed,
 ) -> Bool[Tensor, "seq src"]:
     """Which sources the inputs reach."""
     device = next(iter(circuit.values())).device
@@ -71,7 +78,12 @@ def _reached_srcs(
         edges = edge_rows(model, circuit, dest)
         lives = (edges & reached[:, _in_srcs(model, dest)]).any(-1)
         for link in links[dest]:
-            reached[:, link.src.src_idx] |= _reaching(lives, link.positions)
+            across = crossed.get((dest, link.src))
+            reached[:, link.src.src_idx] |= (
+                _reaching(lives, link.positions)
+                if across is None
+                else (across & lives).any(1)
+            )
     return reached
 
 
@@ -79,6 +91,7 @@ def _needed_dests(
     model: PatchableModel,
     circuit: Mapping[str, Tensor],
     links: Links,
+    crossed: _Crossed,
 ) -> dict[DestNode, Bool[Tensor, "seq"]]:
     """Which destinations reach the output."""
     device = next(iter(circuit.values())).device
@@ -90,9 +103,13 @@ def _needed_dests(
         if links[dest]:
             lives = t.zeros_like(needed_srcs[:, 0])
             for link in links[dest]:
+                src_lives = needed_srcs[:, link.src.src_idx]
+                across = crossed.get((dest, link.src))
+                if across is not None:
+                    lives |= (across & src_lives[:, None]).any(0)
+                    continue
                 # Backwards in time: who reaches is whom the flipped positions reach.
-                src_lives = needed_srcs[:, link.src.src_idx].flip(0)
-                lives |= _reaching(src_lives, link.positions).flip(0)
+                lives |= _reaching(src_lives.flip(0), link.positions).flip(0)
         else:
             lives = output_positions(model).to(device)
         needed[dest] = lives
@@ -116,6 +133,81 @@ def _in_srcs(model: PatchableModel, dest: DestNode) -> slice:
     in_srcs = model.wrapper(dest.module_name).in_srcs
     assert in_srcs is not None
     return in_srcs
+
+
+# ------------------------------------------------------------------------------ crossings
+
+
+def _crossed(
+    model: PatchableModel, circuit: Mapping[str, Tensor], links: Links
+) -> _Crossed:
+    """Where the circuit's crossing edges connect positions, input by input."""
+    found: dict[tuple[DestNode, SrcNode], Tensor] = {}
+    for end in model.crossings:
+        pairs = _pair_matrix(circuit, end)
+        for dest, link in _links_of(end, links):
+            key = (dest, link.src)
+            found[key] = found[key] | pairs if key in found else pairs
+    return found
+
+
+def _links_of(end: DestNode, links: Links) -> list[tuple[DestNode, Link]]:
+    """The inputs that the end of crossing edges reads from, and what its head writes."""
+    assert end.crossing is not None
+    read = end.crossing.srcs[0]
+    return [
+        (dest, link)
+        for dest, of_dest in links.items()
+        if (dest.component, dest.head_input) == (end.component, end.head_input)
+        and (dest.reaches_all_heads or dest.head_idx == read.head_idx)
+        for link in of_dest
+        if link.src.heads is None or end.head_idx in link.src.heads
+    ]
+
+
+def _pair_matrix(
+    circuit: Mapping[str, Tensor], end: DestNode
+) -> Bool[Tensor, "to come_from"]:
+    assert end.crossing is not None
+    of_head = circuit[end.module_name][end.head_idx]
+    n_positions = end.crossing.n_positions
+    matrix = of_head.new_zeros(n_positions, n_positions)
+    to, come_from = t.tensor(end.crossing.pairs(), device=of_head.device).T
+    matrix[to, come_from] = of_head
+    return matrix
+
+
+def _cut_crossings(
+    model: PatchableModel,
+    connected: Mapping[str, Tensor],
+    links: Links,
+) -> None:
+    """Take out the crossing edges that connect nothing.
+
+    Of the edges from sources those are left that connect something: a crossing edge does if
+    one of them leads to where it comes from, and one away from where it leads to.
+    """
+    for end in model.crossings:
+        assert end.crossing is not None
+        of_end = _links_of(end, links)
+        rows = [edge_rows(model, connected, dest).any(-1) for dest, _ in of_end]
+        lives = t.stack(rows).any(0)
+        wanted = t.stack([_is_read(model, connected, link.src) for _, link in of_end])
+        to, come_from = t.tensor(end.crossing.pairs(), device=lives.device).T
+        of_head = connected[end.module_name][end.head_idx]
+        of_head &= wanted.any(0)[to] & lives[come_from]
+
+
+def _is_read(
+    model: PatchableModel, connected: Mapping[str, Tensor], src: SrcNode
+) -> Bool[Tensor, "seq"]:
+    """Where an edge leads away from a source."""
+    edges = [
+        edge_rows(model, connected, dest)[:, src.src_idx - srcs.start]
+        for dest, srcs in ((dest, _in_srcs(model, dest)) for dest in model.dests)
+        if srcs.start <= src.src_idx < srcs.stop
+    ]
+    return t.stack(edges).any(0)
 
 
 # ------------------------------------------------------------------------------ positions

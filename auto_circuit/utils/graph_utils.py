@@ -17,6 +17,7 @@ from torch.nn import Module, Parameter
 from auto_circuit.checks import check_count, check_number, checked
 from auto_circuit.edge_sequence import EdgeSequence
 from auto_circuit.engine.edge_matrices import (
+    CrossingPort,
     DestPort,
     PatchPlan,
     SrcPort,
@@ -30,8 +31,17 @@ from auto_circuit.model_utils.model_adapter import ModelAdapter
 from auto_circuit.precision import mask_dtype
 from auto_circuit.prefix_cache import PrefixCache
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
-from auto_circuit.types import DestNode, Edge, MaskFn, Node, OutputSlice, SrcNode
+from auto_circuit.spans import Spans
+from auto_circuit.types import (
+    DestNode,
+    Edge,
+    MaskFn,
+    Node,
+    OutputSlice,
+    SrcNode,
+)
 from auto_circuit.utils.component_links import check_words
+from auto_circuit.utils.crossing_nodes import crossing_dests, crossing_sites
 from auto_circuit.utils.edge_counts import edge_counts_util
 from auto_circuit.utils.module_use import in_use
 from auto_circuit.utils.patchable_model import (
@@ -81,6 +91,8 @@ def patchable_model(
     adapter: ModelAdapter | None = None,
     ungroup: bool = False,
     keep_positions: bool = False,
+    crossing: bool = False,
+    spans: Spans | None = None,
 ) -> PatchableModel:
     """Compute a model's graph, and make its edges patchable.
 
@@ -101,6 +113,11 @@ def patchable_model(
     keep_positions: where the first source is the sum of token and position embeddings
         (GPT-2), do zero and mean ablations leave the position embeddings in it (True), as
         in EAP-IG's tools, or take them away with it (False)? No other model differs.
+    crossing: does the graph also have the edges that lead through attention, from a head's
+        keys and values at one position to the head at another (PEAP)? Only with
+        `factorized`, `separate_qkv`, and `seq_len` or `spans`.
+    spans: gives each span of the prompts edges of its own, in the place of `seq_len`, which
+        is then the number of spans (see `auto_circuit.spans`).
 
     Runs the model once on a small input to check that every node is seen, and that what
     a destination reads is the sum of its sources and a constant. Raises ModelError if
@@ -114,8 +131,9 @@ def patchable_model(
             "This model is a PatchableModel already. Give its `wrapped_model` to make "
             "another one; several can share a model."
         )
-    if seq_len is not None:
-        seq_len = check_count("seq_len", seq_len)
+    n_positions = _n_positions(seq_len, spans)
+    if crossing:
+        _check_can_cross(factorized, separate_qkv, n_positions)
     # TransformerLens takes seconds to import: only when there is a model.
     from auto_circuit.model_utils.adapters import find_adapter
 
@@ -125,15 +143,20 @@ def patchable_model(
     srcs, dests = adapter.graph_nodes(model, factorized, separate_qkv)
     check_words([*srcs, *dests])
     with own_computation(), own_defaults():
-        wrappers = _make_wrappers(model, srcs, dests, factorized, seq_len, device)
+        wrappers = _make_wrappers(model, srcs, dests, factorized, n_positions, device)
+        sites = crossing_sites(adapter, model) if crossing else ()
+        crossings = [d for site in sites for d in crossing_dests(site, n_positions or 0)]
+        wrappers |= _crossing_wrappers(model, crossings, device)
     src_wrappers = OrderedSet(w for w in wrappers if w.is_src)
     dest_wrappers = OrderedSet(w for w in wrappers if w.is_dest)
     patchable = PatchableModel(
         nodes=OrderedSet(sorted({*srcs, *dests}, key=_sort_key)),
         srcs=OrderedSet(srcs),
         dests=OrderedSet(sorted(dests, key=_sort_key)),
+        crossings=crossings,
+        spans=spans,
         seq_dim=SEQ_DIM,
-        seq_len=seq_len,
+        seq_len=n_positions,
         wrappers=wrappers,
         src_wrappers=src_wrappers,
         dest_wrappers=dest_wrappers,
@@ -145,7 +168,9 @@ def patchable_model(
         keep_positions=keep_positions,
         wrapped_model=model,
         adapter=adapter,
-        plan=_make_plan(model, adapter, separate_qkv, src_wrappers, dest_wrappers),
+        plan=_make_plan(
+            model, adapter, separate_qkv, src_wrappers, dest_wrappers, crossings
+        ),
     )
     _check_graph(patchable)
     patchable.make_again = partial(
@@ -159,6 +184,8 @@ def patchable_model(
         adapter=given_adapter,
         ungroup=ungroup,
         keep_positions=keep_positions,
+        crossing=crossing,
+        spans=spans,
     )
     return patchable
 
@@ -166,6 +193,34 @@ def patchable_model(
 def _sort_key(node: Node) -> tuple[int, str, int, int]:
     # To compare nodes makes the key anew each time, of which a large graph has many.
     return node.sort_key
+
+
+def _n_positions(seq_len: int | None, spans: Spans | None) -> int | None:
+    """How many positions have edges of their own."""
+    if spans is None:
+        return None if seq_len is None else check_count("seq_len", seq_len)
+    if seq_len is not None:
+        raise ConfigError(
+            "Give `seq_len` (each position has edges of its own) or `spans` (each span "
+            "has), not both."
+        )
+    return len(spans)
+
+
+def _check_can_cross(
+    factorized: bool, separate_qkv: bool | None, n_positions: int | None
+) -> None:
+    needed = {
+        "`factorized=True`": factorized,
+        "`separate_qkv=True`": bool(separate_qkv),
+        "`seq_len` or `spans`": n_positions is not None,
+    }
+    missing = [what for what, is_there in needed.items() if not is_there]
+    if missing:
+        raise ConfigError(
+            "Crossing edges (`crossing=True`) lead from a head's keys and values at one "
+            f"position to the head at another, so they need {' and '.join(missing)} too."
+        )
 
 
 def _ungrouped(adapter: ModelAdapter, model: Module) -> ModelAdapter:
@@ -297,14 +352,37 @@ def _make_wrappers(
     )
 
 
+def _crossing_wrappers(
+    model: Module, crossings: Sequence[DestNode], device: t.device | str | None
+) -> OrderedSet[PatchWrapperImpl]:
+    """A wrapper for the keys, and one for the values, of each block: masks [head, pair]."""
+    param = next(model.parameters())
+    wrappers = OrderedSet[PatchWrapperImpl]([])
+    for module_name, group in groupby(crossings, key=lambda node: node.module_name):
+        heads = list(group)
+        assert heads[0].crossing is not None
+        mask = t.zeros(
+            (len(heads), heads[0].crossing.n_pairs),
+            dtype=mask_dtype(param.dtype),
+            device=device or param.device,
+        )
+        wrappers.add(
+            PatchWrapperImpl(
+                module_name, heads[0].head_dim, is_dest=True, patch_mask=mask
+            )
+        )
+    return wrappers
+
+
 def _make_plan(
     model: Module,
     adapter: ModelAdapter,
     separate_qkv: bool | None,
     src_wrappers: OrderedSet[PatchWrapperImpl],
     dest_wrappers: OrderedSet[PatchWrapperImpl],
+    crossings: Sequence[DestNode] = (),
 ) -> PatchPlan:
-    dests = {wrapper.module_name: wrapper for wrapper in dest_wrappers}
+    dests = {w.module_name: w for w in dest_wrappers if w.in_srcs is not None}
     ports = []
     for port in adapter.ports(model, list(dests), separate_qkv):
         wrappers = tuple(dests[name] for name in port.dest_modules)
@@ -327,7 +405,46 @@ def _make_plan(
         for wrapper in src_wrappers
     )
     blocks = tuple(adapter.blocks(model))
-    return PatchPlan(edge_matrix_groups(ports), tuple(ports), src_ports, blocks)
+    return PatchPlan(
+        edge_matrix_groups(ports),
+        tuple(ports),
+        src_ports,
+        blocks,
+        crossings=tuple(_crossing_ports(model, adapter, ports, dest_wrappers, crossings)),
+    )
+
+
+def _crossing_ports(
+    model: Module,
+    adapter: ModelAdapter,
+    ports: Sequence[DestPort],
+    wrappers: OrderedSet[PatchWrapperImpl],
+    crossings: Sequence[DestNode],
+) -> Iterator[CrossingPort]:
+    """One port for each attention: its keys and its values."""
+    if not crossings:
+        return
+    assert adapter.read_attention is not None
+    by_name = {wrapper.module_name: wrapper for wrapper in wrappers}
+    dests = {dest.module_name: dest for dest in crossings}
+    sites = crossing_sites(adapter, model)
+    for attention, group in groupby(sites, key=lambda site: site.attention):
+        of_attention = tuple(group)
+        first = of_attention[0]
+        crossing = dests[first.dests[0].module_name].crossing
+        assert crossing is not None
+        of_input = {
+            site.head_input: by_name[site.dests[0].module_name] for site in of_attention
+        }
+        yield CrossingPort(
+            attention=attention,
+            heads=next(
+                port for port in ports if first.inputs[0].module_name in port.dest_modules
+            ),
+            crossing=crossing,
+            wrappers=of_input,
+            read_attention=adapter.read_attention,
+        )
 
 
 # ----------------------------------------------------------------- checking the graph
@@ -657,7 +774,8 @@ def starting_at(model: PatchableModel, dest: DestNode) -> Iterator[None]:
     """
     if model.patch_session is None:
         raise GraphError("`starting_at` outside of `patch_mode`.")
-    port, *_ = [p for p in model.plan.dest_ports if dest.module_name in p.dest_modules]
+    ports = (*model.plan.dest_ports, *model.plan.crossings)
+    port, *_ = [p for p in ports if dest.module_name in p.dest_modules]
     with model.patch_session.starting_at(port.block):
         yield
 

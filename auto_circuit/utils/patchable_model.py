@@ -45,6 +45,7 @@ from auto_circuit.prefix_cache import (
     make_prefix_cache,
 )
 from auto_circuit.ranking import score_in_dtype, score_tensors
+from auto_circuit.spans import Spans
 from auto_circuit.types import DestNode, Edge, Node, PerEdge, PruneScores, SrcNode
 from auto_circuit.utils.module_use import being_read, in_use, is_in_use
 from auto_circuit.utils.torch_state import (
@@ -70,8 +71,11 @@ class PatchableModel(Module):
     edges, edge_dict, edge_name_dict, n_edges: the edges, in their fixed order; by
         position (None without positions); by position and name; how many there are. No list
         of them is kept: an edge is made when it is asked for.
+    crossings: the ends of crossing edges: a node for each head's keys and for its values, if
+        the graph has them. They are not among `dests`, which read the residual stream.
     seq_dim, seq_len: the position dimension of activations, and the number of positions
-        if each has edges of its own.
+        (or spans) if each has edges of its own.
+    spans: what prompts have instead of positions, or None.
     wrappers, src_wrappers, dest_wrappers: the patch wrappers.
     patch_masks: destination module name -> mask [seq?, head?, src] (1 = patched).
     out_slice: index of the part of the output that counts: `model(x)[model.out_slice]`.
@@ -110,11 +114,15 @@ class PatchableModel(Module):
         keep_positions: bool = False,
         edge_dict: EdgeDict | None = None,
         edges: Sequence[Edge] | None = None,
+        crossings: Sequence[DestNode] = (),
+        spans: Spans | None = None,
     ) -> None:
         super().__init__()
         self.nodes = nodes
         self.srcs = srcs
         self.dests = dests
+        self.crossings = tuple(crossings)
+        self.spans = spans
         self.seq_dim = seq_dim
         self.seq_len = seq_len
         self.wrappers = wrappers
@@ -210,7 +218,9 @@ class PatchableModel(Module):
         """Which sources each destination reads."""
         in_srcs = [self.wrapper(dest.module_name).in_srcs for dest in self.dests]
         read = tuple(range(srcs.start, srcs.stop) for srcs in in_srcs if srcs is not None)
-        return EdgeTable(tuple(self.srcs), tuple(self.dests), read, self.seq_len)
+        return EdgeTable(
+            tuple(self.srcs), tuple(self.dests), read, self.seq_len, self.crossings
+        )
 
     @cached_property
     def edges(self) -> EdgeSequence:
@@ -220,10 +230,10 @@ class PatchableModel(Module):
     @cached_property
     def edge_dict(self) -> EdgeDict:
         """The edges at each position; the only key is None without positions."""
-        edges, n_each = EdgeSequence(self.edge_table), self.edge_table.n_at_position
+        table = self.edge_table
         return {
-            seq_idx: edges[i * n_each : (i + 1) * n_each]
-            for i, seq_idx in enumerate(self.edge_table.positions)
+            seq_idx: EdgeSequence(table, table.places_at(seq_idx))
+            for seq_idx in table.positions
         }
 
     @cached_property
@@ -244,7 +254,20 @@ class PatchableModel(Module):
         # with 3 sources is [position 2 3], and [position 6] in the order of edges.
         modules = dict.fromkeys(dest.module_name for dest in self.edge_table.dests)
         parts = [values[name].detach().cpu().reshape(n_positions, -1) for name in modules]
-        return t.cat(parts, 1).flatten()
+        in_order = t.cat(parts, 1).flatten()
+        return t.cat([in_order, *self._crossing_in_order(values)])
+
+    def _crossing_in_order(self, values: Mapping[str, PerEdge]) -> list[Tensor]:
+        """Those of crossing edges: by the position that they lead to, then by head."""
+        if not self.crossings:
+            return []
+        crossing = self.crossings[0].crossing
+        assert crossing is not None
+        modules = dict.fromkeys(dest.module_name for dest in self.crossings)
+        by_head = t.cat([values[name].detach().cpu() for name in modules])
+        # Of 2 heads and 3 positions, [2 6], the columns 0, 1..2 and 3..5 one after the other.
+        n_read = [len(crossing.srcs_of(i)) for i in range(crossing.n_positions)]
+        return [part.flatten() for part in by_head.split(n_read, 1)]
 
     def wrapper(self, module_name: str) -> PatchWrapperImpl:
         """The wrapper at a module. Raises GraphError if no node is there."""
@@ -273,7 +296,8 @@ class PatchableModel(Module):
         seq_idxs = table.positions if position is None else [position]
         found = [table.named(name, seq_idx) for seq_idx in seq_idxs]
         edges = [edge for edge in found if edge is not None]
-        if not edges or len(edges) != len(found):
+        # A crossing edge is not at all positions, others are at all or at none.
+        if not edges:
             raise self._unknown_edge(edge)
         if len(edges) > 1:
             warn(
@@ -288,6 +312,15 @@ class PatchableModel(Module):
         """Raise GraphError, with near matches, unless all are edges of this graph."""
         for edge in edges:
             self.find_edges(edge)
+
+    def check_no_crossings(self, who: str) -> None:
+        """Raise GraphError if the graph has crossing edges, of which `who` knows nothing."""
+        if self.crossings:
+            raise GraphError(
+                f"{who} knows nothing of edges that lead through attention, and this graph "
+                "has them (`crossing=True`). Use PEAP, EAP, ACDC, exact edge patching or a "
+                "training of masks, or a graph with `crossing=False`."
+            )
 
     def _unknown_edge(self, name: str) -> GraphError:
         bare_name, _, position = name.partition(" @ ")
@@ -447,6 +480,8 @@ class PatchableModel(Module):
             )
         with self._running():
             args, kwargs = self._model_call(args, kwargs)
+            if self.patch_session is not None:
+                self.patch_session.positions = self._positions(args, kwargs)
             try:
                 return self.wrapped_model(*args, **kwargs)
             except IndexError as error:
@@ -454,6 +489,23 @@ class PatchableModel(Module):
             except t.OutOfMemoryError:
                 self.free_buffers()  # so that a smaller batch may have it all
                 raise
+
+    def _positions(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Int[Tensor, "example token"] | None:
+        """The span of each token; padding, where no edge does anything, has the first."""
+        tokens = args[0] if args else None
+        if self.spans is None:
+            return None
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+            raise DataError(
+                "This graph has spans, which are found by the tokens of a prompt: call the "
+                "model with tokens (`model.to_tokens(texts)`)."
+            )
+        positions = self.spans.positions(tokens, kwargs.get("attention_mask"))
+        positions = positions.clamp(min=0)
+        is_alike = bool((positions == positions[0]).all())
+        return positions[:1] if is_alike else positions
 
     def sliced(self, *args: Any, **kwargs: Any) -> Shaped[Tensor, "batch *seq_vocab"]:
         """`model(...)[model.out_slice]`.
