@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch as t
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Linear, Module
 
+from auto_circuit.errors import ModelError
 from auto_circuit.utils.torch_state import all_modules
 
 N_SAMPLED = 2**15
@@ -25,6 +27,59 @@ N_SAMPLED = 2**15
 
 N_SMALL = 2**17
 """A model of so many weights is looked at as a whole."""
+
+
+QUANTISED = ("Linear8bitLt", "Linear4bit")
+"""bitsandbytes' linear maps, which are torch's with packed weights."""
+
+
+def is_linear(module: object) -> bool:
+    """Does a module compute just `x @ dense_weight.T + bias`?"""
+    return type(module) is Linear or type(module).__name__ in QUANTISED
+
+
+def dense_weight(
+    linear: Any, dtype: t.dtype | None = None
+) -> Float[Tensor, "d_out d_in"]:
+    """A linear map's weight as numbers, also of one that bitsandbytes has quantised.
+
+    dtype: that of quantised weights, in which the layer computes by default; all others are
+        given as they are.
+
+    8 bits: a row is `whole numbers * scale / 127`. 4 bits: bitsandbytes' own function. Packed
+    weights of other kinds raise ModelError. It is made anew in each call: between calls a
+    model takes no more memory than it does.
+    """
+    weight = linear.weight
+    if weight.is_floating_point():
+        return weight  # type: ignore[no-any-return]
+    kind = type(weight).__name__
+    if kind == "Int8Params":
+        state = linear.state  # from the first pass on the numbers are there
+        numbers = weight.data if state.CB is None else state.CB
+        scale = weight.SCB if state.SCB is None else state.SCB
+        dense = numbers.float() * (scale.float() / 127).unsqueeze(1)
+        return dense.to(dtype or t.float16)
+    if kind == "Params4bit":
+        dense = _bitsandbytes().functional.dequantize_4bit(
+            weight.data, weight.quant_state
+        )
+        return dense if dtype is None else dense.to(dtype)  # type: ignore[no-any-return]
+    raise ModelError(
+        f"A {type(linear).__name__} has packed weights ({weight.dtype}, {kind}) that cannot "
+        "be read as numbers. Load the model in 8 or 4 bits by bitsandbytes, or in bfloat16."
+    )
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ModelError(
+            "The model's weights are in 4 bits of bitsandbytes, which is not installed: "
+            "`pip install bitsandbytes`."
+        ) from error
+    return bitsandbytes
 
 
 def has_values(model: Module) -> bool:

@@ -1437,7 +1437,7 @@ EXPERIMENT: tuple[Fault, ...] = (
         "    if False:\n",
         LOADED),
     fault("a model that is loaded wrong is taken", LOADING,
-        "if not error <= LOG_PROB_TOLERANCES[weight.dtype] * spread:",
+        "if not error <= LOG_PROB_TOLERANCES.get(weight.dtype, widest) * spread:",
         "if False:",
         LOADED),
     fault("heads of a group are in another order", "model_utils/ungrouped_heads.py",

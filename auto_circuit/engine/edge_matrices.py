@@ -59,7 +59,11 @@ class SrcPort:
         # 2 heads with 3 values each, at 4 tokens: [4 6] -> [4 2 3] -> [2 4 3], and by the
         # heads' weights [2 3 d_model] -> [2 4 d_model] -> [batch seq 2 d_model].
         parts = out.flatten(0, 1).unflatten(1, (len(weights), -1)).transpose(0, 1)
-        return t.bmm(parts, weights).transpose(0, 1).unflatten(0, out.shape[:2])
+        return (
+            t.bmm(parts, weights.to(out.dtype))
+            .transpose(0, 1)
+            .unflatten(0, out.shape[:2])
+        )
 
     def grad_of_out(
         self, out: Written | None, grad: Float[Tensor, "token src d_model"]
@@ -72,6 +76,7 @@ class SrcPort:
         if weights is not None:
             # A module of 4 heads gives their values, 4 d_head wide: the gradient of those
             # of head h is one product with its own weights.
+            weights = weights.to(grad.dtype)  # those of 8 bits are in half precision
             return t.bmm(grad.transpose(0, 1), weights.mT).transpose(0, 1)
         if self.site.transform is None or out is None:
             return grad

@@ -24,6 +24,7 @@ from torch.nn import Module
 from auto_circuit.engine.forward_pass import Residual, Rows
 from auto_circuit.engine.matrix_work import MatrixWork, Weights
 from auto_circuit.model_utils.model_adapter import HeadInputs
+from auto_circuit.weights import dense_weight
 
 Outputs = Float[Tensor, "batch seq _"]
 """What one linear map gives for all its heads."""
@@ -100,8 +101,10 @@ def _norm(
     return x if heads.norm is None else heads.norm(x)
 
 
-def _by_head(linear: Any, n_heads: int) -> Float[Tensor, "{n_heads} d_head d_model"]:
-    return linear.weight.unflatten(0, (n_heads, -1))
+def _by_head(
+    linear: Any, n_heads: int, dtype: t.dtype
+) -> Float[Tensor, "{n_heads} d_head d_model"]:
+    return dense_weight(linear, dtype).to(dtype).unflatten(0, (n_heads, -1))
 
 
 def _add(
@@ -158,7 +161,7 @@ def _parts(
     linear: Any, n_heads: int, idxs: list[int], inputs: Rows
 ) -> Float[Tensor, "token row d_head"]:
     """What some of the heads give, each for its own input."""
-    weights = _by_head(linear, n_heads).mT
+    weights = _by_head(linear, n_heads, inputs.dtype).mT
     if len(idxs) < n_heads:
         weights = _pick(weights, idxs)
     parts = t.bmm(inputs.transpose(0, 1), weights).transpose(0, 1)
@@ -183,7 +186,7 @@ def _project(heads: HeadInputs, inputs: Rows) -> list[TokenOutputs]:
     Rows of `inputs` after the heads' are left out.
     """
     if any(linear.weight.requires_grad for linear, _ in heads.linears):
-        weights = [_by_head(linear, n) for linear, n in heads.linears]
+        weights = [_by_head(linear, n, inputs.dtype) for linear, n in heads.linears]
         parts = [
             t.einsum("nrd,red->nre", inputs[:, rows], weight)
             for weight, rows in zip(weights, heads.rows(), strict=True)
@@ -204,7 +207,8 @@ class _ProjectHeads(Function):
         ctx.heads, ctx.shape = heads, inputs.shape
         return tuple(
             t.bmm(
-                inputs[:, rows].transpose(0, 1), _by_head(linear, n_heads).mT
+                inputs[:, rows].transpose(0, 1),
+                _by_head(linear, n_heads, inputs.dtype).mT,
             ).transpose(0, 1)
             for (linear, n_heads), rows in zip(heads.linears, heads.rows(), strict=True)
         )
@@ -213,7 +217,8 @@ class _ProjectHeads(Function):
     def backward(ctx: Any, *grads: Parts) -> tuple[Rows | None, ...]:
         grad_inputs = grads[0].new_empty(ctx.shape)
         grad_inputs[:, ctx.heads.n_rows :] = 0.0
-        weights = [_by_head(linear, n) for linear, n in ctx.heads.linears]
+        dtype = grads[0].dtype
+        weights = [_by_head(linear, n, dtype) for linear, n in ctx.heads.linears]
         _send_to_inputs(ctx.heads, grad_inputs, weights, grads)
         return grad_inputs, None
 
@@ -308,7 +313,9 @@ class _ReadHeads(Function):
         rows = work.forward_pass.row_memory(matrix.n_rows)
         rows[:, n_heads:] = 0.0
         parts_grads = _head_grads(heads, x, grads[:n_outs], inverse_scale)
-        _send_to_inputs(heads, rows[:, :n_heads], _gained_weights(heads), parts_grads)
+        _send_to_inputs(
+            heads, rows[:, :n_heads], _gained_weights(heads, x.dtype), parts_grads
+        )
         if heads.norm is not None:
             share = _head_products(heads, parts, parts_grads)
             factor = share.new_zeros((*rows.shape[:2], 1))
@@ -335,8 +342,8 @@ def _normed_parts(
     The inputs are centred in place, if the norm does that; rows after theirs are not.
     """
     inverse_scale = _centre(heads, inputs[:, : heads.n_rows])
-    parts = []
-    for rows, weight in zip(heads.rows(), _gained_weights(heads), strict=True):
+    parts, all_weights = [], _gained_weights(heads, inputs.dtype)
+    for rows, weight in zip(heads.rows(), all_weights, strict=True):
         # Heads are the batch of the product: [token 2 d_model] -> [2 token d_model], times
         # [2 d_model d_head] -> [2 token d_head] -> [token 2 d_head]. The scale divides what
         # comes out, which is d_model / d_head times smaller than what goes in.
@@ -366,9 +373,9 @@ def _centre(heads: HeadInputs, inputs: Rows) -> PerRow:
     return 1 / norm.scale(inputs)
 
 
-def _gained_weights(heads: HeadInputs) -> list[HeadWeights]:
+def _gained_weights(heads: HeadInputs, dtype: t.dtype) -> list[HeadWeights]:
     """The linear maps' weights, with the norm's gain in them."""
-    weights = [_by_head(linear, n_heads) for linear, n_heads in heads.linears]
+    weights = [_by_head(linear, n, dtype) for linear, n in heads.linears]
     gain = 1.0 if heads.closed_form is None else heads.closed_form.gain()
     return [w * gain for w in weights] if isinstance(gain, Tensor) else weights
 
@@ -433,7 +440,7 @@ class _ProbeHeads(Function):
         rows = work.forward_pass.row_memory(matrix.n_rows + basis.shape[1])
         of_heads = rows[:, : matrix.n_head_rows]
         parts = _head_grads(heads, x, grads[:n_outs], inverse_scale)
-        _send_to_inputs(heads, of_heads, _gained_weights(heads), parts)
+        _send_to_inputs(heads, of_heads, _gained_weights(heads, x.dtype), parts)
         work.collect(rows, grads[n_outs:], first=1)
         rows[:, matrix.n_rows :] = basis
         # One product gives those of the rows and of the vectors with the differences. With

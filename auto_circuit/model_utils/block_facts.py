@@ -25,6 +25,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformers.pytorch_utils import Conv1D
 
 from auto_circuit.errors import ModelError
+from auto_circuit.weights import dense_weight, is_linear
 
 PLAIN_MLPS = (MLPBridge, GatedMLPBridge)
 
@@ -130,7 +131,7 @@ def inner_linear(part: Any, name: str) -> Any:
 
 def in_out(linear: Any) -> Float[Tensor, "d_in d_out"]:
     """The weights as [input output]: GPT-2's Conv1D has them so, a Linear turned."""
-    return linear.weight if isinstance(linear, Conv1D) else linear.weight.T
+    return linear.weight if isinstance(linear, Conv1D) else dense_weight(linear).T
 
 
 def projects_heads(attention: Any) -> bool:
@@ -148,13 +149,18 @@ def projects_heads(attention: Any) -> bool:
     return (
         all(_has_width(attention, name, n) for name, n in widths.items())
         and isinstance(output, (Linear, Conv1D))
-        and in_out(output).shape[0] == config.n_heads * config.d_head
+        and _width_in(output) == config.n_heads * config.d_head
     )
+
+
+def _width_in(linear: Any) -> int:
+    is_turned = isinstance(linear, Conv1D)
+    return int(linear.weight.shape[0] if is_turned else linear.in_features)
 
 
 def _has_width(attention: Any, name: str, n_heads: int) -> bool:
     linear = inner_linear(attention, name)
-    return type(linear) is Linear and (
+    return is_linear(linear) and (
         linear.out_features == n_heads * attention.config.d_head
     )
 

@@ -151,7 +151,7 @@ def _bridge_of(
             "models of other kinds."
         )
     if device is not None:
-        given.to(device)
+        given.to(device)  # type: ignore[arg-type]
     if dtype is not None:
         _cast(given, dtype)
     _check_finite(what, given)

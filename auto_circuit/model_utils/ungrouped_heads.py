@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from auto_circuit.modules import replaced_attribute
+from auto_circuit.weights import dense_weight
 
 Heads = Float[Tensor, "batch _ _ d_head"]
 """Keys or values, [batch head seq d_head], of some heads at some positions."""
@@ -41,7 +42,7 @@ class UngroupedLinear(Module):
     @property
     def weight(self) -> Float[Tensor, "width d_model"]:
         """The weights, [query head * d_head, d_model]."""
-        return self._for_each(self.linear.weight, 0)
+        return self._for_each(dense_weight(self.linear), 0)
 
     @property
     def bias(self) -> Float[Tensor, "width"] | None:

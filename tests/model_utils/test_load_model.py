@@ -240,7 +240,7 @@ def test_models_that_are_none() -> None:
 
 def _t5() -> Any:
     sizes: Any = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
-    config = transformers.T5Config(**sizes, vocab_size=20, decoder_start_token_id=0)
+    config = transformers.T5Config(**sizes, vocab_size=20)
     return transformers.T5ForConditionalGeneration(config)
 
 
