@@ -43,7 +43,7 @@ def dense_weight(
 ) -> Float[Tensor, "d_out d_in"]:
     """A linear map's weight as numbers, also of one that bitsandbytes has quantised.
 
-    dtype: that of quantised weights, in which the layer computes by default; all others are
+    dtype: that of quantised weights (else float32, or what 4 bits were made from); others are
         given as they are.
 
     8 bits: a row is `whole numbers * scale / 127`. 4 bits: bitsandbytes' own function. Packed
@@ -59,7 +59,7 @@ def dense_weight(
         numbers = weight.data if state.CB is None else state.CB
         scale = weight.SCB if state.SCB is None else state.SCB
         dense = numbers.float() * (scale.float() / 127).unsqueeze(1)
-        return dense.to(dtype or t.float16)
+        return dense.to(dtype or t.float32)
     if kind == "Params4bit":
         dense = _bitsandbytes().functional.dequantize_4bit(
             weight.data, weight.quant_state
@@ -69,6 +69,11 @@ def dense_weight(
         f"A {type(linear).__name__} has packed weights ({weight.dtype}, {kind}) that cannot "
         "be read as numbers. Load the model in 8 or 4 bits by bitsandbytes, or in bfloat16."
     )
+
+
+def has_packed_weights(model: Module) -> bool:
+    """Are some of a model's weights not numbers as they are (see `dense_weight`)?"""
+    return any(not weight.is_floating_point() for weight in model.parameters())
 
 
 def _bitsandbytes() -> Any:

@@ -76,7 +76,7 @@ class SrcPort:
         if weights is not None:
             # A module of 4 heads gives their values, 4 d_head wide: the gradient of those
             # of head h is one product with its own weights.
-            weights = weights.to(grad.dtype)  # those of 8 bits are in half precision
+            weights = weights.to(grad.dtype)  # packed ones are in float32
             return t.bmm(grad.transpose(0, 1), weights.mT).transpose(0, 1)
         if self.site.transform is None or out is None:
             return grad

@@ -54,6 +54,7 @@ from auto_circuit.model_utils.ungrouped_heads import (
 from auto_circuit.modules import replaced_attribute, replaced_forward
 from auto_circuit.types import HeadInput
 from auto_circuit.utils.user_hooks import Bypassed
+from auto_circuit.weights import has_packed_weights
 
 KNOWN_NORMS = ("RMSNorm", "CohereLayerNorm")
 """Ends of names of Hugging Face classes that compute what `Norm` says."""
@@ -505,7 +506,10 @@ HEAD_SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
 
 def switch_on_heads(model: TransformerBridge) -> None:
     """Let all hook points of single heads and of MLPs' inputs fire, where there are any."""
+    are_packed = has_packed_weights(model)
     for switch in HEAD_SWITCHES:
+        if are_packed and switch != "use_hook_mlp_in":
+            continue  # TransformerLens reads no packed weights
         if switch == "use_split_qkv_input" and getattr(model.cfg, "use_attn_in", False):
             continue  # the other way, which somebody has chosen
         with suppress(NotImplementedError):

@@ -139,18 +139,18 @@ def test_they_are_patched_as_the_numbers_that_they_stand_for(
     t.testing.assert_close(outputs(packed, None), packed(CORRUPT), atol=1e-5, rtol=0)
     for name in ("A0.1->A1.2.Q", "A0.3->A1.1.K", "A0.2->A1.0.V", "A1.3->MLP 1"):
         expected = outputs(plain, [name])
-        assert (expected - plain(CLEAN)).abs().max() > 1e-3
-        t.testing.assert_close(outputs(packed, [name]), expected, atol=1e-5, rtol=0)
+        assert (expected - plain(CLEAN)).abs().max() > 1e-4
+        t.testing.assert_close(outputs(packed, [name]), expected, atol=2e-6, rtol=0)
     for value in (0.0, 0.5):
         expected = gradients(plain, value)
         for name, grad in gradients(packed, value).items():
-            assert expected[name].abs().max() > 1e-3
+            assert expected[name].abs().max() > 1e-5
             t.testing.assert_close(grad, expected[name], atol=1e-4, rtol=1e-3)
 
 
 def test_the_dtype_of_dense_weights() -> None:
     plain = Linear(32, 4, bias=False)
-    for kind, default in ((Linear8bitLt, t.float16), (Linear4bit, t.float32)):
+    for kind, default in ((Linear8bitLt, t.float32), (Linear4bit, t.float32)):
         packed = kind(plain)
         assert dense_weight(packed).dtype == default
         assert dense_weight(packed, t.bfloat16).dtype == t.bfloat16
