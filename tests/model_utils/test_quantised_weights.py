@@ -59,8 +59,8 @@ class Linear8bitLt(Linear):
         rows = zip(self.weight.tolist(), self.weight.SCB.tolist(), strict=True)
         return t.tensor([[n * scale / 127 for n in row] for row, scale in rows])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.plain_weight())
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.plain_weight())
 
 
 class Linear4bit(Linear):
@@ -78,8 +78,8 @@ class Linear4bit(Linear):
     def plain_weight(self) -> Tensor:
         return dequantize_4bit(self.weight.data, self.weight.quant_state)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.plain_weight())
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.plain_weight())
 
 
 def dequantize_4bit(packed: Tensor, state: Any) -> Tensor:
@@ -98,7 +98,8 @@ def models(kind: type[Any], ungroup: bool) -> tuple[PatchableModel, PatchableMod
     """A model with packed weights, and one with the numbers that they stand for."""
     config = LlamaConfig(**SIZES, num_key_value_heads=2)
     packed, plain = LlamaForCausalLM(config), LlamaForCausalLM(config)
-    randomize(packed), randomize(plain)
+    for model in (packed, plain):
+        randomize(model)
     for name, module in list(packed.model.layers.named_modules()):
         if isinstance(module, Linear):
             parent, _, part = name.rpartition(".")
