@@ -67,6 +67,7 @@ EXAMPLES = f"{LAWS}::test_masks_of_each_example_are_as_if_it_was_alone"
 SESSION = "engine/test_patch_session.py"
 PLANNED, PRODUCTS = "engine/test_pass_works.py", "engine/test_matrix_work.py"
 CUT = "engine/test_edge_matrices.py"
+FACTS, HEADS_TESTS = "model_utils/test_block_facts.py", "engine/test_head_inputs.py"
 HALF = "test_half_precision.py"
 CALLERS = "test_engine_callers.py"
 ACDC = "prune_algos/test_one_by_one.py"
@@ -163,7 +164,7 @@ def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
 
 FORWARD, HEADS = "engine/forward_pass.py", "engine/head_inputs.py"
 WORK, WORKS = "engine/matrix_work.py", "engine/pass_works.py"
-MATRICES = "engine/edge_matrices.py"
+MATRICES, BLOCKS = "engine/edge_matrices.py", "model_utils/block_facts.py"
 PATCHES, WRAPPER = "engine/patch_session.py", "engine/patch_wrapper.py"
 GRAPH, MODEL = "utils/graph_utils.py", "utils/patchable_model.py"
 SITES = "model_utils/transformer_lens_sites.py"
@@ -291,6 +292,26 @@ ENGINE: tuple[Fault, ...] = (
         "        if True:\n"
         "            return grad_out, None, None",
         GRADIENTS),
+    fault("each head is normed alone", SITES,
+        "scale = norm.scale(heads.sum(2, keepdim=True))",
+        "scale = norm.scale(heads)",
+        FACTS),
+    fault("what a head gives is not scaled as the residual stream is", SITES,
+        "return weights if scale == 1.0 else scale * weights",
+        "return weights",
+        "model_utils/test_architectures.py"),
+    fault("a module that adds the residual stream too is remembered", BLOCKS,
+        'in ("mlp.hook_out", "ln2_post.hook_out")',
+        'not in ("hook_mlp_out",)',
+        FACTS),
+    fault("what heads' linear maps read is not looked at", GRAPH,
+        "            if not model.user_hooks.ids():\n                _check_heads_read",
+        "            if False:\n                _check_heads_read",
+        FACTS),
+    fault("an MLP's maps share no row", "model_utils/model_adapter.py",
+        "return rows + [slice(stop, stop + 1)] * self.n_mlp_linears",
+        "return rows + [slice(stop, stop + 1)] * min(1, self.n_mlp_linears)",
+        HEADS_TESTS),
     fault("a transform's gradient is what is sent back", MATRICES,
         "if self.site.transform is None or out is None:",
         "if self.site.transform is not None or out is None:",
