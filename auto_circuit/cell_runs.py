@@ -1,21 +1,21 @@
 """Running cells in the way that an experiment's options say.
 
 Where they are computed (in this process, or on workers), with how many threads, which of them;
-and what an interruption says of those that are finished.
+and what an interruption says of those that are stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import torch as t
 
-from auto_circuit.cells import Choice, InThisProcess, Outcome, Workers
+from auto_circuit.cells import Choice, InThisProcess, Outcome, Work, Workers
 from auto_circuit.errors import ConfigError
 from auto_circuit.ray_workers import RayOptions, RayWorkers
-from auto_circuit.store import Cell
+from auto_circuit.store import Cell, Store
 from auto_circuit.sweep_config import RunOptions
 
 if TYPE_CHECKING:
@@ -74,25 +74,29 @@ def _threads(n: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def kept(address: str, outcomes: Mapping[str, Outcome], n_cells: int) -> Iterator[None]:
-    """An interruption says what is finished, and where it is kept."""
+def kept(works: Sequence[Work], store: Store, address: str) -> Iterator[None]:
+    """An interruption says what is stored, and where: earlier runs' and other processes' too."""
     try:
         yield
     except KeyboardInterrupt as error:
-        n = sum(outcome.result is not None for outcome in outcomes.values())
+        n = sum(store.holds(work.cell) for work in works)
         error.args = (
-            f"{n} of {n_cells} cells are finished, and kept in {address}: the same "
+            f"{n} of {len(works)} cells are finished, and kept in {address}: the same "
             "command goes on from there.",
         )
         raise
 
 
 def watched(
-    running: Iterator[Outcome], n_cells: int, watch: Watch, address: str
+    running: Iterator[Outcome],
+    works: Sequence[Work],
+    watch: Watch,
+    store: Store,
+    address: str,
 ) -> dict[str, Outcome]:
     """The outcome of every cell, by its key; `watch` is told of each."""
     outcomes: dict[str, Outcome] = {}
-    with watch.watching(n_cells), kept(address, outcomes, n_cells):
+    with watch.watching(len(works)), kept(works, store, address):
         for outcome in running:
             outcomes[outcome.cell.key] = outcome
             watch.ended(outcome, None)

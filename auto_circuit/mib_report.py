@@ -77,7 +77,7 @@ def run_and_print(
         works = [work for of_algo in cells for work in of_algo.works]
         running = run_cells(works, store, choice, workers)
         writing = _Writing(watch, config, cells)
-        watched(running, len(works), writing, config.store)
+        watched(running, works, writing, store, config.store)
     outcomes = mib_outcomes(cells, writing.outcomes)
     print_results(config, outcomes, console)
     failed = [outcome for outcome in outcomes if isinstance(outcome, MibFailure)]

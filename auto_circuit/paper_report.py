@@ -56,7 +56,7 @@ def run_and_print(
                 if len(all_tasks) > 1:
                     one.task.free()
         running = run_cells(cells.works, store, choice, workers)
-        outcomes = watched(running, len(cells.works), watch, config.store)
+        outcomes = watched(running, cells.works, watch, store, config.store)
     results = paper_results(config, cells, outcomes)
     if results.verdicts or results.grid or results.rocs:
         write_paper(results, is_forced=options.force)

@@ -92,14 +92,12 @@ def run_experiment(
                 origin=finished.origin,
             )
 
-        running = run_cells([one.work for one in works], store, choice, workers)
+        to_run = [one.work for one in works]
+        running = run_cells(to_run, store, choice, workers)
         watch, page = watch or Bar(), GrowingPage(config, plan.algos, len(works))
         if missing:
             page.begin(results)
-        with (
-            watch.watching(len(works)),
-            kept(config.store, finished.outcomes, len(works)),
-        ):
+        with watch.watching(len(works)), kept(to_run, store, config.store):
             for outcome in running:
                 finished.add(outcome)
                 watch.ended(outcome, results)
@@ -169,7 +167,7 @@ def run_robustness(
                 with about(f"Task {task.key!r}"):
                     checked_choices(task, config, config.circuit_shares)
         running = run_cells(works, store, choice, workers)
-        outcomes = watched(running, len(works), watch or Bar(), config.store)
+        outcomes = watched(running, works, watch or Bar(), store, config.store)
     rows = [
         replace(row, task=task.key)
         for task, work in zip(plan.tasks, works, strict=True)

@@ -28,6 +28,7 @@ from auto_circuit.metrics.mean_interval import student_975
 from auto_circuit.metrics.prune_metrics.prune_metrics import LOGIT_DIFF_PERCENT_METRIC
 from auto_circuit.ranking import circuit_mask, desc_prune_scores, score_tensors
 from auto_circuit.types import MeasurementRow, Measurements, PruneScores
+from auto_circuit.utils.edge_counts import coarse_edge_counts
 
 VERSION = 1
 
@@ -349,7 +350,9 @@ def _ties(falling: np.ndarray) -> np.ndarray:
 def _sizes(
     scores: Float[Tensor, "edges"], rows: Sequence[MeasurementRow]
 ) -> tuple[MeasuredSize, ...]:
-    values = _measured_values(rows) or {size: {} for size in _round_sizes(len(scores))}
+    values = _measured_values(rows) or {
+        size: {} for size in coarse_edge_counts(len(scores))
+    }
     edges = {"edges": scores}
     falling = desc_prune_scores(edges)
     return tuple(
@@ -374,13 +377,6 @@ def _measured_values(
             value = MeasuredValue(_known(mean), _known(plus_minus))
             values.setdefault(int(size), {})[metric] = value
     return values
-
-
-def _round_sizes(n_edges: int) -> list[int]:
-    """0, 1, 2, 5, 10, 20, 50 ... and all."""
-    tens = [10**power for power in range(len(str(n_edges)))]
-    found = [0, *(digit * ten for ten in tens for digit in (1, 2, 5)), n_edges]
-    return sorted({size for size in found if size <= n_edges})
 
 
 def _first_size(sizes: Sequence[MeasuredSize]) -> int:

@@ -101,6 +101,11 @@ def _rule_counts(
     return _group_counts(n_edges, prune_scores)
 
 
+def coarse_edge_counts(n_edges: int) -> list[int]:
+    """0, the sizes of `EdgeCounts.COARSE`, and all edges."""
+    return edge_counts_util(range(n_edges), EdgeCounts.COARSE, None, True, True)
+
+
 def _logarithmic_counts(n_edges: int, digits: Sequence[int]) -> list[int]:
     """All numbers below n_edges that are one of these digits and zeros."""
     n_decades = len(str(n_edges))

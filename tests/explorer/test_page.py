@@ -155,7 +155,7 @@ def test_the_first_size_does_the_task() -> None:
     assert algorithm.sizes[algorithm.first_size].n_edges == expected
     unmeasured = made_algorithm(made_graph(4, 4), "A")
     shown = [size.n_edges for size in unmeasured.sizes]
-    assert shown[:5] == [0, 1, 2, 5, 10] and shown[-1] == len(unmeasured.scores)
+    assert shown[:5] == [0, 1, 2, 4, 7] and shown[-1] == len(unmeasured.scores)
     assert unmeasured.sizes[unmeasured.first_size].n_edges == 100
 
 
