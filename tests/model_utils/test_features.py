@@ -434,5 +434,14 @@ def test_what_cannot_be_done_is_refused() -> None:
         ModelError, "normalises what it writes", [autoencoder("blocks.0.attn.hook_z")]
     )
     refused(ModelError, "normalises what it writes", [Neurons(0)])
+    bridge = gpt2()
+    bridge.blocks[0].mlp.original_component.act = t.nn.Tanh()
+    inner = bridge.blocks[0].mlp.original_component
+    forward = inner.forward
+    inner.forward = lambda x: 3 * forward(x)
+    refused(ModelError, "is a matrix times what is seen", [Neurons(0)], [[1]])
+    inner.forward = lambda x: inner.c_proj(inner.c_fc(x).relu())
+    refused(ModelError, "neurons are what the MLP's inputs say",
+            [Neurons(0, as_destinations=True)], [[1]])  # fmt: skip
     with pytest.raises(ConfigError, match="a factorized graph only"):
         make(gpt2(), "resid", factorized=False)

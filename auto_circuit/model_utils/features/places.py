@@ -141,6 +141,7 @@ def make_splice(
         component,
         reads=_module_name(block, hook),
         writes=writes,
+        linear=None if to_written is None else (_module_name(block, hook), to_written),
         to_written=to_written,
         shows=writes if is_cut else None,
     )
@@ -310,6 +311,7 @@ def _reading_mlp_input(
     """Latents, or neurons, that read the residual stream where the MLP does."""
     norm = _norm_before_mlp(model, block)
     is_before = hook in ("hook_mlp_in", "ln2.hook_in", "hook_resid_mid")
+    is_neurons = isinstance(latents, NeuronLatents)
     inner: Module | None = norm.original_component
     form = closed_form(norm)
     if is_before:
@@ -325,12 +327,18 @@ def _reading_mlp_input(
         # What the MLP really reads, also where the error's input is patched.
         reads=f"blocks.{block}.ln2.hook_in" if is_before else f"blocks.{block}.{hook}",
         writes=f"blocks.{block}.hook_mlp_out",
+        linear=_linear_in_neurons(model, block) if is_neurons else None,
         shows=f"blocks.{block}.hook_mlp_in",
         norm=inner,
         closed_form=form,
     )
-    is_neurons = isinstance(latents, NeuronLatents)
     return Splice(site, latents, idxs, "Neuron" if is_neurons else "Latent")
+
+
+def _linear_in_neurons(
+    model: TransformerBridge, block: int
+) -> tuple[str, Callable[[], Float[Tensor, "neuron d_model"]]]:
+    return f"blocks.{block}.mlp.out.hook_in", partial(_output_weight, model, block)
 
 
 def _norm_before_mlp(model: TransformerBridge, block: int) -> NormalizationBridge:
@@ -367,6 +375,7 @@ def _neurons(
         "mlp",
         reads=f"blocks.{block}.mlp.out.hook_in",
         writes=f"blocks.{block}.hook_mlp_out",
+        linear=_linear_in_neurons(model, block),
     )
     return Splice(site, NeuronLatents(idxs, output_weight), idxs, "Neuron")
 

@@ -127,7 +127,7 @@ def spliced(
     _check_places(splices)
     splices.sort(key=_order)
     result = SplicedTransformer(model, splices)
-    _check_latents_as_dests(result)
+    _check_by_numbers(result)
     return result
 
 
@@ -161,21 +161,20 @@ def _order(splice: Splice) -> tuple[int, int]:
 
 
 @in_own_state(grad=False)
-def _check_latents_as_dests(model: SplicedTransformer) -> None:
-    """Raise ModelError unless latents read what `reads` shows, from the residual stream."""
+def _check_by_numbers(model: SplicedTransformer) -> None:
+    """Raise ModelError unless the model computes what the graph takes for granted."""
     runs: list[_Run] = []
     with _open_sites(model, True, runs=runs):
         model.wrapped_model(BRIDGE.probe_input(model.wrapped_model))
+    tolerance = ROUNDING * t.finfo(next(model.parameters()).dtype).eps
     for run in runs:
-        if run.difference is None:
-            continue
-        error, scale = run.difference
-        if not error <= ROUNDING * t.finfo(next(model.parameters()).dtype).eps * scale:
-            raise ModelError(
-                f"The latents of {run.splice.name!r} are not what follows from the residual "
-                f"stream at {run.splice.site.shows!r} (they differ by {error:.1e}): this "
-                "architecture computes something else in between, which is not supported."
-            )
+        for claim, (error, scale) in run.differences.items():
+            if not error <= tolerance * scale:
+                raise ModelError(
+                    f"{claim} does not hold at {run.splice.name!r} (it is off by "
+                    f"{error:.1e}): this architecture computes something else, which is not "
+                    "supported. Use autoencoders of `hook_mlp_out` or `hook_attn_out`."
+                )
 
 
 # -------------------------------------------------------------------- running the model
@@ -183,16 +182,24 @@ def _check_latents_as_dests(model: SplicedTransformer) -> None:
 
 @dataclass(eq=False)
 class _Run:
-    """What one pass leaves for the rest of it. difference: (error, size) of latents."""
+    """What one pass leaves for the rest of it.
+
+    differences: what is claimed about the model -> (error, size).
+    """
 
     splice: Splice
     encoded: list[Tensor] = field(default_factory=list)
     amounts: list[Tensor] = field(default_factory=list)
-    difference: tuple[float, float] | None = None
+    inner: list[Tensor] = field(default_factory=list)
+    differences: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def read(self, module: Module, args: Any, out: Tensor) -> None:
         """Keep what is encoded."""
         self.encoded[:] = [out]
+
+    def look(self, module: Module, args: Any, out: Tensor) -> None:
+        """Keep what is written as a matrix times it."""
+        self.inner[:] = [out]
 
     def show(self, module: Module, args: Any, out: Tensor) -> None:
         """Compute latents, each from an input of its own."""
@@ -205,11 +212,22 @@ class _Run:
         return self.splice.split(out, amounts, of_error)
 
     def write_and_compare(self, module: Module, args: Any, out: Tensor) -> Tensor:
-        """The same where nothing is patched: do latents agree?"""
+        """The same where nothing is patched: is all as the graph says?"""
+        amounts = self.splice.latents.amounts(self.encoded[0])
         if self.amounts:
-            amounts = self.amounts[0]
-            error = (amounts - self.splice.latents.amounts(self.encoded[0])).abs().max()
-            self.difference = float(error), float(amounts.abs().max()) + 1e-9
+            claim = "That latents follow from the residual stream"
+            self.differences[claim] = _difference(self.amounts[0], amounts)
+        if self.splice.site.linear is not None:
+            shown = self.inner.pop()
+            if self.splice.part == "Neuron":
+                claim = "That neurons are what the MLP's inputs say"
+                real = shown[..., list(self.splice.idxs)]
+                self.differences[claim] = _difference(amounts, real)
+            rest = out - shown @ self.splice.site.linear[1]()
+            claim = "That what is written is a matrix times what is seen before it"
+            constant = rest.mean((0, 1), keepdim=True).expand_as(rest)
+            error, _ = _difference(rest, constant)
+            self.differences[claim] = error, float(out.abs().max())
         return self.write(module, args, out)
 
     def cut(self, start: Module | None, module: Module, args: Any, out: Tensor) -> Tensor:
@@ -221,11 +239,11 @@ class _Run:
 
     def hooks(
         self, start: Module | None, compares: bool
-    ) -> dict[str, Callable[..., Any]]:
-        """Hook point -> what is called with its output."""
+    ) -> list[tuple[str, Callable[..., Any]]]:
+        """[(hook point, what is called with its output)]"""
         splice = self.splice
         if splice.is_cut:
-            return {splice.site.writes: partial(self.cut, start)}
+            return [(splice.site.writes, partial(self.cut, start))]
         write = self.write_and_compare if compares else self.write
         if splice.site.reads == splice.site.writes:
 
@@ -233,11 +251,20 @@ class _Run:
                 self.read(module, args, out)
                 return write(module, args, out)
 
-            return {splice.site.writes: read_and_write}
-        found: dict[str, Callable[..., Any]] = {splice.site.reads: self.read}
+            return [(splice.site.writes, read_and_write)]
+        found: list[tuple[str, Callable[..., Any]]] = [(splice.site.reads, self.read)]
         if splice.site.shows is not None:
-            found[splice.site.shows] = self.show
-        return {**found, splice.site.writes: write}
+            found.append((splice.site.shows, self.show))
+        if compares and splice.site.linear is not None:
+            found.append((splice.site.linear[0], self.look))
+        return [*found, (splice.site.writes, write)]
+
+
+def _difference(
+    x: Float[Tensor, "*any"], y: Float[Tensor, "*any"]
+) -> tuple[float, float]:
+    """(How much two tensors differ, how large they are)"""
+    return float((x - y).abs().max()), float(y.abs().max()) + 1e-9
 
 
 @contextmanager
@@ -253,7 +280,7 @@ def _open_sites(
             stack.callback(run.encoded.clear)
             stack.callback(run.amounts.clear)
             start = model.start if _is_at_start(splice) else None
-            for name, hook in run.hooks(start, runs is not None).items():
+            for name, hook in run.hooks(start, runs is not None):
                 site = hook_point(model.wrapped_model, name)
                 stack.callback(site.register_forward_hook(hook).remove)
             if runs is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch as t
 from jaxtyping import Float
@@ -260,6 +260,7 @@ class SpliceSite:
     to_written: from what is decoded to what is written, [d_out d_model]; None: the same.
     shows: the hook point of the residual stream that latents read, if each is a
         destination; norm: what lies between; closed_form: of the norm.
+    linear: if what is written is linear in something: where that is seen, and the matrix.
     """
 
     name: str
@@ -267,6 +268,7 @@ class SpliceSite:
     component: str
     reads: str
     writes: str
+    linear: tuple[str, Callable[[], Float[Tensor, "d_in d_model"]]] | None = None
     to_written: Callable[[], Float[Tensor, "d_out d_model"]] | None = None
     shows: str | None = None
     norm: Module | None = None
@@ -286,7 +288,7 @@ class Splice(Module):
         site: SpliceSite,
         latents: Latents,
         idxs: Sequence[int],
-        part: Literal["Latent", "Neuron"] = "Latent",
+        part: str = "Latent",
     ) -> None:
         super().__init__()
         self.site = site
