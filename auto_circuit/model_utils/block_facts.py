@@ -178,8 +178,6 @@ def whole_mlp(block: Any) -> Any:
     """
     mlp: Any = block.mlp
     written = block.hook_aliases.get("hook_mlp_out")
-    is_whole = type(mlp) in PLAIN_MLPS and written in (
-        "mlp.hook_out",
-        "ln2_post.hook_out",
-    )
+    all_of_it = ("mlp.hook_out", "ln2_post.hook_out")
+    is_whole = type(mlp) in PLAIN_MLPS and written in all_of_it
     return mlp.original_component if is_whole else None

@@ -43,7 +43,13 @@ MISSING = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+# T5 takes seconds to import.
+SLOW = {"t5": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW.get(name, ())) for name in REFUSED]
+)
 def test_what_is_not_supported_says_what_was_not_found(name: str) -> None:
     for ungroup in (False, True):
         with pytest.raises(ModelError, match=MISSING[name]) as caught:
@@ -109,9 +115,8 @@ def test_an_mlp_that_shares_the_heads_norm_where_weights_were_processed() -> Non
 
 def test_what_computes_an_mlp_and_nothing_else() -> None:
     """What a module gives is remembered only if it depends on what its MLP reads alone."""
-    has_one = {name: whole_mlp(bridge(name).blocks[0]) for name in ("gpt2", "gemma2")}
-    assert all(has_one.values())
-    for name in ("mpt", "opt", "xglm", "bloom"):
+    assert whole_mlp(bridge("gpt2").blocks[0]) is not None
+    for name in ("mpt", "opt"):
         assert whole_mlp(bridge(name).blocks[0]) is None, name
 
 
