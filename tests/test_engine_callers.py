@@ -34,6 +34,7 @@ from auto_circuit.prune_algos.integrated_gradients import (
 )
 from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
 from auto_circuit.prune_algos.matryoshka import train_matryoshka
+from auto_circuit.prune_algos.peap import peap_prune_scores
 from auto_circuit.prune_algos.prompt_scores import mask_gradient_prompt_scores
 from auto_circuit.prune_algos.subnetwork_probing import train_subnetwork
 from auto_circuit.types import PruneScores
@@ -291,6 +292,7 @@ CALLERS: dict[str, tuple[Caller, Caller]] = {
         with_loader(edge_attribution_patching_prune_scores),
         lambda model: mean_at(model, [0.0]),
     ),
+    "PEAP": (with_loader(peap_prune_scores), lambda model: mean_at(model, [0.0])),
     **{
         f"mask at {value}": (
             partial(mask_gradient, mask_val=value),

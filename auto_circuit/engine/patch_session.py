@@ -443,7 +443,9 @@ class PatchSession:
         """Memory for the differences: an earlier pass's, if nothing can need it."""
         if self.forward_pass is not None:
             self.buffers.take_back(self.forward_pass)
-        if self.overwrite_patch and forward_pass.is_dense:
+        # Crossing edges need the patches until the last block.
+        may_overwrite = self.overwrite_patch and not self.plan.crossings
+        if may_overwrite and forward_pass.is_dense:
             forward_pass.diff = self._patch_as_diff(shape)
             forward_pass.holds_patches = forward_pass.diff is not None
         self.buffers.give(forward_pass, self.patch, shape)
