@@ -49,6 +49,9 @@ NODE_PAD: dict[Orientation, int] = {"h": 16, "v": 40}
 LENGTH = 820
 """Pixels along the layers, where they run from top to bottom."""
 IMAGE_WIDTH = 1400
+MAX_WIDTH, LEAST_OF_LINKS = 1000, 0.2
+"""Pixels of a vertical figure; it is wider only if its links would be thinner than that share."""
+SIDE_MARGIN = 30
 LAST_STEP, FEW_COLUMNS = 0.5, 6
 """By how much the last step between two columns is longer than the others, of so many more."""
 MAX_LABEL = 16
@@ -632,6 +635,8 @@ def _stack(column: Sequence[_Vertex], scale: float, pad: float) -> None:
 
 def _label(name: str, kind: str | None) -> str:
     """What stands next to a node."""
+    if name.endswith((".Q", ".K", ".V")):  # beside its head, which has the whole name
+        return name[-1]
     return {"embed": "Embed", "unembed": "Unembed"}.get(kind or "", name)
 
 
@@ -653,8 +658,12 @@ def _figure(
     fig = go.Figure()
     columns = _columns([link for links in graphs.values() for link in links], layers)
     whole = sum(map(_total, graphs.values())) or 1.0
+    narrower = 1.0
+    if orientation == "v":
+        narrower = _narrower(list(graphs.values()))
     sizes = [
-        _size(links, _total(links) / whole, orientation) for links in graphs.values()
+        _size(links, _total(links) / whole, orientation, narrower)
+        for links in graphs.values()
     ]
     total = max(float(FULL_SIZE) / 2, sum(sizes) + GAP * (len(sizes) - 1))
     offset = 0.0
@@ -680,13 +689,40 @@ def _total(links: Sequence[_Link]) -> float:
     return sum((link.value for link in links), start=0.0)
 
 
-def _size(links: Sequence[_Link], share: float, orientation: Orientation) -> float:
-    """A graph's pixels across the layers: for its share of all links, and its nodes."""
+def _size(
+    links: Sequence[_Link],
+    share: float,
+    orientation: Orientation,
+    narrower: float = 1.0,
+) -> float:
+    """A graph's pixels across the layers: for its share of all links, and its nodes.
+
+    narrower: by how much the links are.
+    """
     if not links:
         return float(EMPTY_SIZE)
+    of_links = MIN_SIZE + FULL_SIZE * share
+    return of_links * narrower + _pads(links, orientation)
+
+
+def _pads(links: Sequence[_Link], orientation: Orientation) -> int:
+    """Pixels between the nodes of the fullest layer."""
     ends = {end for link in links for end in (link.start, link.stop)}
     most_nodes = max(Counter(end.column for end in ends).values())
-    return MIN_SIZE + FULL_SIZE * share + NODE_PAD[orientation] * (most_nodes - 1)
+    return NODE_PAD[orientation] * (most_nodes - 1)
+
+
+def _narrower(graphs: Sequence[Sequence[_Link]]) -> float:
+    """By how much links have to be, so that a vertical figure is no wider than it should be.
+
+    What is between nodes stays: their names stand there.
+    """
+    full = [links for links in graphs if links]
+    of_links = FULL_SIZE + MIN_SIZE * len(full)
+    others = EMPTY_SIZE * (len(graphs) - len(full)) + GAP * (len(graphs) - 1)
+    others += sum(_pads(links, "v") for links in full)
+    room = MAX_WIDTH - 2 * SIDE_MARGIN - others
+    return min(1.0, max(LEAST_OF_LINKS, room / of_links))
 
 
 def _domain(share: _Share, orientation: Orientation) -> dict[str, list[float]]:
@@ -741,8 +777,13 @@ def _style(
     fig: go.Figure, size: float, labels: Sequence[str], orientation: Orientation
 ) -> None:
     longest = max((len(_short(label)) for label in labels), default=0)
-    left = 30 + (9 * longest if orientation == "h" else 0)
-    margin = {"l": left, "r": 30, "t": 95 if orientation == "h" else 125, "b": 30}
+    left = SIDE_MARGIN + (9 * longest if orientation == "h" else 0)
+    margin = {
+        "l": left,
+        "r": SIDE_MARGIN,
+        "t": 95 if orientation == "h" else 125,
+        "b": 30,
+    }
     fig.update_layout(margin=margin, template="plotly_white")
     if orientation == "h":
         fig.update_layout(height=size + margin["t"] + margin["b"])

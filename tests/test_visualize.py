@@ -50,9 +50,19 @@ def links(sankey: Any) -> dict[str, tuple[float, str]]:
 
 
 def ends(sankey: Any) -> list[tuple[str, str]]:
-    label = sankey.node.label
+    names = node_names(sankey)
     pairs = zip(sankey.link.source, sankey.link.target, strict=True)
-    return [(label[source], label[target]) for source, target in pairs]
+    return [(names[source], names[target]) for source, target in pairs]
+
+
+def node_names(sankey: Any) -> list[str]:
+    """What stands beside each node; of a query, key or value the whole name."""
+    return [
+        name if label in tuple("QKV") else label
+        for label, (name, *_) in zip(
+            sankey.node.label, sankey.node.customdata, strict=True
+        )
+    ]
 
 
 def texts(fig: go.Figure) -> list[str]:
@@ -204,7 +214,8 @@ def test_queries_keys_and_values(gpt2_model: PatchableModel) -> None:
         "A1.0.V": (4.5, JOIN_COLOR),
     }
     assert fig.layout.title.text == f"4 of {gpt2_model.n_edges:,} edges"
-    x = dict(zip(apart.node.label, apart.node.x, strict=True))
+    assert {"Q", "K", "V", "A0.1"} <= set(apart.node.label)
+    x = dict(zip(node_names(apart), apart.node.x, strict=True))
     assert x["Embed"] < x["A0.1.K"] < x["A0.1"] < x["MLP 0"] < x["A1.0.V"] < x["A1.0"]
 
 
