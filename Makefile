@@ -62,8 +62,11 @@ explorer:  ## build the explorer's JavaScript from its source (needs Node)
 pocket-autoencoders: $(VENV)/.stamp-run  ## train the autoencoders that the package carries
 	$(BIN)/python scripts/train_pocket_autoencoders.py $(ARGS)
 
-pocket-model: $(VENV)/.stamp-run  ## train the small model that the package carries
-	$(BIN)/python scripts/train_pocket_model.py $(ARGS)
+POCKET_MODELS := gpt2 llama
+pocket-model: $(VENV)/.stamp-run  ## train the small models that the package carries
+	@set -e; for model in $(POCKET_MODELS); do \
+	  echo "$$model"; $(BIN)/python scripts/train_pocket_model.py $$model $(ARGS); \
+	done
 
 datasets: $(VENV)/.stamp-run  ## write the prompt files anew
 	@set -e; for generator in $(sort $(wildcard datasets/*_generator.py datasets/*/*_generator.py)); do \

@@ -471,6 +471,43 @@ POCKET_TASKS: tuple[Task, ...] = (
     POCKET_GREATERTHAN_TASK,
     POCKET_DOCSTRING_TASK,
 )
+"""Those of the default sweep."""
+
+POCKET_LLAMA_MODEL = Path(__file__).parent / "pocket_llama"
+"""A small Llama: grouped-query attention, RMS norm, a gated MLP, rotary positions."""
+
+
+def _on_another_pocket_model(
+    title: str, model: Path, depths: dict[str, int]
+) -> tuple[Task, ...]:
+    """The pocket tasks that `depths` names, and induction, on another small model."""
+    induction = Task(
+        key="Pocket Induction",
+        name="Induction on random words (pocket model)",
+        batch_size=(16, 96),
+        batch_count=(4, 1),
+        token_circuit=False,
+        _model_def=model,
+        _dataset_name="pocket/induction_prompts",
+    )
+    named = {task.key: task for task in (*POCKET_TASKS, induction)}
+    return tuple(
+        replace(
+            named[f"Pocket {behaviour}"],
+            key=f"Pocket {title} {behaviour}",
+            name=named[f"Pocket {behaviour}"].name.replace("model", title),
+            _model_def=model,
+            depth=depth,
+        )
+        for behaviour, depth in depths.items()
+    )
+
+
+POCKET_LLAMA_TASKS = _on_another_pocket_model(
+    "Llama",
+    POCKET_LLAMA_MODEL,
+    {"IOI": 3, "IOI Tokens": 3, "Greaterthan": 4, "Docstring": 2, "Induction": 3},
+)
 
 POCKET_AUTOENCODERS = Path(__file__).parent / "pocket_autoencoders"
 """Autoencoders of the pocket model's residual stream, between its blocks."""
@@ -646,6 +683,7 @@ TRACR_TASKS: tuple[Task, ...] = (
 TASKS: tuple[Task, ...] = (
     *POCKET_TASKS,
     POCKET_IOI_FEATURES_TASK,
+    *POCKET_LLAMA_TASKS,
     *TRACR_TASKS,
     SPORTS_PLAYERS_TOKEN_CIRCUIT_TASK,
     SPORTS_PLAYERS_COMPONENT_CIRCUIT_TASK,

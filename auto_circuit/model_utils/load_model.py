@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ def load_transformer(
     device: None: the CPU, or where the given model is.
     dtype: None: float32, or the given model's. In float32 the weights of a name are
         processed as auto-circuit does (layer norm folded, writing weights and unembedding
-        centred), which changes no probabilities. In other types, and over several devices,
-        they are as they were published.
+        centred), which changes no probabilities. In other types, over several devices, and
+        where it would change them (Gemma 2), they are as they were published.
     device_map: instead of a device, which part of the model goes where, as for
         `from_pretrained`. The parts of a block go together.
     tokenizer: of a given PreTrainedModel.
@@ -118,12 +119,21 @@ def _load(
     _check_folder(name, source)
     original = _Original()
     place = {"device": str(device)} if device_map is None else {"device_map": device_map}
+    what = f"the model {source!r}"
     try:
-        model = TransformerBridge.boot_transformers(
-            source, dtype=dtype, model_class=original, **place  # type: ignore[arg-type]
+        boot = partial(
+            TransformerBridge.boot_transformers,
+            source,
+            dtype=dtype,
+            model_class=original,
+            **place,  # type: ignore[arg-type]
         )
+        model = boot()
         if dtype == t.float32 and device_map is None:
             model.enable_compatibility_mode()
+            # TransformerLens folds the norms of some families wrongly, such as Gemma 2's.
+            if not _says(model, original.log_probs, what):
+                model = boot()
     except ModelError:
         raise
     except Exception as error:  # every file format, and the hub, have errors of their own
@@ -135,8 +145,21 @@ def _load(
         ) from error
     model = as_loaded(model.eval().requires_grad_(False))
     if original.log_probs is not None:
-        check_log_probs(model, original.log_probs, f"the model {source!r}")
+        check_log_probs(model, original.log_probs, what)
     return model
+
+
+def _says(
+    model: TransformerBridge, expected: Float[Tensor, "1 seq vocab"] | None, what: str
+) -> bool:
+    """Does a bridge say what it should, as far as that is known?"""
+    if expected is None:
+        return True
+    try:
+        check_log_probs(model, expected, what)
+    except ModelError:
+        return False
+    return True
 
 
 def _bridge_of(

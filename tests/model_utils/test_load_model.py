@@ -104,7 +104,9 @@ def test_paths_and_devices_that_are_not_there(folder: Path) -> None:
             load_tl_model(folder, device)
 
 
-WRONG_IN_TRANSFORMER_LENS: dict[str, dict[str, Any]] = {
+# TransformerLens folds their norms wrongly.
+FOLDED_WRONGLY: dict[str, dict[str, Any]] = {
+    "Gemma2": {**SIZES, "num_key_value_heads": 2, "head_dim": 8},
     "GptOss": {
         **SIZES,
         "num_key_value_heads": 2,
@@ -113,27 +115,43 @@ WRONG_IN_TRANSFORMER_LENS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "layer_types": ["sliding_attention", "full_attention"],
     },
-    "Falcon": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_kv_heads": 2,
-        "new_decoder_architecture": True,
-    },
+}
+# It makes another model of it also without folding.
+FALCON: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_kv_heads": 2,
+    "new_decoder_architecture": True,
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["GptOss", pytest.param("Falcon", marks=pytest.mark.slow)]
-)
-def test_a_model_that_transformer_lens_loads_wrong(tmp_path: Path, name: str) -> None:
+def saved(folder: Path, name: str, sizes: dict[str, Any]) -> Any:
+    """A random model in a folder, with the pocket models' tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(POCKET_MODEL)
-    sizes = {**WRONG_IN_TRANSFORMER_LENS[name], "vocab_size": len(tokenizer)}
+    sizes = {**sizes, "vocab_size": len(tokenizer)}
     config = getattr(transformers, f"{name}Config")(**sizes)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     randomize(model)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name", ["Gemma2", pytest.param("GptOss", marks=pytest.mark.slow)]
+)
+def test_norms_that_would_be_folded_wrongly_are_not_folded(
+    tmp_path: Path, name: str
+) -> None:
+    model = saved(tmp_path, name, FOLDED_WRONGLY[name])
+    tokens = t.arange(3, 20)[None]
+    with t.no_grad():
+        t.testing.assert_close(load_tl_model(tmp_path)(tokens), model(tokens).logits)
+
+
+def test_a_model_that_transformer_lens_loads_wrong(tmp_path: Path) -> None:
+    saved(tmp_path, "Falcon", FALCON)
     with pytest.raises(ModelError, match="loads the model .* wrong|Cannot load"):
         load_tl_model(tmp_path)
 
