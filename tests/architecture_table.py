@@ -22,9 +22,11 @@ from typing import Any
 
 import torch as t
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from auto_circuit.circuit_files import load_mib_circuit, save_mib_circuit
 from auto_circuit.errors import AutoCircuitError
+from auto_circuit.experiment_utils import load_tl_model
 from auto_circuit.prefix_cache import make_prefix_cache
 from auto_circuit.types import PruneScores
 from auto_circuit.utils.ablation_activations import src_ablations
@@ -37,7 +39,7 @@ from auto_circuit.utils.graph_utils import (
     unpatch,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
-from tests.architectures import FAMILIES, bridge, plain_model
+from tests.architectures import FAMILIES, hugging_face, plain_model
 from tests.models import VOCAB, tokens
 from tests.plain_patching import (
     PlainModel,
@@ -79,8 +81,12 @@ def subject(name: str) -> Subject:
     return Subject(name, graph(name, t.float64))
 
 
-def graph(name: str, dtype: t.dtype, **kwargs: Any) -> PatchableModel:
-    return patchable_model(bridge(name, dtype), True, None, separate_qkv=True, **kwargs)
+def graph(name: str, dtype: t.dtype) -> PatchableModel:
+    return patchable_model(loaded(name, dtype), True, None, separate_qkv=True)
+
+
+def loaded(name: str, dtype: t.dtype) -> TransformerBridge:
+    return load_tl_model(hugging_face(name, dtype))
 
 
 def loss(logits: Tensor) -> Tensor:
@@ -210,12 +216,13 @@ def prefix_cache(of: Subject) -> float:
 def bf16_ranks(of: Subject) -> float:
     """The rank correlation of all edges' scores in bfloat16 with those in float64."""
     narrow = graph(of.name, t.bfloat16)
-    ranks = []
-    for model in (narrow, of.model):
-        scores = scores_in_order(
-            model, mask_gradients(model, src_ablations(model, CORRUPT))
-        )
-        ranks.append(scores.double().argsort().argsort().double())
+    scores = [mask_gradients(narrow, src_ablations(narrow, CORRUPT))]
+    with in_float64():
+        scores.append(mask_gradients(of.model, of.patch))
+    ranks = [
+        scores_in_order(model, of_model).double().argsort().argsort().double()
+        for model, of_model in zip((narrow, of.model), scores, strict=True)
+    ]
     return float(t.corrcoef(t.stack(ranks))[0, 1])
 
 
@@ -232,7 +239,7 @@ def scores_in_order(model: PatchableModel, scores: PruneScores) -> Tensor:
 
 def unpatched(of: Subject) -> float:
     """The largest difference of logits before and after; 0 is bit for bit the same."""
-    inner: Any = bridge(of.name)
+    inner: Any = loaded(of.name, t.float32)
     with t.no_grad():
         before = inner(CLEAN)
         model = patchable_model(inner, True, None, separate_qkv=True)

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch as t
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
-from tests.families import bridge_of, make
+from tests.families import make
 from tests.plain_patching import (
     PlainModel,
     Plan,
@@ -44,11 +43,6 @@ def hugging_face(name: str, dtype: t.dtype = FLOAT32) -> PreTrainedModel:
     for parameter in model.parameters():
         parameter.data *= LOUDER
     return model.to(dtype)  # type: ignore[no-any-return]
-
-
-def bridge(name: str, dtype: t.dtype = FLOAT32) -> TransformerBridge:
-    """TransformerLens's model with the same weights."""
-    return bridge_of(hugging_face(name, dtype))
 
 
 def plain_model(name: str, dtype: t.dtype = FLOAT32) -> PlainModel:
@@ -174,6 +168,9 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "falcon": Family("Falcon 7B", FALCON),
+    "falcon_two_norms": Family(
+        "Falcon 40B", replace(FALCON, attn_norm="ln_attn", mlp_norm="ln_mlp")
+    ),
     "falcon_alibi": Family(
         "Falcon RW",
         replace(FALCON, mlp_norm="post_attention_layernorm", stripe=head_by_head),
@@ -248,4 +245,6 @@ FAMILIES: dict[str, Family] = {
     "hunyuan": Family("HunYuan", LLAMA),
     "gpt_oss": Family("gpt-oss", MOE),
     "opt_norm_after": Family("OPT 350M"),
+    "t5": Family("T5"),
+    "mamba": Family("Mamba"),
 }

@@ -157,6 +157,19 @@ def norm_facts(bridge: NormalizationBridge) -> Norm:
     return Norm(not bridge.uses_rms_norm, _epsilon(bridge), gain, bias)
 
 
+CONSTANT_SCALE = "_auto_circuit_constant_scale"
+
+
+@contextmanager
+def constant_scale(bridge: NormalizationBridge) -> Iterator[None]:
+    """Inside, no gradient flows through a norm's scale into what heads write.
+
+    For backward modifiers, which do the same to the norm itself.
+    """
+    with replaced_attribute(bridge, CONSTANT_SCALE, True):
+        yield
+
+
 def _norm_gain(bridge: NormalizationBridge) -> Tensor | float:
     weight: Any = getattr(bridge.original_component, "weight", None)
     if weight is None:
@@ -220,7 +233,7 @@ def _heads_site(block: Any) -> SrcSite:
     output = inner_linear(attention, "o")
     if norm is not None:
         n_heads = attention.config.n_heads
-        transform = partial(_normed_heads, norm_facts(norm), output, n_heads)
+        transform = partial(_normed_heads, norm, output, n_heads)
         return SrcSite(attention.o.hook_in, transform=transform)
 
     def projection(n_heads: int) -> Float[Tensor, "{n_heads} d_head d_model"]:
@@ -231,7 +244,10 @@ def _heads_site(block: Any) -> SrcSite:
 
 
 def _normed_heads(
-    norm: Norm, output: Any, n_heads: int, values: Float[Tensor, "batch seq _"]
+    bridge: NormalizationBridge,
+    output: Any,
+    n_heads: int,
+    values: Float[Tensor, "batch seq _"],
 ) -> Float[Tensor, "batch seq {n_heads} d_model"]:
     """What each head adds, where the sum of all is normed: its share of that.
 
@@ -239,12 +255,14 @@ def _normed_heads(
     all heads in the same run, and an equal share of the norm's bias. So the shares add up
     to what the layer adds, in any run.
     """
-    weights = in_out(output).unflatten(0, (n_heads, -1))
+    norm, weights = norm_facts(bridge), in_out(output).unflatten(0, (n_heads, -1))
     heads = t.einsum("bshe,hed->bshd", values.unflatten(-1, (n_heads, -1)), weights)
     if output.bias is not None:
         heads = heads + output.bias / n_heads
     heads = norm.centre(heads)
     scale = norm.scale(heads.sum(2, keepdim=True))
+    if vars(bridge).get(CONSTANT_SCALE, False):
+        scale = scale.detach()
     shares = (heads / scale).to(values.dtype) * norm.gain()
     bias = norm.bias()
     return shares if bias is None else shares + bias / n_heads

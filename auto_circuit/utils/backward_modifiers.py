@@ -28,18 +28,23 @@ from torch import Tensor
 from torch.nn import Identity, Module
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import (
-    GatedMLPBridge,
     LinearBridge,
+    MLPBridge,
     NormalizationBridge,
 )
 
 from auto_circuit.checks import checked
-from auto_circuit.errors import ConfigError
-from auto_circuit.model_utils.block_facts import PLAIN_MLPS
-from auto_circuit.model_utils.transformer_lens_sites import PLAIN_ATTENTIONS, norm_facts
+from auto_circuit.errors import ConfigError, ModelError
+from auto_circuit.model_utils.transformer_lens_sites import (
+    PLAIN_ATTENTIONS,
+    constant_scale,
+    norm_facts,
+)
 from auto_circuit.utils.patchable_model import PatchableModel
 
 Hook = Callable[[Tensor], Tensor | None]
+ROUNDING = 1e3
+"""How many units in the last place of the largest number two ways of computing differ."""
 
 
 @checked
@@ -57,10 +62,10 @@ def gim_backward(
       pattern and the values, and for the gate of a gated MLP and what it gates; another
       1/2 for queries and keys (so 1/4 in all).
 
-    Forward values do not change. On exit everything is as it was. Raises ConfigError for
-    models that are not TransformerLens models, have parts whose inside hooks cannot
-    reach (mixtures of experts, attention sinks), and for a temperature that is not
-    above 0.
+    Forward values do not change. On exit everything is as it was. Raises ModelError for
+    models with parts whose inside hooks cannot reach (mixtures of experts, attention sinks,
+    attention in Hugging Face's own code, as GPT-J's), and ConfigError for models that are
+    not TransformerLens models, and for a temperature that is not above 0.
 
     Source: arXiv 2505.17630.
     """
@@ -69,7 +74,7 @@ def gim_backward(
             f"`softmax_temperature` is {softmax_temperature}; expected a number above 0 "
             "(the paper's is 2)."
         )
-    parts = _parts(model, "gim_backward")
+    parts = _parts(model, "gim_backward", changes_attention=True)
     with ExitStack() as stack:
         for norm in parts.norms:
             _freeze_norm_scale(stack, norm)
@@ -77,7 +82,7 @@ def gim_backward(
             _soften_softmax(stack, attention, softmax_temperature)
             _hook(stack, attention.o.hook_in, partial(_scale_gradient, factor=0.5))
         for mlp in parts.mlps:
-            if isinstance(mlp, GatedMLPBridge):
+            if _is_gated(mlp):
                 _hook(stack, mlp.out.hook_in, partial(_scale_gradient, factor=0.5))
         yield
 
@@ -96,13 +101,14 @@ def relp_backward(
     freeze_attention_patterns: also take attention patterns as constants. Then no edge
         into a query or a key has a score. The paper's code leaves this off unless asked.
 
-    Forward values do not change. On exit everything is as it was. Raises ConfigError for
-    models that are not TransformerLens models, and for parts whose inside hooks cannot
-    reach (mixtures of experts).
+    Forward values do not change. On exit everything is as it was. Raises ModelError for
+    models with parts whose inside hooks cannot reach (mixtures of experts; with
+    `freeze_attention_patterns` also attention in Hugging Face's own code, as GPT-J's), and
+    ConfigError for models that are not TransformerLens models.
 
     Source: arXiv 2508.21258.
     """
-    parts = _parts(model, "relp_backward")
+    parts = _parts(model, "relp_backward", freeze_attention_patterns)
     with ExitStack() as stack:
         for norm in parts.norms:
             _freeze_norm_scale(stack, norm)
@@ -124,8 +130,8 @@ class _Parts:
     mlps: list[Any]
 
 
-def _parts(model: PatchableModel, modifier: str) -> _Parts:
-    """What the hooks stand at. Raises ConfigError if there are others."""
+def _parts(model: PatchableModel, modifier: str, changes_attention: bool) -> _Parts:
+    """What the hooks stand at. Raises ModelError if there are others."""
     bridge = model.wrapped_model
     if not isinstance(bridge, TransformerBridge):
         raise ConfigError(
@@ -145,19 +151,21 @@ def _parts(model: PatchableModel, modifier: str) -> _Parts:
         attentions=[block.attn for block in bridge.blocks],
         mlps=[block.mlp for block in with_mlp],
     )
-    unreached = _unreached(bridge, parts)
+    unreached = _unreached(bridge, parts, changes_attention)
     if unreached:
-        raise ConfigError(
-            f"`{modifier}` cannot reach inside of {', '.join(unreached)} of this "
-            f"{bridge.cfg.architecture} model. It knows softmax attention without sinks, "
-            "MLPs with or without a gate, layer norm and RMS norm. Run the algorithm "
-            "without it."
+        raise ModelError(
+            f"`{modifier}` cannot reach inside of {', '.join(unreached)}, which this "
+            f"{bridge.cfg.architecture} model has. It knows softmax attention without sinks "
+            "that TransformerLens computes, MLPs with or without a gate, layer norm and "
+            "RMS norm. Run the algorithm without it."
         )
     return parts
 
 
-def _unreached(bridge: TransformerBridge, parts: _Parts) -> list[str]:
-    """The class names of modules whose inside hooks cannot reach."""
+def _unreached(
+    bridge: TransformerBridge, parts: _Parts, changes_attention: bool
+) -> list[str]:
+    """What hooks cannot reach inside of: the class names of modules."""
     hooked = {norm.original_component for norm in parts.norms}
     modules = [
         module
@@ -166,21 +174,47 @@ def _unreached(bridge: TransformerBridge, parts: _Parts) -> list[str]:
         and not isinstance(module, NormalizationBridge)
         and module not in hooked
     ]
-    modules += [part for part in parts.attentions if not _has_plain_softmax(part)]
-    modules += [part for part in parts.mlps if not _has_projections(part)]
-    return sorted({type(module).__name__ for module in modules})
+    found = [type(module).__name__ for module in modules]
+    found += [type(mlp).__name__ for mlp in parts.mlps if not _has_projections(mlp)]
+    if changes_attention:
+        found += [problem for part in parts.attentions if (problem := _hidden(part))]
+    return sorted(set(found))
 
 
-def _has_plain_softmax(attention: Module) -> bool:
-    sinks = getattr(attention.original_component, "sinks", None)
-    return type(attention) in PLAIN_ATTENTIONS and sinks is None
+def _hidden(attention: Any) -> str | None:
+    """What of this attention's softmax hooks do not show; None if they show all."""
+    if getattr(attention.original_component, "sinks", None) is not None:
+        return "attention with sinks"
+    if not isinstance(attention, PLAIN_ATTENTIONS):
+        return f"{type(attention).__name__} (attention in Hugging Face's own code)"
+    return None
 
 
-def _has_projections(mlp: Module) -> bool:
-    names = ["in", "out", *(["gate"] if isinstance(mlp, GatedMLPBridge) else [])]
+def _has_projections(mlp: Any) -> bool:
+    names = ["in", "out", *(["gate"] if _is_gated(mlp) else [])]
     projections = [getattr(mlp, name, None) for name in names]
-    is_known = type(mlp) in PLAIN_MLPS
+    # A symbolic one stands for linear maps that are the block's own (OPT).
+    is_known = isinstance(mlp, MLPBridge) or getattr(mlp, "is_symbolic", False)
     return is_known and all(isinstance(part, LinearBridge) for part in projections)
+
+
+def _is_gated(mlp: Any) -> bool:
+    return "gate" in mlp.submodules
+
+
+def _check_computes(what: str, shown: Tensor, ours: Tensor) -> None:
+    """Raise ModelError if a part of the model is not what its rule is for."""
+    # Models in float64 compute norms and softmax in float32.
+    eps = max(t.finfo(dtype).eps for dtype in (shown.dtype, t.float32))
+    limit = ROUNDING * eps * float(shown.detach().abs().max())
+    is_same = shown.shape == ours.shape and bool(
+        ((shown - ours).detach().abs() <= limit).all()
+    )
+    if not is_same:
+        raise ModelError(
+            f"{what} of this model computes something else than the backward modifier has "
+            "a rule for. Run the algorithm without it."
+        )
 
 
 # ------------------------------------------------------------------------------- hooks
@@ -207,32 +241,45 @@ def _scale_gradient(value: Tensor, factor: float) -> Tensor:
 def _freeze_norm_scale(stack: ExitStack, norm: NormalizationBridge) -> None:
     # TransformerLens runs a norm in its own code, by its Hugging Face module, or, for
     # the inputs of single heads, by that module alone. Twice does no harm.
-    inner = norm.original_component
+    inner, hook = norm.original_component, _FrozenScale(norm)
     for module in (norm, inner) if inner is not None else (norm,):
-        handle = module.register_forward_hook(partial(_frozen_scale_hook, norm))
-        stack.callback(handle.remove)
+        stack.callback(module.register_forward_hook(hook).remove)
+    stack.enter_context(constant_scale(norm))
 
 
-def _frozen_scale_hook(
-    norm: NormalizationBridge, module: Module, args: tuple[Tensor], out: Tensor
-) -> Tensor | None:
-    if not t.is_grad_enabled():
-        return None
-    x = args[0].to(t.promote_types(args[0].dtype, t.float32))
-    facts = norm_facts(norm)
-    centred = facts.centre(x)
-    normed = centred / facts.scale(centred).detach()
-    return _with_gradient_of(out, normed * facts.gain())
+class _FrozenScale:
+    """A norm's hook: gradients flow as if its scale were a constant."""
+
+    def __init__(self, norm: NormalizationBridge) -> None:
+        self.norm, self.is_checked = norm, False
+
+    def __call__(self, module: Module, args: tuple[Tensor], out: Tensor) -> Tensor | None:
+        if not t.is_grad_enabled():
+            return None
+        x = args[0].to(t.promote_types(args[0].dtype, t.float32))
+        facts = norm_facts(self.norm)
+        centred = facts.centre(x)
+        normed = centred / facts.scale(centred).detach() * facts.gain()
+        if not self.is_checked:
+            bias = facts.bias()
+            whole = normed if bias is None else normed + bias
+            _check_computes(type(self.norm.original_component).__name__, out, whole)
+            self.is_checked = True
+        return _with_gradient_of(out, normed)
 
 
 def _soften_softmax(stack: ExitStack, attention: Any, temperature: float) -> None:
     """The gradient of the softmax at a temperature; halved, for queries and keys."""
     scores: list[Tensor] = []
+    checked_patterns: list[bool] = []
 
     def soften(pattern: Float[Tensor, "batch head query key"]) -> Tensor:
         logits = scores.pop().to(t.promote_types(pattern.dtype, t.float32))
         # -inf in a whole row (padding) has no softmax.
         logits = logits.clamp(min=t.finfo(logits.dtype).min)
+        if not checked_patterns:
+            _check_is_softmax(type(attention).__name__, pattern, logits)
+            checked_patterns.append(True)
         soft = t.softmax(logits / temperature, dim=-1)
         return _with_gradient_of(pattern, 0.5 * temperature * soft)
 
@@ -240,9 +287,14 @@ def _soften_softmax(stack: ExitStack, attention: Any, temperature: float) -> Non
     _hook(stack, attention.hook_pattern, soften)
 
 
+def _check_is_softmax(name: str, pattern: Tensor, logits: Tensor) -> None:
+    is_row = pattern.detach().sum(-1, keepdim=True) > 0  # not one of padding
+    _check_computes(name, pattern * is_row, logits.softmax(-1) * is_row)
+
+
 def _linearize_activation(stack: ExitStack, mlp: Any) -> None:
     """f(x) becomes x times the constant f(x) / x; a gate's product is shared in halves."""
-    is_gated = isinstance(mlp, GatedMLPBridge)
+    is_gated = _is_gated(mlp)
     before = mlp.gate if is_gated else getattr(mlp, "in")
     inputs: list[Tensor] = []
 

@@ -21,6 +21,8 @@ from auto_circuit.utils.torch_state import all_modules
 
 LIBRARIES = ("auto_circuit.", "transformer_lens.model_bridge.", "transformers.")
 """Hooks from here are a part of the model, or of the engine."""
+WIRING = "transformer_lens.model_bridge.component_setup"
+"""Where hooks come from that TransformerLens puts in as if it were a user (OPT)."""
 
 ELSEWHERE = (
     "Remove it, or hook what is before (`hook_resid_pre`) or after (`hook_q`, `hook_k`, "
@@ -67,7 +69,18 @@ class UserHooks:
 def _is_users(hook: Any) -> bool:
     while isinstance(hook, partial):
         hook = hook.func
+    if getattr(_given(hook), "__module__", None) == WIRING:
+        return False
     return not str(getattr(hook, "__module__", "")).startswith(LIBRARIES)
+
+
+def _given(hook: Any) -> Any:
+    """What `HookPoint.add_hook` was given, if this hook is made by it."""
+    names = getattr(getattr(hook, "__code__", None), "co_freevars", ())
+    is_made = getattr(hook, "__qualname__", "").startswith("HookPoint.add_hook.")
+    if not is_made or "hook" not in names:
+        return hook
+    return hook.__closure__[names.index("hook")].cell_contents
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch as t
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from auto_circuit.errors import ConfigError
+from auto_circuit.errors import ConfigError, ModelError
+from auto_circuit.modules import replaced_forward
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
@@ -28,6 +29,8 @@ from auto_circuit.utils.graph_utils import (
     train_mask_mode,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
+from tests.families import bridge_of
+from tests.families import make as make_family
 from tests.micro import micro_model
 from tests.models import ARCHITECTURES, SIZES, gemma2, gpt2, llama, state_snapshot
 from tests.prune_algos.test_mask_gradient import make
@@ -278,10 +281,59 @@ def test_a_mixture_of_experts_is_refused() -> None:
     bridge = _bridge(MixtralForCausalLM(config))
     model = patchable_model(bridge, True, "last_seq", separate_qkv=True)
     before = state_snapshot(model)
-    with pytest.raises(ConfigError, match="cannot reach inside of MoEBridge"):
+    with pytest.raises(ModelError, match="cannot reach inside of MoEBridge"):
         with gim_backward(model):
             pass
     assert state_snapshot(model) == before
+
+
+def gptj_model() -> PatchableModel:
+    """Its attention runs in Hugging Face's own code; its MLP is as any."""
+    return patchable_model(bridge_of(make_family("gptj")), True, None, separate_qkv=True)
+
+
+@pytest.mark.parametrize(
+    "modifier", [gim_backward, partial(relp_backward, freeze_attention_patterns=True)]
+)
+def test_attention_that_shows_no_softmax_is_refused(modifier: Modifier) -> None:
+    model = gptj_model()
+    before = state_snapshot(model)
+    with pytest.raises(ModelError, match="AttentionBridge .attention in Hugging Face's"):
+        with modifier(model):
+            pass
+    assert state_snapshot(model) == before
+
+
+def test_a_norm_that_computes_something_else_is_refused() -> None:
+    model = make("llama")
+    norm: Any = model.wrapped_model.blocks[0].ln2.original_component  # type: ignore[union-attr, index]
+    with replaced_forward(norm, lambda x: 2 * x), gim_backward(model):
+        with pytest.raises(ModelError, match="LlamaRMSNorm of this model computes some"):
+            edge_attribution_patching_prune_scores(model, token_loader(), None)
+
+
+def test_masks_between_see_constant_scales_of_post_norms() -> None:
+    """Where all edges are patched, nothing of the clean run has a gradient.
+
+    What the residual stream hands on and what its heads take away cancel, by the same rule.
+    """
+    bridge: Any = gemma2().double()
+    model = patchable_model(bridge, True, None, separate_qkv=True)
+    (batch,) = token_loader(3, 3)
+    patch, seen = src_ablations(model, batch.corrupt), []
+
+    def follow(module: Any, args: Any, out: Tensor) -> Tensor:
+        seen.append(out.detach().requires_grad_())
+        return seen[-1]
+
+    handle = bridge.blocks[0].attn.o.hook_in.register_forward_hook(follow)
+    for modifier in (nullcontext, gim_backward, relp_backward):
+        with modifier(model), train_mask_mode(model), patch_mode(model, patch):
+            set_all_masks(model, 1.0)
+            logits = model(batch.clean)
+            (grad,) = t.autograd.grad(logits.square().sum(), seen[-1])
+        assert grad.abs().max() < 1e-5 * logits.square().sum()
+    handle.remove()
 
 
 def test_a_temperature_of_0_is_refused() -> None:

@@ -24,6 +24,8 @@ from auto_circuit.utils.graph_utils import (
     train_mask_mode,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.user_hooks import UserHooks
+from tests.families import bridge_of, make
 from tests.models import gpt2, llama, tokens
 from tests.path_patching import set_switches
 
@@ -366,3 +368,12 @@ def test_a_hook_before_the_unembedding_sees_all_positions() -> None:
     bridge.add_hook("unembed.hook_in", lambda x, hook: shapes.append(x.shape))
     t.testing.assert_close(model.sliced(CLEAN), plain, **CLOSE)
     assert shapes == [(3, 5, 32)]
+
+
+def test_hooks_of_transformer_lens_are_no_users_hooks() -> None:
+    """In OPT it wires parts of blocks by hooks that it adds as a user would."""
+    bridge = bridge_of(make("opt"))
+    assert any(module._forward_hooks for module in bridge.modules())
+    assert UserHooks(bridge).ids() == []
+    bridge.add_hook("blocks.0.mlp.in.hook_in", lambda x, hook: None)
+    assert len(UserHooks(bridge).ids()) == 1
