@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from auto_circuit.checks import check_device
 from auto_circuit.errors import ConfigError, ModelError
+from auto_circuit.model_utils.block_facts import check_is_decoder
 from auto_circuit.model_utils.loaded_bridge import LoadedBridge, as_loaded
 from auto_circuit.weights import has_values
 
@@ -310,7 +311,13 @@ def check_log_probs(
     """Raise ModelError if a bridge says something else than the model that it is made of."""
     weight = next(model.parameters())
     device = "cpu" if weight.is_meta else weight.device
-    found = probe_log_probs(model, model.cfg.d_vocab, device)
+    try:
+        found = probe_log_probs(model, model.cfg.d_vocab, device)
+    except Exception as error:  # each architecture has errors of its own
+        check_is_decoder(model)
+        raise ModelError(
+            f"TransformerLens's model of {what} cannot be run: {_first_line(error)}"
+        ) from error
     if found.shape != expected.shape:
         raise ModelError(
             f"TransformerLens's output for {what} has the shape {tuple(found.shape)}, the "

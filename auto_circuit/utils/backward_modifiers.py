@@ -244,6 +244,13 @@ def _freeze_norm_scale(stack: ExitStack, norm: NormalizationBridge) -> None:
     inner, hook = norm.original_component, _FrozenScale(norm)
     for module in (norm, inner) if inner is not None else (norm,):
         stack.callback(module.register_forward_hook(hook).remove)
+    last = norm.hook_in.register_forward_hook(hook.see)
+    stack.callback(last.remove)
+
+    def put_last(module: Module, args: Any) -> None:
+        norm.hook_in._forward_hooks.move_to_end(last.id)  # type: ignore[attr-defined]
+
+    stack.callback(norm.register_forward_pre_hook(put_last).remove)
     stack.enter_context(constant_scale(norm))
 
 
@@ -252,11 +259,18 @@ class _FrozenScale:
 
     def __init__(self, norm: NormalizationBridge) -> None:
         self.norm, self.is_checked = norm, False
+        self.inputs: list[Tensor] = []
+
+    def see(self, module: Module, args: Any, out: Tensor) -> None:
+        """What the norm reads after all other hooks: patches may enter there (BLOOM)."""
+        self.inputs[:] = [out]
 
     def __call__(self, module: Module, args: tuple[Tensor], out: Tensor) -> Tensor | None:
+        is_whole = module is self.norm and bool(self.inputs)
+        read = self.inputs.pop() if is_whole else args[0]
         if not t.is_grad_enabled():
             return None
-        x = args[0].to(t.promote_types(args[0].dtype, t.float32))
+        x = read.to(t.promote_types(read.dtype, t.float32))
         facts = norm_facts(self.norm)
         centred = facts.centre(x)
         normed = centred / facts.scale(centred).detach() * facts.gain()
