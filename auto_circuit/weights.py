@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Linear, Module
 
+from auto_circuit import devices
 from auto_circuit.errors import ModelError
 from auto_circuit.utils.torch_state import all_modules
 
@@ -116,7 +117,8 @@ class WeightFingerprint:
         groups: dict[tuple[t.device, t.dtype], list[Tensor]] = {}
         for weight in weights:
             if weight.layout == t.strided and weight.numel() and not weight.is_meta:
-                group = groups.setdefault((weight.device, weight.dtype), [])
+                place = devices.device_of(weight)
+                group = groups.setdefault((place, weight.dtype), [])
                 group.append(_sampled(weight, stride))
         with t.no_grad():
             self._samples = [(views, t.cat(views)) for views in groups.values()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch as t
@@ -219,6 +219,7 @@ class PatchPlan:
     blocks: the modules that the residual stream passes one after the other, if any.
     kept: which sources a pass keeps, if not all (see `kept_sources`).
     crossings: the attentions with crossing edges, if the graph has these.
+    devices: where each port of the model is, by its name, if not all are on one device.
     """
 
     matrix_groups: tuple[tuple[EdgeMatrix, ...], ...]
@@ -227,6 +228,7 @@ class PatchPlan:
     blocks: tuple[Module, ...] = ()
     kept: KeptSources | None = None
     crossings: tuple[CrossingPort, ...] = ()
+    devices: Mapping[str, t.device] = field(default_factory=dict)
 
     @property
     def n_srcs(self) -> int:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function, Variable
 
+from auto_circuit import devices
 from auto_circuit.engine.edge_matrices import DestPort, SrcPort, Written
 from auto_circuit.engine.kept_sources import KeptSources
 from auto_circuit.errors import GraphError
@@ -37,6 +38,8 @@ class ForwardPass:
         the differences will be made from.
     scratch: memory for the rows of one matrix of heads at a time.
     has_grad: is there anything in `grad_buffer` for the backward pass that is running?
+    elsewhere: on each other device of the model, a pass with buffers of its own. They hold
+        the same differences; the gradients of each are those that came to its device.
     residuals, head_outs: per port of heads, the residual stream that they read, and what
         their linear maps give until the model asks for it.
     """
@@ -54,6 +57,11 @@ class ForwardPass:
     head_outs: dict[DestPort, list[Float[Tensor, "batch seq _"]]] = field(
         default_factory=dict
     )
+    elsewhere: dict[t.device, ForwardPass] = field(default_factory=dict)
+
+    def on(self, device: t.device) -> ForwardPass:
+        """What is on a device; if the model is on one, all of it."""
+        return self.elsewhere.get(device, self)
 
     def tokens(self) -> Float[Tensor, "token slot d_model"]:
         """The differences, one row of slots per token."""
@@ -101,6 +109,15 @@ class ForwardPass:
             grad[:, first:stop].baddbmm_(weights, grads)
         self.has_grad = True
 
+    def grad_of(self, port: SrcPort) -> Float[Tensor, "token src d_model"]:
+        """The gradients of a port's sources."""
+        # A module of 4 heads that are the sources 9..12: slots 9..12 of each token,
+        # [token 4 d_model].
+        assert self.grad_buffer is not None
+        if self.kept is None:
+            return self.grad_buffer[:, port.srcs]
+        return self.kept.spread(port.srcs, self.grad_buffer)
+
     def enter_backward(self) -> None:
         """When the backward pass that is running ends, forget its gradients.
 
@@ -138,15 +155,12 @@ class _WriteSource(Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Written) -> tuple[Written | None, ...]:  # type: ignore[override]
         forward_pass, port = ctx.forward_pass, ctx.port
-        forward_pass.enter_backward()
-        if not forward_pass.has_grad:
-            return grad_out, None, None
-        # A module of 4 heads that are the sources 9..12: slots 9..12 of each token,
-        # [token 4 d_model].
-        of_slots, kept = forward_pass.grad_buffer, forward_pass.kept
-        of_srcs = (
-            of_slots[:, port.srcs] if kept is None else kept.spread(port.srcs, of_slots)
-        )
         (out,) = ctx.saved_tensors or (None,)
-        sent_back = port.grad_of_out(out, of_srcs)
-        return grad_out - sent_back.reshape(grad_out.shape), None, None
+        here, grad = devices.device_of(grad_out), grad_out
+        for part in (forward_pass, *forward_pass.elsewhere.values()):
+            part.enter_backward()
+            if part.has_grad:
+                of_srcs = devices.moved(part.grad_of(port), here)
+                sent_back = port.grad_of_out(out, of_srcs)
+                grad = grad - sent_back.reshape(grad_out.shape)
+        return grad, None, None

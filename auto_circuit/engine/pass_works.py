@@ -12,7 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch as t
+from jaxtyping import Bool
+from torch import Tensor
 
+from auto_circuit import devices
 from auto_circuit.engine.edge_matrices import DestPort, EdgeMatrix, PatchPlan
 from auto_circuit.engine.forward_pass import ForwardPass
 from auto_circuit.engine.matrix_work import Columns, MatrixWork, Weights
@@ -78,11 +81,11 @@ def dense_works(
 ) -> PassWorks:
     """All edges of all matrices, from the sources that the plan keeps; else all."""
     # One transfer for all the matrices: a GPU would stop at each.
-    is_used = t.stack([w.detach().any() for w in weights.values()]).tolist()
+    is_used = _together([w.detach().any() for w in weights.values()]).tolist()
     works = [
         MatrixWork(
             matrix,
-            forward_pass,
+            forward_pass.on(devices.device_of(w)),
             w,
             plan.slots_of(slice(matrix.lo, matrix.hi)),
             list(range(matrix.n_rows)),
@@ -95,6 +98,11 @@ def dense_works(
     return PassWorks(by_port(works), slots, frozenset(slots))
 
 
+def _together(flags: Sequence[Bool[Tensor, ""]]) -> Bool[Tensor, "flag"]:
+    home = devices.device_of(flags[0])
+    return t.stack([devices.moved(flag, home) for flag in flags])
+
+
 def sparse_works(
     weights: Mapping[EdgeMatrix, Weights],
     edges: Mapping[EdgeMatrix, UsedEdges],
@@ -103,7 +111,9 @@ def sparse_works(
 ) -> PassWorks:
     """The edges that do something, of sources that all have slots."""
     works = [
-        sparse_work(matrix, w, edges[matrix], slots, forward_pass)
+        sparse_work(
+            matrix, w, edges[matrix], slots, forward_pass.on(devices.device_of(w))
+        )
         for matrix, w in weights.items()
     ]
     patched_base = frozenset(
@@ -175,7 +185,9 @@ def used_edges(
         used = t.stack([w != 0, w != 1]).flatten(1, 2).any(1)
         flags += [used.any(1), used.any(2)]
     # One transfer for all the matrices: a GPU would stop at each.
-    parts = t.cat(flags, 1).cpu().split([flag.shape[1] for flag in flags], 1)
+    home = devices.device_of(flags[0])
+    here = [devices.moved(flag, home) for flag in flags]
+    parts = t.cat(here, 1).cpu().split([flag.shape[1] for flag in flags], 1)
     patched, unpatched = (
         {
             matrix: UsedEdges(

@@ -29,6 +29,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import Module
 
+from auto_circuit import devices
 from auto_circuit.engine.buffers import PassBuffers
 from auto_circuit.engine.crossings import AttentionPatches
 from auto_circuit.engine.edge_matrices import (
@@ -300,6 +301,9 @@ class PatchSession:
         ]
         batch, seq = last.diff.shape[:2]
         self.forward_pass = ForwardPass(last.diff, scratch=last.scratch)
+        for device, part in last.elsewhere.items():
+            again = ForwardPass(part.diff, scratch=part.scratch)
+            self.forward_pass.elsewhere[device] = again
         weights = self._matrix_weights(batch, seq, matrices)
         self._works = self._sparse_works(weights, self.forward_pass)
         self._set_attention(batch, seq)
@@ -325,7 +329,9 @@ class PatchSession:
         if not recorded and self.curr_src_outs is None:
             return
         with t.no_grad():
-            heads = self.plan.written(port, out)
+            heads = devices.moved(
+                self.plan.written(port, out), devices.device_of(self.patch)
+            )
         if self.curr_src_outs is not None:
             # What was made in inference mode can be changed in it alone.
             with t.inference_mode(self.curr_src_outs.is_inference()), t.no_grad():
@@ -336,12 +342,22 @@ class PatchSession:
         # sources, so if all four are recorded, their slots follow each other.
         if len(recorded) == len(all_srcs):
             first = works.slots[srcs.start]
-            of_port = diff[:, :, first : first + len(recorded)]
-            self._subtract(self.patch[srcs].movedim(0, 2), heads, of_port)
+            slots = slice(first, first + len(recorded))
+            self._subtract(self.patch[srcs].movedim(0, 2), heads, diff[:, :, slots])
+            self._copy_elsewhere(slots)
             return
         for i in recorded:
-            of_src = diff[:, :, works.slots[srcs.start + i]]
+            slot = works.slots[srcs.start + i]
+            of_src = diff[:, :, slot]
             self._subtract(self.patch[srcs.start + i], heads[:, :, i], of_src)
+            self._copy_elsewhere(slice(slot, slot + 1))
+
+    def _copy_elsewhere(self, slots: slice) -> None:
+        """Give some differences to the other devices of the model."""
+        here = self._current_pass()
+        for part in here.elsewhere.values():
+            assert part.diff is not None and here.diff is not None
+            part.diff[:, :, slots].copy_(here.diff[:, :, slots])
 
     def _slots_of(self, port: SrcPort) -> range:
         slots = self.plan.slots_of(port.srcs)
@@ -383,6 +399,11 @@ class PatchSession:
         weights = self._matrix_weights(batch, seq, list(self.plan.matrices))
         is_dense = t.is_grad_enabled() and (start.requires_grad or self.needs_grad())
         forward_pass = ForwardPass(is_dense=is_dense, kept=self.plan.kept)
+        home = devices.device_of(self.patch)
+        for device in dict.fromkeys(self.plan.devices.values()):
+            if device != home:
+                part = ForwardPass(is_dense=is_dense, kept=self.plan.kept)
+                forward_pass.elsewhere[device] = part
         if is_dense:
             self._check_no_backward_hooks()
             works = dense_works(weights, self.plan, forward_pass)
@@ -449,6 +470,8 @@ class PatchSession:
             forward_pass.diff = self._patch_as_diff(shape)
             forward_pass.holds_patches = forward_pass.diff is not None
         self.buffers.give(forward_pass, self.patch, shape)
+        for device, part in forward_pass.elsewhere.items():
+            part.diff = self.patch.new_empty(shape, device=device)
 
     def _patch_as_diff(
         self, shape: tuple[int, ...]
@@ -490,9 +513,14 @@ class PatchSession:
             wrapper: self._mask_at_tokens(wrapper, batch, seq) for wrapper in wrappers
         }
         weights = {matrix: stack_rows(matrix, masks) for matrix in matrices}
-        if self.plan.kept is None:
+        kept, places = self.plan.kept, self.plan.devices
+        if places:
+            weights = {
+                m: devices.moved(w, places[m.ports[0].name]) for m, w in weights.items()
+            }
+        if kept is None:
             return weights
-        return {m: self.plan.kept.columns(m.lo, m.hi, w) for m, w in weights.items()}
+        return {m: kept.columns(m.lo, m.hi, w) for m, w in weights.items()}
 
     def _mask_at_tokens(
         self, wrapper: PatchWrapperImpl, batch: int, seq: int
@@ -705,7 +733,8 @@ class PatchSession:
     def _patched_base(self, port: DestPort) -> Residual:
         """What the port reads when all of its edges are patched."""
         total = self._patch_sum(port.srcs.start, port.srcs.stop)
-        return total + self.constants[port.name]
+        constant = self.constants[port.name]
+        return devices.moved(total, devices.device_of(constant)) + constant
 
     def _patch_sum(self, lo: int, hi: int) -> Residual:
         if (lo, hi) not in self._patch_sums:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain, groupby
 from typing import Any
@@ -14,6 +15,7 @@ from ordered_set import OrderedSet
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from auto_circuit import devices
 from auto_circuit.checks import check_count, check_number, checked
 from auto_circuit.edge_sequence import EdgeSequence
 from auto_circuit.engine.edge_matrices import (
@@ -477,6 +479,7 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
     _check_weights_allow_gradients(model.wrapped_model)
     if not has_values(model.wrapped_model):
         return WeightFingerprint(model.wrapped_model)
+    _check_whole_blocks(plan.blocks)
     outs: dict[SrcPort, list[Tensor]] = {port: [] for port in plan.src_ports}
     reads: dict[DestPort, list[Tensor]] = {port: [] for port in plan.dest_ports}
     with ExitStack() as stack:
@@ -498,7 +501,9 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
                 _check_heads_read(port, reads[port][0], of_port)
     for src_port, fired in outs.items():
         _check_fired_once(src_port.wrapper.module_name, fired, model)
-    sources = t.cat([port.outputs(out).movedim(2, 0) for port, (out,) in outs.items()])
+    written = [port.outputs(out).movedim(2, 0) for port, (out,) in outs.items()]
+    home = devices.device_of(written[0])
+    sources = t.cat([devices.moved(of_port, home) for of_port in written])
     is_computed = any(port.site.transform is not None for port in plan.src_ports)
     eps = _norms_rounding(sources.dtype) if is_computed else t.finfo(sources.dtype).eps
     for port, fired in reads.items():
@@ -507,12 +512,34 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
             (read,) = fired
             if read.ndim == 2:  # of each token alone
                 read = read.unflatten(0, sources.shape[1:3])
-            model.constants[port.name] = _constant_at(port, read, sources, eps)
+            here = devices.moved(sources, devices.device_of(read))
+            model.constants[port.name] = _constant_at(port, read, here, eps)
+    places = {port.name: devices.device_of(fired[0]) for port, fired in reads.items()}
+    is_on_one = set(places.values()) == {home}
+    if plan.crossings and not is_on_one:
+        raise ModelError(
+            "Edges that lead through attention (`crossing=True`) need a model on one device; "
+            f"this one is on {' and '.join(sorted(map(str, {home, *places.values()})))}."
+        )
+    model.plan = replace(model.plan, devices={} if is_on_one else places)
     model.written = sources[0, 0, 0].clone()
     weights = WeightFingerprint(model.wrapped_model)
     # What hooks add to the residual stream looks like biases, but they may be removed.
     model.weights = None if model.user_hooks.ids() else weights
     return weights
+
+
+def _check_whole_blocks(blocks: Sequence[Module]) -> None:
+    """Raise ModelError for a block whose weights are on several devices."""
+    for idx, block in enumerate(blocks):
+        weights = [weight for weight in block.parameters() if not weight.is_meta]
+        found = sorted({str(devices.device_of(weight)) for weight in weights})
+        if len(found) > 1:
+            raise ModelError(
+                f"The block {idx} of this model is split over {' and '.join(found)}. What "
+                "its heads and MLP read and write must be on one device: load the model "
+                "with a device map of whole blocks."
+            )
 
 
 @contextmanager
