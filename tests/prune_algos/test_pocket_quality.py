@@ -23,6 +23,7 @@ from auto_circuit.prune_algos.edge_pruning import train_edge_pruning
 from auto_circuit.prune_algos.exact_edge_patching import edge_effects
 from auto_circuit.prune_algos.prune_algos import find_prune_algo
 from auto_circuit.prune_algos.subnetwork_probing import subnetwork_probing_prune_scores
+from auto_circuit.ranking import flat_prune_scores
 from auto_circuit.tasks import (
     POCKET_IOI_TASK,
     POCKET_TASKS,
@@ -147,6 +148,22 @@ GRADIENT_METHODS: dict[str, Callable[..., PruneScores]] = {
 }
 
 
+def places_in_flat_scores(model: PatchableModel) -> t.Tensor:
+    """Where the score of each of `model.edges` is in `flat_prune_scores`.
+
+    To ask each edge for it takes seconds, for each of many algorithms.
+    """
+    scores = model.new_prune_scores()
+    places = t.arange(model.n_edges).split([one.numel() for one in scores.values()])
+    numbered = {
+        name: of_module.reshape(like.shape)
+        for (name, like), of_module in zip(scores.items(), places, strict=True)
+    }
+    found = t.stack([edge.prune_score(numbered) for edge in model.edges])
+    assert t.equal(flat_prune_scores(numbered)[found], found)
+    return found
+
+
 # They pick the edges whose exact effects are compared, besides the sample.
 FINDERS = tuple(GRADIENT_METHODS)[:6]
 N_SAMPLED = 400
@@ -186,14 +203,11 @@ def test_integrated_gradients_are_nearer_to_the_exact_effects(task: Task) -> Non
     """
     one_batch = replace(task, batch_count=(1, 1))
     edges = list(one_batch.model.edges)
+    places = places_in_flat_scores(one_batch.model)
     estimates = {
-        name: t.stack(
-            [
-                edge.prune_score(scores)
-                for scores in [func(one_batch.model, one_batch.train_loader, None)]
-                for edge in edges
-            ]
-        )
+        name: flat_prune_scores(func(one_batch.model, one_batch.train_loader, None))[
+            places
+        ]
         for name, func in GRADIENT_METHODS.items()
     }
     # All, or a random sample, and those that any method takes to be the largest.
