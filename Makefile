@@ -62,7 +62,7 @@ explorer:  ## build the explorer's JavaScript from its source (needs Node)
 pocket-autoencoders: $(VENV)/.stamp-run  ## train the autoencoders that the package carries
 	$(BIN)/python scripts/train_pocket_autoencoders.py $(ARGS)
 
-POCKET_MODELS := gpt2 llama
+POCKET_MODELS := gpt2 llama gemma2
 pocket-model: $(VENV)/.stamp-run  ## train the small models that the package carries
 	@set -e; for model in $(POCKET_MODELS); do \
 	  echo "$$model"; $(BIN)/python scripts/train_pocket_model.py $$model $(ARGS); \

@@ -475,6 +475,8 @@ POCKET_TASKS: tuple[Task, ...] = (
 
 POCKET_LLAMA_MODEL = Path(__file__).parent / "pocket_llama"
 """A small Llama: grouped-query attention, RMS norm, a gated MLP, rotary positions."""
+POCKET_GEMMA_MODEL = Path(__file__).parent / "pocket_gemma"
+"""A small Gemma 2: the same with norms after attention and MLP too, and soft caps."""
 
 
 def _on_another_pocket_model(
@@ -507,6 +509,12 @@ POCKET_LLAMA_TASKS = _on_another_pocket_model(
     "Llama",
     POCKET_LLAMA_MODEL,
     {"IOI": 3, "IOI Tokens": 3, "Greaterthan": 4, "Docstring": 2, "Induction": 3},
+)
+
+POCKET_GEMMA_TASKS = _on_another_pocket_model(
+    "Gemma",
+    POCKET_GEMMA_MODEL,
+    {"IOI": 3, "IOI Tokens": 3, "Greaterthan": 3, "Docstring": 2, "Induction": 3},
 )
 
 POCKET_AUTOENCODERS = Path(__file__).parent / "pocket_autoencoders"
@@ -684,6 +692,7 @@ TASKS: tuple[Task, ...] = (
     *POCKET_TASKS,
     POCKET_IOI_FEATURES_TASK,
     *POCKET_LLAMA_TASKS,
+    *POCKET_GEMMA_TASKS,
     *TRACR_TASKS,
     SPORTS_PLAYERS_TOKEN_CIRCUIT_TASK,
     SPORTS_PLAYERS_COMPONENT_CIRCUIT_TASK,

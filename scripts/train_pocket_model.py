@@ -102,7 +102,7 @@ MODELS = {
         n_heads=8,
     ),
     "llama": TrainConfig("llama", REPO / "auto_circuit" / "pocket_llama"),
-    "gemma2": TrainConfig("gemma2", REPO / "auto_circuit" / "pocket_gemma"),
+    "gemma2": TrainConfig("gemma2", REPO / "auto_circuit" / "pocket_gemma", seed=1),
 }
 
 

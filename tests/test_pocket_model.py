@@ -29,6 +29,8 @@ from auto_circuit.metrics.prune_metrics.prune_metrics import (
 from auto_circuit.prune_algos.exact_edge_patching import edge_effects
 from auto_circuit.tasks import (
     POCKET_DOCSTRING_TASK,
+    POCKET_GEMMA_MODEL,
+    POCKET_GEMMA_TASKS,
     POCKET_GREATERTHAN_TASK,
     POCKET_IOI_TASK,
     POCKET_IOI_TOKEN_TASK,
@@ -44,8 +46,8 @@ from auto_circuit.utils.tensor_ops import batch_avg_answer_diff, indices_vals
 
 REPO = Path(__file__).parents[1]
 N_PROMPTS = 250
-OTHER_MODELS = {"llama": POCKET_LLAMA_MODEL}
-OTHER_TASKS = POCKET_LLAMA_TASKS
+OTHER_MODELS = {"llama": POCKET_LLAMA_MODEL, "gemma2": POCKET_GEMMA_MODEL}
+OTHER_TASKS = (*POCKET_LLAMA_TASKS, *POCKET_GEMMA_TASKS)
 INDUCTION_TASKS = [task for task in OTHER_TASKS if task.key.endswith("Induction")]
 pocket_model = cache(load_tl_model)
 by_key = partial(pytest.mark.parametrize, "task", ids=lambda task: task.key)
