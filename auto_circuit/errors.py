@@ -31,6 +31,10 @@ class ConfigError(AutoCircuitError, ValueError):
     """An argument or a configuration field has a value that makes no sense."""
 
 
+class MemoryLimitError(ConfigError, MemoryError):
+    """A limit is below what the smallest piece of the work takes; the text says how much."""
+
+
 class UnknownNameError(ConfigError, KeyError):
     """Nothing has this name; the text says what there is."""
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import torch as t
+from torch import Tensor
 
 from auto_circuit.checks import checked
 from auto_circuit.circuits import Circuit, circuit_of_scores
-from auto_circuit.data import PromptDataLoader
+from auto_circuit.data import PromptDataLoader, PromptPairBatch
+from auto_circuit.memory import Limit
 from auto_circuit.prompt_encoding import OTHER_SIDE, Side
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.ranking import desc_prune_scores
@@ -19,11 +23,12 @@ from auto_circuit.types import (
     PruneScores,
 )
 from auto_circuit.utils.ablation_activations import (
+    SrcOuts,
     ablation_side,
-    iter_src_ablations,
 )
 from auto_circuit.utils.custom_tqdm import tqdm
 from auto_circuit.utils.graph_utils import patch_mode, preserved_masks
+from auto_circuit.utils.limited_passes import Passes, each_batch
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state
 
@@ -41,6 +46,7 @@ def run_circuits(
     render_graph: bool = False,
     render_score_threshold: bool | int | float = 0.0,
     render_file_path: Path | str | None = None,
+    memory_limit: Limit = None,
 ) -> CircuitOutputs:
     """The model's output with only a circuit's edges intact, for several circuit sizes.
 
@@ -63,6 +69,9 @@ def run_circuits(
         (`draw_seq_graph`, in a notebook or the browser). render_score_threshold,
         render_file_path: its `score_threshold` (the scores are 1) and `file_path`.
 
+    memory_limit: the most that the passes may take beside the model, without the outputs:
+        bytes, or a share of what is free (see `MemoryLimit`).
+
     No edge is in a circuit of size 0, also if scores are infinite.
     """
     prune_scores = model.check_scores(prune_scores)
@@ -71,14 +80,30 @@ def run_circuits(
     input_side: Side = "clean" if clean_input else "corrupt"
     patch_side = ablation_side(ablation_type, OTHER_SIDE[input_side])
     outputs: CircuitOutputs = {n_edges: {} for n_edges in patched}
-    batches = iter_src_ablations(model, dataloader, ablation_type, patch_side)
-    with preserved_masks(model):
-        for batch, patch_src_outs in tqdm(batches, total=len(dataloader), leave=False):
-            tokens, kwargs = batch.model_input(input_side)
-            with patch_mode(model, patch_src_outs):
-                for n_edges, edges in patched.items():
-                    set_masks(model, edges)
-                    outputs[n_edges][batch.key] = model.sliced(tokens, **kwargs).clone()
+
+    def run(
+        batch: PromptPairBatch, patch_src_outs: SrcOuts
+    ) -> Iterator[tuple[int, Tensor]]:
+        tokens, kwargs = batch.model_input(input_side)
+        with patch_mode(model, patch_src_outs):
+            for n_edges, edges in patched.items():
+                set_masks(model, edges)
+                yield n_edges, model.sliced(tokens, **kwargs).clone()
+
+    def keep_outputs(batch: PromptPairBatch, patch_src_outs: SrcOuts) -> None:
+        for n_edges, out in run(batch, patch_src_outs):
+            # Under a limit a batch may come in parts.
+            before = outputs[n_edges].get(batch.key)
+            outputs[n_edges][batch.key] = out if before is None else t.cat([before, out])
+        progress.update()
+
+    def try_out(batch: PromptPairBatch, patch_src_outs: SrcOuts) -> None:
+        for _ in run(batch, patch_src_outs):
+            pass
+
+    with preserved_masks(model), tqdm(total=len(dataloader), leave=False) as progress:
+        passes = Passes(keep_outputs, try_out)
+        each_batch(model, dataloader, (ablation_type, patch_side), passes, memory_limit)
     if render_graph and len(test_edge_counts):
         # Imported when asked for: a driver of figures in a lower layer.
         from auto_circuit.visualize import draw_seq_graph

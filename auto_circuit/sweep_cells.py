@@ -51,7 +51,7 @@ SCORES, MEASUREMENTS, EXAMPLES = "scores", "measurements", "examples"
 """Kinds of cells."""
 
 NOT_OF_RESULTS = (
-    *("key", "name", "device", "seed"),
+    *("key", "name", "device", "seed", "memory_limit"),
     *("_model_def", "_dataset_name", "autoencoders"),
 )
 """Fields of a Task that change no number, or that are described by what they stand for."""

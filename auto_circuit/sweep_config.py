@@ -34,6 +34,7 @@ from auto_circuit.errors import (
     near_matches,
 )
 from auto_circuit.files import checked_file_name, parse_json
+from auto_circuit.memory import MemoryLimit
 from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prune_metrics import (
     PruneMetric,
@@ -106,6 +107,12 @@ class ExperimentConfig(Choices, NamesResults):
     model: str | None = field(default=None, metadata=ONLY_IF_GIVEN)
     """The model of tasks that are prompt files: a Hugging Face hub name or a local folder.
     None: the small one that comes with the package."""
+    memory_limit: int | float | None = field(default=None, metadata=ONLY_IF_GIVEN)
+    """The most memory that work on a model may take beside it: bytes (a whole number), or a
+    share of what is free (0.5). Scores are the same, but for rounding."""
+    checkpoint: bool = field(default=False, metadata=ONLY_IF_GIVEN)
+    """With `memory_limit`: run blocks again in backward passes, instead of keeping their
+    activations?"""
     out: str | Path = "results"
     """The folder that holds the result folders, and all that was ever computed for them; or an
     address that fsspec knows, such as s3://bucket/results."""
@@ -263,12 +270,28 @@ def _task(key: TaskKey, config: ExperimentConfig) -> Task:
     ungroup = task.ungroup or config.ungroup
     keep_positions = task.keep_positions or config.keep_positions
     task = replace(
-        task, device=config.device, ungroup=ungroup, keep_positions=keep_positions
+        task,
+        device=config.device,
+        ungroup=ungroup,
+        keep_positions=keep_positions,
+        memory_limit=_limit(config) or task.memory_limit,
     )
     return chosen_task(task, config)
 
 
+def _limit(config: ExperimentConfig) -> MemoryLimit | None:
+    if config.memory_limit is not None:
+        return MemoryLimit(config.memory_limit, config.checkpoint)
+    if config.checkpoint:
+        raise ConfigError(
+            "`checkpoint` goes with a `memory_limit`, and there is none. Give one: 0.8 is 80 % "
+            "of what is free."
+        )
+    return None
+
+
 def _check_numbers(config: ExperimentConfig) -> None:
+    _limit(config)
     check_member("ablation", config.ablation, AblationType)
     check_member("patch_type", config.patch_type, PatchType)
     check_member("edge_counts", config.edge_counts, EdgeCounts)

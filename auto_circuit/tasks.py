@@ -23,6 +23,7 @@ from auto_circuit.data import (
 from auto_circuit.errors import ConfigError, DataError, near_matches
 from auto_circuit.files import repo_path_to_abs_path
 from auto_circuit.fingerprints import FOR_READERS
+from auto_circuit.memory import Limit, as_limit
 from auto_circuit.metrics.official_circuits.circuits.docstring_official import (
     docstring_node_based_official_edges,
     docstring_true_edges,
@@ -89,6 +90,7 @@ class Task:
         model's own `to_tokens` does (`cfg.default_prepend_bos`).
     depth: how many heads and MLPs in a row the behaviour needs, if that was measured
         (`path_depth` of `auto_circuit.metrics.path_lengths`). For readers: nothing uses it.
+    memory_limit: the most that work on the model may take beside it; see `MemoryLimit`.
 
     A subclass may define `init_task` and set there, as in auto-circuit, `self._model`,
     `self._train_loader`, `self._test_loader` and `self._true_edges`; it runs on first use.
@@ -120,6 +122,7 @@ class Task:
     prepend_bos: bool | None = None
     depth: int | None = field(default=None, metadata=FOR_READERS)
     autoencoders: str | Path | None = None
+    memory_limit: Limit = None
 
     def init_task(self) -> None:
         """Load the model, the prompts and the true edges now, not on first use."""
@@ -142,7 +145,7 @@ class Task:
     @cached_property
     def _model(self) -> PatchableModel:
         train_loader, test_loader = self._train_loader, self._test_loader
-        return patchable_model(
+        model = patchable_model(
             self._graph_model,
             factorized=self.factorized,
             slice_output=self.slice_output,
@@ -152,6 +155,8 @@ class Task:
             keep_positions=self.keep_positions,
             kv_caches=(train_loader.kv_cache, test_loader.kv_cache),
         )
+        model.memory_limit = as_limit(self.memory_limit)
+        return model
 
     @property
     def train_loader(self) -> PromptDataLoader:

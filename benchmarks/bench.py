@@ -12,7 +12,8 @@ GPT-2-small shape with random weights, 8 prompts of 15 tokens. Three columns sid
 All three take turns, so that a noisy machine slows them alike; a ratio is that of the
 shortest times. Memory is the peak above the loaded model, each in a process of its own. A
 row per algorithm compares it with the passes that its formula needs: `F` forward passes,
-`Bk` backward passes. `make bench` runs this.
+`Bk` backward passes. The main rows again for small models of other shapes, and what a
+`memory_limit` of a quarter makes of their memory and time. `make bench` runs this.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -38,9 +39,20 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_from_module,
 )
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from auto_circuit.data import PromptDataLoader, PromptDataset
+from auto_circuit.memory import PeakMemory
 from auto_circuit.prune import run_circuits, set_masks
 from auto_circuit.prune_algos.ACDC import removed_edges
 from auto_circuit.prune_algos.acdc_after_eap import acdc_after_eap_prune_scores
@@ -80,6 +92,41 @@ Run = Callable[[], object]
 ONE_PERCENT, N_SIZES, N_POINTS, N_STEPS, N_EDGES = 0.01, 5, 5, 5, 60
 N_WARM_UPS = 3
 Row = dict[str, str | float | None]
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "hidden_size": 512,
+    "vocab_size": 50257,
+    "max_position_embeddings": 512,
+}
+
+
+def _mixtral() -> PreTrainedModel:
+    sizes: dict[str, Any] = SMALL | {"intermediate_size": 1024}
+    config = MixtralConfig(**sizes, num_local_experts=4, sliding_window=None)
+    config._experts_implementation = "eager"
+    return MixtralForCausalLM(config)
+
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "GPT-2 small": lambda: GPT2LMHeadModel(GPT2Config()),
+    "Llama-shaped": lambda: LlamaForCausalLM(
+        LlamaConfig(**SMALL, intermediate_size=1408)
+    ),
+    "Gemma-2-shaped": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SMALL, intermediate_size=1408, head_dim=64)
+    ),
+    "MoE": _mixtral,
+}
+"""Shape -> a model of random weights."""
+BUDGETS = {
+    "dense patched forward": 1.6,
+    "1 % circuit, forward": 1.35,
+    "mask-training step": 1.9,
+    "EAP scores": 1.35,
+}
+"""The rows of small models, and what the design allows them."""
 COLUMNS = {
     "Settled": ("settled_seconds", ".3f"),
     "First": ("first_seconds", ".3f"),
@@ -131,13 +178,14 @@ class Case:
 class Bench:
     """The model, the prompts, and the cases."""
 
-    def __init__(self, config: BenchConfig) -> None:
+    def __init__(self, config: BenchConfig, model: str = "GPT-2 small") -> None:
         t.set_num_threads(config.n_threads)
         t.manual_seed(0)
         # Two models: a bridge takes the one that it is built from to pieces.
-        self.hf_model = GPT2LMHeadModel(GPT2Config()).eval().requires_grad_(False)
+        self.hf_model = MODELS[model]().eval().requires_grad_(False)
+        wrapped = MODELS[model]()
         bridge = build_bridge_from_module(
-            GPT2LMHeadModel(GPT2Config()), "GPT2LMHeadModel", hf_config=GPT2Config()
+            wrapped, type(wrapped).__name__, hf_config=wrapped.config
         )
         self.model: PatchableModel = patchable_model(
             bridge.eval().requires_grad_(False), True, "last_seq", separate_qkv=True
@@ -169,7 +217,7 @@ class Bench:
 
     def forward_backward(self) -> None:
         """The gradient flows down to the embeddings, as it does to the first masks."""
-        embedded = self.hf_model.transformer.wte(self.clean).requires_grad_()
+        embedded = self.hf_model.get_input_embeddings()(self.clean).requires_grad_()
         output = self.hf_model(inputs_embeds=embedded, logits_to_keep=1)
         _logit_diff(output.logits[:, -1]).backward()
 
@@ -289,6 +337,14 @@ class Bench:
             ),
             Case("EAP scores", self.eap, self.passes(1, 1), 1.05),
             Case("run_circuits, 5 sizes", self.circuits, self.passes(1 + N_SIZES)),
+        ]
+
+    def budgeted(self, model: str) -> list[Case]:
+        """The main rows of a small model."""
+        return [
+            replace(case, name=f"{model}: {case.name}", aim=BUDGETS[case.name])
+            for case in self.cases()
+            if case.name in BUDGETS
         ]
 
     def algorithms(self) -> list[Case]:
@@ -449,13 +505,20 @@ def main(config: BenchConfig) -> None:  # noqa: D103
     for row in rows:
         row["peak_mb"] = _measure_memory(str(row["name"]))
     rows += [_measure(bench, case, config.rounds) for case in algorithms]
+    limited = [_limited(bench, "GPT-2 small")]
+    for model in list(MODELS)[1:]:
+        small = Bench(config, model)
+        rows += [_measure(small, case, config.rounds) for case in small.budgeted(model)]
+        limited.append(_limited(small, model))
     n_srcs = bench.model.plan.n_srcs
     buffer_mb = n_srcs * config.batch_size * config.seq_len * 768 * 4 / 1e6
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(
-        json.dumps({"buffer_mb": buffer_mb, "cases": rows}, indent=2) + "\n"
+        json.dumps({"buffer_mb": buffer_mb, "cases": rows, "limited": limited}, indent=2)
+        + "\n"
     )
     _print(rows, buffer_mb, config)
+    _print_limited(limited)
 
 
 def _measure(bench: Bench, case: Case, rounds: int) -> Row:
@@ -478,6 +541,38 @@ def _measure(bench: Bench, case: Case, rounds: int) -> Row:
             if which != "plain"
         },
     }
+
+
+def _limited(bench: Bench, model: str) -> Row:
+    """EAP in a quarter of the memory that it takes."""
+    func, loader = edge_attribution_patching_prune_scores, bench.loader
+    runs: dict[str, Run] = {"": lambda: func(bench.model, loader, None)}
+    whole = _tensor_peak(bench.model, runs[""])
+    runs["limited_"] = lambda: func(bench.model, loader, None, memory_limit=whole // 4)
+    row: Row = {"name": model, "limit_mb": whole / 4e6}
+    for which, run in runs.items():
+        row[f"{which}peak_mb"] = _tensor_peak(bench.model, run) / 1e6
+        row[f"{which}seconds"] = bench.seconds(lambda run=run: run() and None)
+    return row
+
+
+def _tensor_peak(model: PatchableModel, run: Run) -> int:
+    model.free_buffers()
+    with PeakMemory() as peak:
+        run()
+    model.free_buffers()
+    return peak.n_bytes
+
+
+def _print_limited(rows: list[Row]) -> None:
+    table = Table(title="EAP in a quarter of its memory (MB of tensors beside the model)")
+    table.add_column("Model")
+    for title in ("Peak", "Limit", "Peak in it", "Seconds", "Seconds in it"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        keys = ("peak_mb", "limit_mb", "limited_peak_mb", "seconds", "limited_seconds")
+        table.add_row(str(row["name"]), *(f"{row[key]:.3g}" for key in keys))
+    Console(width=max(100, Console().width)).print(table)
 
 
 def _measure_memory(name: str) -> int:

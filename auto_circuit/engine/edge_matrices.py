@@ -220,6 +220,7 @@ class PatchPlan:
     kept: which sources a pass keeps, if not all (see `kept_sources`).
     crossings: the attentions with crossing edges, if the graph has these.
     devices: where each port of the model is, by its name, if not all are on one device.
+    recomputes: do blocks run again in the backward pass, instead of keeping activations?
     """
 
     matrix_groups: tuple[tuple[EdgeMatrix, ...], ...]
@@ -229,6 +230,7 @@ class PatchPlan:
     kept: KeptSources | None = None
     crossings: tuple[CrossingPort, ...] = ()
     devices: Mapping[str, t.device] = field(default_factory=dict)
+    recomputes: bool = False
 
     @property
     def n_srcs(self) -> int:

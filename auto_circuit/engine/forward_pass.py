@@ -34,6 +34,7 @@ class ForwardPass:
     diff: the differences; grad_buffer: their gradients.
     is_dense: gradients may flow. All sources are recorded then, source `i` in slot `i`.
     kept: the sources that have slots, if not all.
+    is_repeated: does a block run again now, for the backward pass?
     holds_patches: in the slots of `diff` that are not written yet are the patches that
         the differences will be made from.
     scratch: memory for the rows of one matrix of heads at a time.
@@ -52,6 +53,7 @@ class ForwardPass:
     has_grad: bool = False
     awaits_backward: bool = False
     kept: KeptSources | None = None
+    is_repeated: bool = False
     backward_id: int | None = None
     residuals: dict[DestPort, Residual] = field(default_factory=dict)
     head_outs: dict[DestPort, list[Float[Tensor, "batch seq _"]]] = field(

@@ -106,7 +106,8 @@ class MatrixWork:
         to: memory for them.
         x takes part as one more source, whose weight is 1 for heads.
         """
-        with self._x_in_its_slot(x, keeps=self.forward_pass.holds_patches):
+        later = self.forward_pass.holds_patches or self.forward_pass.is_repeated
+        with self._x_in_its_slot(x, keeps=later):
             return self._multiply(*self._with_x(), to)
 
     def add_inputs(

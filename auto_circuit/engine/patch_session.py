@@ -59,6 +59,7 @@ from auto_circuit.engine.pass_works import (
     used_srcs,
 )
 from auto_circuit.engine.patch_wrapper import MaskWeights, PatchWrapperImpl
+from auto_circuit.engine.recomputation import flagged, kept_as_they_are, run_twice
 from auto_circuit.engine.token_masks import TokenMasks
 from auto_circuit.errors import GraphError
 from auto_circuit.modules import replaced_forward
@@ -177,6 +178,10 @@ class PatchSession:
         for port in self.plan.dest_ports:
             if port.additive:
                 self._hook(port.module, partial(self._read, port))
+        if self.plan.recomputes:
+            for block in self.plan.blocks:
+                forward = partial(self._recomputed, block.forward)
+                self._exit.enter_context(replaced_forward(block, forward))
         if self.keeps_layers:
             for idx, block in enumerate(self.plan.blocks):
                 self._hook(block, partial(self._keep, idx))
@@ -228,6 +233,30 @@ class PatchSession:
             if src_port.site.is_computed:
                 name = f"what {src_port.wrapper.module_name} follows from"
                 check_no_backward_hooks([Bypassed(name, src_port.site.module)])
+
+    # ------------------------------------------------------------------ running again
+
+    def _recomputed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A block that keeps nothing but its inputs."""
+        of_block: ForwardPass | None = None
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            nonlocal of_block
+            output = forward(*args, **kwargs)
+            of_block = self.forward_pass  # the first block is where it begins
+            return output
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            if of_block is None or of_block is not self.forward_pass:
+                raise GraphError(
+                    "`backward` came after another forward pass, or after `patch_mode` was "
+                    "left, but the blocks run again in it (`checkpoint=True`). Call it "
+                    "inside of the context, before the next pass."
+                )
+            with flagged(of_block, "is_repeated"):
+                return forward(*args, **kwargs)
+
+        return run_twice(first, again, args, kwargs)
 
     # ------------------------------------------------------------------ starting late
 
@@ -311,10 +340,12 @@ class PatchSession:
     # ------------------------------------------------------------------ sources
 
     def _write(self, port: SrcPort, out: Written) -> Written | None:
-        if port is self.plan.src_ports[0]:
+        is_repeated = self.forward_pass is not None and self.forward_pass.is_repeated
+        if port is self.plan.src_ports[0] and not is_repeated:
             self._begin(out)
         forward_pass = self._current_pass()
-        self._record(port, out.detach())
+        if not is_repeated:
+            self._record(port, out.detach())
         if _needs_grad(forward_pass, out) and not self.differences:
             if not self._slots_of(port):
                 return None
@@ -396,7 +427,9 @@ class PatchSession:
         self._check_may_begin((self.plan.n_slots, batch, seq, d_model))
         self._forget_what_is_stale()
         self._meet_users_hooks()
-        weights = self._matrix_weights(batch, seq, list(self.plan.matrices))
+        # A pass that begins inside a block is not all the block's.
+        with kept_as_they_are():
+            weights = self._matrix_weights(batch, seq, list(self.plan.matrices))
         is_dense = t.is_grad_enabled() and (start.requires_grad or self.needs_grad())
         forward_pass = ForwardPass(is_dense=is_dense, kept=self.plan.kept)
         home = devices.device_of(self.patch)

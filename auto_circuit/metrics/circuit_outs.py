@@ -18,10 +18,14 @@ from auto_circuit.metrics.prune_metrics.prune_metric import PruneMetric
 from auto_circuit.prune import set_masks
 from auto_circuit.types import AblationType
 from auto_circuit.utils.ablation_activations import (
+    SrcOuts,
+    ablated_parts,
     ablation_side,
     iter_src_ablations,
+    loaded_batches,
 )
 from auto_circuit.utils.graph_utils import patch_mode, preserved_masks
+from auto_circuit.utils.limited_passes import prompts_at_once
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state, own_state
 
@@ -44,6 +48,18 @@ def iter_circuit_outs(
     """
     checked_circuits = [as_circuit(model, circuit) for circuit in circuits]
     side = ablation_side(ablation_type, "corrupt")
+
+    def try_out(batch: PromptPairBatch, patch_src_outs: SrcOuts) -> None:
+        for circuit in checked_circuits:
+            _outs(model, batch, patch_src_outs, [circuit])
+
+    n_at_once = prompts_at_once(model, dataloader, (ablation_type, side), try_out)
+    if n_at_once is not None:
+        parts = ablated_parts(
+            model, lambda: loaded_batches(dataloader), (ablation_type, side), n_at_once
+        )
+        yield from _outs_of_parts(model, dataloader, parts, checked_circuits)
+        return
     for batch, patch_src_outs in iter_src_ablations(
         model, dataloader, ablation_type, side
     ):
@@ -52,6 +68,24 @@ def iter_circuit_outs(
             outs = _outs(model, batch, patch_src_outs, chunk)
             for idx, out in enumerate(outs, start=start):
                 yield batch, idx, out
+
+
+def _outs_of_parts(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    parts: Iterator[tuple[PromptPairBatch, SrcOuts]],
+    circuits: Sequence[Circuit],
+) -> Iterator[tuple[PromptPairBatch, int, Float[Tensor, "batch *pos vocab"]]]:
+    """The same from parts of batches, which come in order."""
+    for batch in loaded_batches(dataloader):
+        of_parts: list[list[Tensor]] = []
+        n_missing = len(batch.clean)
+        while n_missing > 0:
+            part, patch_src_outs = next(parts)
+            of_parts.append(_outs(model, part, patch_src_outs, circuits))
+            n_missing -= len(part.clean)
+        for idx, outs in enumerate(zip(*of_parts, strict=True)):
+            yield batch, idx, t.cat(outs)
 
 
 def _outs(

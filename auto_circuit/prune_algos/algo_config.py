@@ -57,10 +57,16 @@ class AlgoConfig:
     def description(self) -> dict[str, Any]:
         """Plain data (as of JSON), the same in every process: the class, and each field.
 
+        Those that change no result, such as a memory limit, are left out.
         Scores are described by their SHA-256, edges by their names, an
         algorithm by its key and its own config.
         """
-        plain = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        left_out = _without_effect(self)
+        plain = {
+            field.name: _plain(getattr(self, field.name))
+            for field in fields(self)
+            if field.name not in left_out
+        }
         return {"config": type(self).__name__, **plain}
 
     def __eq__(self, other: object) -> bool:
@@ -72,6 +78,11 @@ class AlgoConfig:
     def __str__(self) -> str:
         """The description as one line of JSON."""
         return json.dumps(self.description())
+
+
+def _without_effect(config: AlgoConfig | type[AlgoConfig]) -> list[str]:
+    """The options that change no result."""
+    return [field.name for field in fields(config) if "for_readers" in field.metadata]
 
 
 def _plain(value: Any) -> Any:
@@ -169,14 +180,21 @@ def _with_options(
     options = [
         Parameter(
             name,
-            Parameter.POSITIONAL_OR_KEYWORD,
+            # Published functions have options as positions: new ones go by name.
+            (
+                Parameter.KEYWORD_ONLY
+                if name in _without_effect(config_type)
+                else Parameter.POSITIONAL_OR_KEYWORD
+            ),
             default=Parameter.empty if default is MISSING else default,
             annotation=hints.get(name, Parameter.empty),
         )
         for name, default in config_type.option_defaults().items()
     ]
     config = Parameter("config", Parameter.KEYWORD_ONLY, default=None)
-    parameters = [*before, *options, *after, config]
+    by_position = [o for o in options if o.kind != Parameter.KEYWORD_ONLY]
+    by_name = [o for o in options if o.kind == Parameter.KEYWORD_ONLY]
+    parameters = [*before, *by_position, *after, *by_name, config]
     return [option.name for option in options], own.replace(parameters=parameters)
 
 
@@ -184,7 +202,14 @@ def bound(
     function: Callable[..., PruneScores], config: AlgoConfig
 ) -> partial[PruneScores]:
     """The function with a config's options, each of which a caller may still change."""
-    return partial(function, **config.options())
+    options = config.options()
+    # What an algorithm's results are called by says nothing of what does not change them.
+    given = {
+        name: value
+        for name, value in options.items()
+        if value is not None or name not in _without_effect(config)
+    }
+    return partial(function, **given)
 
 
 def config_of(function: Callable[..., PruneScores]) -> AlgoConfig | None:

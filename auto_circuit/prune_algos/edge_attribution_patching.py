@@ -9,10 +9,12 @@ Cost per batch: two forward passes, one of them to record, and one backward pass
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
+from auto_circuit.fingerprints import FOR_READERS
+from auto_circuit.memory import Limit
 from auto_circuit.prune_algos.algo_config import AlgoConfig, bound, takes_options
 from auto_circuit.prune_algos.mask_gradient import (
     EAP_NOTES,
@@ -28,15 +30,23 @@ from auto_circuit.utils.patchable_model import PatchableModel
 @checked
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EdgeAttributionPatchingConfig(AlgoConfig):
-    """answer_diff: of right and wrong answers' logits; False: the answers' logits alone."""
+    """answer_diff: of right and wrong answers' logits; False: the answers' logits alone.
+
+    memory_limit: see `AnswerConfig`.
+    """
 
     answer_diff: bool = True
+    memory_limit: Limit = field(default=None, metadata=FOR_READERS)
 
     @property
     def gradient(self) -> MaskGradientConfig:
         """Which mask gradient it is."""
         answer_function = "avg_diff" if self.answer_diff else "avg_val"
-        return MaskGradientConfig(answer_function=answer_function, mask_val=0.0)
+        return MaskGradientConfig(
+            answer_function=answer_function,
+            mask_val=0.0,
+            memory_limit=self.memory_limit,
+        )
 
 
 @takes_options(EdgeAttributionPatchingConfig)

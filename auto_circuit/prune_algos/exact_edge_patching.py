@@ -5,11 +5,11 @@ Cost: per batch, about a third of a forward pass (F) for each edge, and 3 F.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from auto_circuit.checks import check_count, checked
-from auto_circuit.data import PromptDataLoader
+from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.prune_algos.algo_config import bound, takes_options
 from auto_circuit.prune_algos.mask_training import TrainingBatch
 from auto_circuit.prune_algos.objectives import (
@@ -21,10 +21,11 @@ from auto_circuit.prune_algos.prune_algo import AlgoNotes, PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.ablation_activations import (
     Side,
+    SrcOuts,
     ablation_side,
-    iter_src_ablations,
 )
 from auto_circuit.utils.custom_tqdm import tqdm
+from auto_circuit.utils.limited_passes import Passes, each_batch
 from auto_circuit.utils.patchable_model import PatchableModel, unpatched
 from auto_circuit.utils.torch_state import in_own_state
 
@@ -83,24 +84,37 @@ def single_edge_effects(
     model.check_edges(edges)
     check_objective(dataloader, config.answer_function)
     effects = dict.fromkeys(edges_from_the_end(edges), 0.0)
-    batches = iter_src_ablations(model, dataloader, config.ablation_type, side)
-    for batch, outs in batches:
+
+    def batch_effects(
+        edges: list[Edge], batch: PromptPairBatch, outs: SrcOuts
+    ) -> Iterator[tuple[Edge, float]]:
         tokens, kwargs = batch.model_input("clean")
         with unpatched(model, grad=False):
             clean_outputs = model.sliced(tokens, **kwargs)
         ready = TrainingBatch(batch, tokens, kwargs, outs, clean_outputs)
         before = float(config.loss(clean_outputs, batch))
-        weight = len(tokens) / dataloader.n_prompts
         with trial(model, ready, config.edges_at_once) as circuits:
-            groups = list(chunks(list(effects), config.edges_at_once))
+            groups = list(chunks(edges, config.edges_at_once))
             for tried in tqdm(groups, leave=False):
                 for circuit, edge in enumerate(tried):
                     circuits.patch(edge, slice(circuit, circuit + 1), 1.0)
                 outputs = circuits.outputs(first=tried[-1])
                 for edge, of_circuit in zip(tried, outputs, strict=False):
                     circuits.patch(edge, slice(None), 0.0)
-                    after = float(config.loss(of_circuit, batch))
-                    effects[edge] += (after - before) * weight
+                    yield edge, float(config.loss(of_circuit, batch)) - before
+
+    def add_effects(batch: PromptPairBatch, outs: SrcOuts) -> None:
+        weight = len(batch.clean) / dataloader.n_prompts
+        for edge, effect in batch_effects(list(effects), batch, outs):
+            effects[edge] += effect * weight
+
+    def try_out(batch: PromptPairBatch, outs: SrcOuts) -> None:
+        # The last ones: the first block runs, and all after it.
+        list(batch_effects(list(effects)[-config.edges_at_once :], batch, outs))
+
+    patched_in = config.ablation_type, side
+    passes = Passes(add_effects, try_out)
+    each_batch(model, dataloader, patched_in, passes, config.memory_limit)
     return effects
 
 

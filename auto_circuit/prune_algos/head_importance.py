@@ -22,6 +22,7 @@ from torch import Tensor
 
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
+from auto_circuit.engine.kept_sources import kept_alone
 from auto_circuit.errors import GraphError
 from auto_circuit.prune_algos.algo_config import bound, takes_options
 from auto_circuit.prune_algos.objectives import (
@@ -34,7 +35,6 @@ from auto_circuit.utils.ablation_activations import (
     Side,
     SrcOuts,
     ablation_side,
-    iter_src_ablations,
 )
 from auto_circuit.utils.component_links import Link, component_links
 from auto_circuit.utils.graph_utils import (
@@ -43,6 +43,7 @@ from auto_circuit.utils.graph_utils import (
     set_mask_batch_size,
     train_mask_mode,
 )
+from auto_circuit.utils.limited_passes import Passes, each_batch
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state
 
@@ -89,14 +90,19 @@ def head_importance_prune_scores(
     side = ablation_side(config.ablation_type, config.clean_corrupt)
     model.check_no_crossings("The importance of nodes")
     check_objective(dataloader, config.answer_function)
-    total, n_prompts = None, 0
-    batches = iter_src_ablations(model, dataloader, config.ablation_type, side)
-    for batch, patch_src_outs in batches:
-        n_prompts += len(batch.clean)
-        importance = _batch_importance(model, batch, patch_src_outs, config)
-        total = importance if total is None else total + importance
-    assert total is not None
-    scores = total / n_prompts
+    found: list[NodeScores] = []
+
+    def importance(batch: PromptPairBatch, patch_src_outs: SrcOuts) -> NodeScores:
+        return _batch_importance(model, batch, patch_src_outs, config)
+
+    def add_importance(batch: PromptPairBatch, patch_src_outs: SrcOuts) -> None:
+        of_batch = importance(batch, patch_src_outs)
+        found[:] = [found[0] + of_batch] if found else [of_batch]
+
+    passes = Passes(add_importance, importance, kept_alone)
+    patched_in = config.ablation_type, side
+    each_batch(model, dataloader, patched_in, passes, config.memory_limit)
+    scores = found[0] / dataloader.n_prompts
     return edge_scores_of_nodes(
         model, _normalize_layers(model, scores) if config.normalize else scores
     )

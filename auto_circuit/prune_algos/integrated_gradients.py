@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from auto_circuit.checks import checked
-from auto_circuit.data import PromptDataLoader
+from auto_circuit.data import PromptDataLoader, PromptPairBatch
+from auto_circuit.engine.kept_sources import kept_alone
 from auto_circuit.prune_algos.algo_config import bound, takes_options
 from auto_circuit.prune_algos.integration_path import PathPoints, path_shares
 from auto_circuit.prune_algos.objectives import (
@@ -43,11 +44,12 @@ from auto_circuit.prune_algos.prune_algo import AlgoNotes, PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.ablation_activations import (
     Side,
+    SrcOuts,
     ablation_side,
-    iter_src_ablations,
     record_src_outs,
 )
 from auto_circuit.utils.graph_utils import patch_mode, set_all_masks, train_mask_mode
+from auto_circuit.utils.limited_passes import Passes, each_batch
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state
 
@@ -188,18 +190,31 @@ def activation_integrated_gradients_prune_scores(
     model.check_no_crossings("A path of activations")
     check_objective(dataloader, config.answer_function)
     side = ablation_side(config.ablation_type, config.clean_corrupt)
-    scores, n_prompts = model.new_prune_scores(), 0
-    batches = iter_src_ablations(model, dataloader, config.ablation_type, side)
-    with train_mask_mode(model, notes=False):
-        for batch, patch_src_outs in batches:
-            n_prompts += len(batch.clean)
-            with patch_mode(model, patch_src_outs):
-                for srcs in _moving_together(model, config.share_passes):
-                    for point in points:
-                        _patch_sources(model, srcs, 1 - point)
-                        config.clean_loss_sum(model, batch).backward()
+    scores = model.new_prune_scores()
+    moving = _moving_together(model, config.share_passes)
+
+    def take_gradients(
+        batch: PromptPairBatch, patch_src_outs: SrcOuts, trying: bool = False
+    ) -> None:
+        with patch_mode(model, patch_src_outs):
+            for srcs in _kept(model, moving)[: 1 if trying else None]:
+                for point in points[: 2 if trying else None]:
+                    _patch_sources(model, srcs, 1 - point)
+                    config.clean_loss_sum(model, batch).backward()
+                if not trying:
                     _take_gradients(model, srcs, scores)
-    return {name: score / (n_prompts * len(points)) for name, score in scores.items()}
+
+    passes = Passes(
+        work=take_gradients,
+        try_out=partial(take_gradients, trying=True),
+        kept=kept_alone,
+        units=[range(srcs.start, srcs.stop) for srcs in moving],
+    )
+    with train_mask_mode(model, notes=False):
+        patched_in = config.ablation_type, side
+        each_batch(model, dataloader, patched_in, passes, config.memory_limit)
+    total = dataloader.n_prompts * len(points)
+    return {name: score / total for name, score in scores.items()}
 
 
 # ------------------------------------------------------------------- moving the inputs
@@ -215,21 +230,38 @@ def _input_path_scores(
     model.check_no_crossings("A path of activations")
     check_objective(dataloader, config.answer_function)
     side = ablation_side(ablation_type, "corrupt")
-    clean, n_prompts = None, 0
-    batches = iter_src_ablations(model, dataloader, ablation_type, side)
+    clean_outs: list[SrcOuts] = []  # their memory is used again
+
+    def take_gradients(
+        points: Sequence[float], batch: PromptPairBatch, ablated: SrcOuts
+    ) -> None:
+        tokens, kwargs = batch.model_input("clean")
+        before = clean_outs.pop() if clean_outs else None
+        if before is not None and before.shape != ablated.shape:
+            before = None
+        clean = record_src_outs(model, tokens, kwargs, reuse=before)
+        with patch_mode(model, ablated - clean, differences=True):
+            for point in points:
+                start = t.lerp(ablated[0], clean[0], point)
+                with _input_replaced(model, start):
+                    config.clean_loss_sum(model, batch).backward()
+        clean_outs.append(clean)
+
+    def try_out(batch: PromptPairBatch, ablated: SrcOuts) -> None:
+        take_gradients(points[:2], batch, ablated)
+        clean_outs.clear()
+
+    # The first source is where the path begins.
+    passes = Passes(
+        partial(take_gradients, points), try_out, partial(kept_alone, also=(0,))
+    )
     with train_mask_mode(model, notes=False) as masks:
         set_all_masks(model, 0.0)
-        for batch, ablated in batches:
-            tokens, kwargs = batch.model_input("clean")
-            n_prompts += len(tokens)
-            clean = record_src_outs(model, tokens, kwargs, reuse=clean)
-            with patch_mode(model, ablated - clean, differences=True):
-                for point in points:
-                    start = t.lerp(ablated[0], clean[0], point)
-                    with _input_replaced(model, start):
-                        config.clean_loss_sum(model, batch).backward()
+        patched_in = ablation_type, side
+        each_batch(model, dataloader, patched_in, passes, config.memory_limit)
+        total = dataloader.n_prompts * len(points)
         return {
-            name: mask.grad.detach() / (n_prompts * len(points))
+            name: mask.grad.detach() / total
             for name, mask in masks.items()
             if mask.grad is not None
         }
@@ -260,6 +292,16 @@ def _moving_together(model: PatchableModel, share_passes: bool) -> list[slice]:
     if share_passes:
         return [port.srcs for port in model.plan.src_ports]
     return [slice(src, src + 1) for src in range(model.plan.n_srcs)]
+
+
+def _kept(model: PatchableModel, moving: Sequence[slice]) -> list[slice]:
+    """Those of the sources that the passes keep, where these are not all."""
+    kept = model.plan.kept
+    if kept is None:
+        return list(moving)
+    own = kept.own
+    cut = [slice(max(s.start, own.start), min(s.stop, own.stop)) for s in moving]
+    return [srcs for srcs in cut if srcs.start < srcs.stop]
 
 
 def _columns(model: PatchableModel, srcs: slice) -> dict[str, slice]:

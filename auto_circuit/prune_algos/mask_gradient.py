@@ -12,12 +12,14 @@ point (F + points * (F + Bk)).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from auto_circuit.checks import check_number, checked
-from auto_circuit.data import PromptDataLoader
+from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.errors import ConfigError
+from auto_circuit.memory import Limit
 from auto_circuit.prune_algos.algo_config import bound, makes_config
 from auto_circuit.prune_algos.integration_path import PathPoints, path_shares
 from auto_circuit.prune_algos.objectives import (
@@ -32,10 +34,11 @@ from auto_circuit.published_names import published_name as __getattr__  # noqa: 
 from auto_circuit.types import AblationType, Edge, PruneScores
 from auto_circuit.utils.ablation_activations import (
     Side,
+    SrcOuts,
     ablation_side,
-    iter_src_ablations,
 )
 from auto_circuit.utils.graph_utils import patch_mode, set_all_masks, train_mask_mode
+from auto_circuit.utils.limited_passes import Passes, each_batch, kept_at
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state
 
@@ -98,6 +101,7 @@ def mask_gradient_prune_scores(
     ablation_type: AblationType = AblationType.RESAMPLE,
     clean_corrupt: Side | None = "corrupt",
     path_points: PathPoints = "midpoints",
+    memory_limit: Limit = None,
 ) -> PruneScores:
     """d loss / d mask for every edge: the mean over prompts. The input is clean.
 
@@ -117,6 +121,7 @@ def mask_gradient_prune_scores(
         ablation_type=ablation_type,
         clean_corrupt=clean_corrupt,
         path_points=path_points,
+        memory_limit=memory_limit,
     )
     return mask_gradients(model, dataloader, official_edges, config)
 
@@ -133,17 +138,26 @@ def mask_gradients(
     check_objective(dataloader, config.answer_function)
     points = config.mask_vals()
     side = ablation_side(config.ablation_type, config.clean_corrupt)
-    n_prompts = 0
-    batches = iter_src_ablations(model, dataloader, config.ablation_type, side)
+
+    def take_gradients(
+        points: Sequence[float], batch: PromptPairBatch, patch_src_outs: SrcOuts
+    ) -> None:
+        once = len(points) == 1
+        with patch_mode(model, patch_src_outs, overwrite_patch=once):
+            for point in points:
+                set_all_masks(model, point)
+                config.clean_loss_sum(model, batch).backward()
+
+    passes = Passes(
+        work=partial(take_gradients, points),
+        # A second point finds the memory of the first, but for what is overwritten.
+        try_out=partial(take_gradients, points[:2]),
+        kept=kept_at(model, points),
+    )
     with train_mask_mode(model, notes=False) as masks:
-        for batch, patch_src_outs in batches:
-            n_prompts += len(batch.clean)
-            once = len(points) == 1
-            with patch_mode(model, patch_src_outs, overwrite_patch=once):
-                for point in points:
-                    set_all_masks(model, point)
-                    config.clean_loss_sum(model, batch).backward()
-        total = n_prompts * len(points)
+        patched_in = config.ablation_type, side
+        each_batch(model, dataloader, patched_in, passes, config.memory_limit)
+        total = dataloader.n_prompts * len(points)
         return {
             module_name: mask.grad.detach() / total
             for module_name, mask in masks.items()

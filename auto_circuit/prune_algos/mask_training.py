@@ -25,19 +25,24 @@ from torch.nn import Parameter
 
 from auto_circuit.checks import check_count, check_number, check_seed, checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
-from auto_circuit.errors import TrainingError
+from auto_circuit.errors import MemoryLimitError, TrainingError
 from auto_circuit.prompt_encoding import OTHER_SIDE
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.ranking import desc_prune_scores
 from auto_circuit.types import AblationType, PruneScores
 from auto_circuit.utils.ablation_activations import (
     PER_BATCH_ABLATIONS,
+    PatchedIn,
     Side,
     SrcOuts,
+    ablated_parts,
     ablation_side,
     iter_src_ablations,
+    loaded_batches,
+    recorded_bytes,
 )
-from auto_circuit.utils.graph_utils import patch_mode
+from auto_circuit.utils.graph_utils import patch_mode, set_all_masks, train_mask_mode
+from auto_circuit.utils.limited_memory import largest_batch, measured
 from auto_circuit.utils.patchable_model import PatchableModel, unpatched
 
 PatchedEdges = Literal["circuit", "others"]
@@ -94,6 +99,7 @@ def training_batches(
     from where the ablation type says.
     """
     patch_side = ablation_side(ablation_type, OTHER_SIDE[input_side])
+    _check_fits(model, dataloader, (ablation_type, patch_side), max_batches)
     ready = []
     all_outs = iter_src_ablations(model, dataloader, ablation_type, patch_side)
     for batch, outs in islice(all_outs, max_batches):
@@ -105,6 +111,43 @@ def training_batches(
         own = outs.clone() if ablation_type in PER_BATCH_ABLATIONS else outs
         ready.append(TrainingBatch(batch, inputs, kwargs, own, clean_outputs))
     return ready
+
+
+def _check_fits(
+    model: PatchableModel,
+    dataloader: PromptDataLoader,
+    patched_in: PatchedIn,
+    max_batches: int | None,
+) -> None:
+    """Raise MemoryLimitError unless all batches and a step fit in the model's limit.
+
+    A step is not cut into pieces: gates are drawn for a whole batch.
+    """
+    limit = model.memory_limit
+    if limit is None or model.written is None:
+        return
+    batches = list(islice(loaded_batches(dataloader), max_batches))
+    held = recorded_bytes(model, batches, patched_in)
+    n_bytes = limit.n_bytes(model.written.device)
+
+    def step(batch: PromptPairBatch, outs: SrcOuts) -> None:
+        with train_mask_mode(model, notes=False), patch_mode(model, outs):
+            set_all_masks(model, 0.5)
+            tokens, kwargs = batch.model_input("clean")
+            model.sliced(tokens, **kwargs).sum().backward()
+
+    def run() -> None:
+        for batch, outs in ablated_parts(model, lambda: [largest], patched_in):
+            step(batch, outs)
+
+    largest = largest_batch(batches)
+    least = held if held > n_bytes else held + measured(model, run)
+    if least > n_bytes:
+        raise MemoryLimitError(
+            f"`memory_limit` is {n_bytes:,} bytes, but a training holds the activations of "
+            f"all its {len(batches)} batches, and does a step of one: {least:,} bytes. Give at "
+            "least that much, or fewer or smaller batches."
+        )
 
 
 @contextmanager

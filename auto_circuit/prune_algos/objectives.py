@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch as t
@@ -14,6 +14,8 @@ from torch.nn.functional import mse_loss
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptPairBatch, check_wrong_answers
 from auto_circuit.errors import DataError
+from auto_circuit.fingerprints import FOR_READERS
+from auto_circuit.memory import Limit
 from auto_circuit.precision import at_least_float32
 from auto_circuit.prune_algos.algo_config import AlgoConfig
 from auto_circuit.utils.patchable_model import PatchableModel
@@ -51,10 +53,15 @@ COMPARE_WITH_WRONG_ANSWERS = (
 @checked
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AnswerConfig(AlgoConfig):
-    """By what number an algorithm measures how good the answers are: see `answer_loss`."""
+    """By what number an algorithm measures how good the answers are: see `answer_loss`.
+
+    memory_limit: the most that the work may take beside the model: bytes, or a share of what
+        is free; see `MemoryLimit`. It changes no score, but for rounding.
+    """
 
     grad_function: GradFunction = "logit"
     answer_function: AnswerFunction = "avg_diff"
+    memory_limit: Limit = field(default=None, metadata=FOR_READERS)
 
     def loss(
         self, outputs: Float[Tensor, "batch *pos vocab"], batch: PromptPairBatch

@@ -24,7 +24,6 @@ from auto_circuit.utils.ablation_activations import (
     Side,
     SrcOuts,
     ablation_side,
-    iter_src_ablations,
 )
 from auto_circuit.utils.graph_utils import (
     patch_mode,
@@ -32,6 +31,7 @@ from auto_circuit.utils.graph_utils import (
     set_mask_batch_size,
     train_mask_mode,
 )
+from auto_circuit.utils.limited_passes import Passes, each_batch, kept_at
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state
 
@@ -72,11 +72,39 @@ def mask_gradient_prompt_scores(
     """
     side = ablation_side(config.ablation_type, config.clean_corrupt)
     check_objective(dataloader, config.answer_function)
-    batches = iter_src_ablations(model, dataloader, config.ablation_type, side)
+    found = _Found(dataloader.n_prompts)
+
+    def take_gradients(batch: PromptPairBatch, patch_src_outs: SrcOuts) -> PruneScores:
+        return _batch_scores(model, batch, patch_src_outs, config)
+
+    passes = Passes(
+        work=lambda batch, outs: found.add(take_gradients(batch, outs)),
+        try_out=take_gradients,
+        kept=kept_at(model, [float(config.mask_val)]),
+    )
     with train_mask_mode(model, notes=False):
         set_all_masks(model, float(config.mask_val))
-        scores = [_batch_scores(model, *batch, config) for batch in batches]
-    return {name: t.cat([part[name] for part in scores]) for name in scores[0]}
+        patched_in = config.ablation_type, side
+        each_batch(model, dataloader, patched_in, passes, config.memory_limit)
+    return {name: t.cat([part[name] for part in found.parts]) for name in found.parts[0]}
+
+
+class _Found:
+    """The scores of all prompts, in parts; once more for each chunk of sources, added up."""
+
+    def __init__(self, n_prompts: int) -> None:
+        self.parts: list[PruneScores] = []
+        self._n_missing = n_prompts
+        self._n_added = 0
+
+    def add(self, part: PruneScores) -> None:
+        if self._n_missing > 0:
+            self.parts.append(part)
+            self._n_missing -= len(next(iter(part.values())))
+            return
+        for name, scores in self.parts[self._n_added % len(self.parts)].items():
+            scores += part[name]
+        self._n_added += 1
 
 
 def _batch_scores(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, get_args
 
 import torch as t
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import Module
 
@@ -16,8 +17,16 @@ from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch, Side
 from auto_circuit.engine.edge_matrices import PatchPlan, SrcPort
 from auto_circuit.errors import ConfigError, DataError
+from auto_circuit.memory import Limit, MemoryLimit, Sizes, fitting_sizes
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, BatchKey
+from auto_circuit.utils.limited_memory import (
+    largest_batch,
+    limit_of,
+    measured,
+    part_of,
+    parts_of,
+)
 from auto_circuit.utils.patchable_model import (
     LAST_POSITION,
     PatchableModel,
@@ -34,6 +43,15 @@ PER_BATCH_ABLATIONS = (
     AblationType.BATCH_ALL_TOK_MEAN,
 )
 """The ablations whose activations come from one side of each batch."""
+
+BATCH_MEANS = {
+    AblationType.BATCH_TOKENWISE_MEAN: (1,),
+    AblationType.BATCH_ALL_TOK_MEAN: (1, 2),
+}
+"""Those that are means over a batch -> the dimensions of [src batch seq d_model] of the mean."""
+
+PatchedIn = tuple[AblationType, Side | None]
+"""What is patched in, and the prompts that it comes from (None if the type says it)."""
 
 
 @checked
@@ -90,6 +108,7 @@ def src_ablations(
     sample: Shaped[Tensor, "batch *seq"] | PromptDataLoader,
     ablation_type: AblationType = AblationType.RESAMPLE,
     attention_mask: Shaped[Tensor, "batch *_"] | None = None,
+    memory_limit: Limit = None,
 ) -> SrcOuts:
     """What every source writes, under an ablation: [src batch seq d_model].
 
@@ -102,14 +121,21 @@ def src_ablations(
     does not count in means. Position embeddings are ablated with the first source, unless
     the model was made with `keep_positions=True`. Raises ConfigError if `sample` does not
     fit the type.
+
+    memory_limit: the most that this may take, the activations themselves included: bytes,
+        or a share of what is free (see `MemoryLimit`). Prompts are recorded a few at a time;
+        raises MemoryLimitError if the activations and a pass over one prompt take more.
     """
+    limit = limit_of(model, memory_limit)
     if ablation_type.mean_over_dataset:
         if not isinstance(sample, PromptDataLoader):
             raise ConfigError(
                 f"The ablation {ablation_type} is a mean over a data set: `sample` must "
                 f"be a PromptDataLoader, not a {type(sample).__name__}."
             )
-        mean = _dataset_mean(model, sample, ablation_type)
+        _check_mean(model, sample)
+        n_at_once = _recorded_at_once(model, sample, (ablation_type, None), limit)
+        mean = _dataset_mean(model, loaded_batches(sample), ablation_type, n_at_once)
         return mean.expand(-1, sample.batch_size or 1, -1, -1)
     if not isinstance(sample, Tensor):
         raise ConfigError(
@@ -119,6 +145,10 @@ def src_ablations(
         )
     if attention_mask is None:
         attention_mask = model.attention_mask(sample)
+    if limit is not None:
+        batch = _batch_of(sample, attention_mask)
+        n_at_once = _recorded_at_once(model, [batch], (ablation_type, "clean"), limit)
+        return _whole_batch(model, batch, (ablation_type, "clean"), n_at_once)
     kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
     outs = record_src_outs(model, sample, kwargs)
     return _ablate_batch(model, sample, outs, ablation_type, attention_mask)
@@ -130,6 +160,7 @@ def batch_src_ablations(
     dataloader: PromptDataLoader,
     ablation_type: AblationType = AblationType.RESAMPLE,
     clean_corrupt: Side | None = None,
+    memory_limit: Limit = None,
 ) -> dict[BatchKey, SrcOuts]:
     """The activations to patch in for every batch of a loader: {batch key: tensor}.
 
@@ -138,12 +169,15 @@ def batch_src_ablations(
     Raises ConfigError otherwise. Means over the data set are computed once.
 
     All batches are held in memory: for large loaders use `iter_src_ablations`.
+
+    memory_limit: see `src_ablations`.
     """
+    limit = limit_of(model, memory_limit)
     with own_computation():
         return {
             batch.key: outs.clone() if ablation_type in PER_BATCH_ABLATIONS else outs
             for batch, outs in _iter_src_ablations(
-                model, dataloader, ablation_type, clean_corrupt
+                model, dataloader, (ablation_type, clean_corrupt), limit, holds_all=True
             )
         }
 
@@ -154,17 +188,24 @@ def iter_src_ablations(
     dataloader: PromptDataLoader,
     ablation_type: AblationType,
     clean_corrupt: Side | None,
+    memory_limit: Limit = None,
 ) -> Iterator[tuple[PromptPairBatch, SrcOuts]]:
     """Each batch with the activations to patch in, one at a time, for masks of all prompts.
 
     The activations share memory: they are good until the next batch is asked for. Raises
     ConfigError inside of `set_mask_batch_size`.
+
+    memory_limit: see `src_ablations`. What you do with a batch is not in it; algorithms and
+        `run_circuits`, which have a limit for all that they do, split the batches themselves.
     """
-    _check_masks_are_shared(model)
-    yield from _iter_src_ablations(model, dataloader, ablation_type, clean_corrupt)
+    limit = limit_of(model, memory_limit)
+    check_masks_are_shared(model)
+    patched_in = (ablation_type, clean_corrupt)
+    yield from _iter_src_ablations(model, dataloader, patched_in, limit)
 
 
-def _check_masks_are_shared(model: PatchableModel) -> None:
+def check_masks_are_shared(model: PatchableModel) -> None:
+    """Raise ConfigError if each example has masks of its own."""
     n_examples = next(iter(model.dest_wrappers)).mask_batch_size
     if n_examples is not None:
         raise ConfigError(
@@ -177,28 +218,152 @@ def _check_masks_are_shared(model: PatchableModel) -> None:
 def _iter_src_ablations(
     model: PatchableModel,
     dataloader: PromptDataLoader,
-    ablation_type: AblationType,
-    clean_corrupt: Side | None,
+    patched_in: PatchedIn,
+    limit: MemoryLimit | None,
+    holds_all: bool = False,
 ) -> Iterator[tuple[PromptPairBatch, SrcOuts]]:
+    """Whole batches. holds_all: are the activations of all of them kept?"""
+    check_patched_in(model, dataloader, patched_in)
+    if limit is None:
+        yield from ablated_parts(model, lambda: loaded_batches(dataloader), patched_in)
+        return
+    n_at_once = _recorded_at_once(model, dataloader, patched_in, limit, holds_all)
+    mean = None
+    if patched_in[0].mean_over_dataset:
+        mean = _dataset_mean(model, loaded_batches(dataloader), patched_in[0], n_at_once)
+    for batch in loaded_batches(dataloader):
+        if mean is not None:
+            yield batch, _repeated(mean, len(batch.clean))
+        else:
+            yield batch, _whole_batch(model, batch, patched_in, n_at_once)
+
+
+@checked
+def check_patched_in(
+    model: PatchableModel, dataloader: PromptDataLoader, patched_in: PatchedIn
+) -> None:
+    """Raise unless these prompts can be ablated so."""
+    ablation_type, clean_corrupt = patched_in
     _check_side(ablation_type, clean_corrupt)
     check_loader(model, dataloader)
+    if ablation_type.mean_over_dataset:
+        _check_kept_positions(model, dataloader)
+
+
+@checked
+def ablated_parts(
+    model: PatchableModel,
+    batches: Callable[[], Iterable[PromptPairBatch]],
+    patched_in: PatchedIn,
+    n_at_once: int | None = None,
+) -> Iterator[tuple[PromptPairBatch, SrcOuts]]:
+    """Each batch, so many prompts at a time, with what is patched into them.
+
+    batches: gives all batches, whenever it is called. The activations share memory.
+    """
+    ablation_type, side = patched_in
     mean = outs = None
     if ablation_type.mean_over_dataset:
-        mean = _dataset_mean(model, dataloader, ablation_type)
-    for batch in _batches(dataloader):
-        if mean is not None:
-            n_prompts = batch.clean.shape[0]
-            # The engine overwrites what lies in memory as its buffer does, as the mean
-            # for a single prompt may; no repeated one does.
-            yield batch, (
-                mean.clone() if n_prompts == 1 else mean.expand(-1, n_prompts, -1, -1)
-            )
-        else:
+        mean = _dataset_mean(model, batches(), ablation_type, n_at_once)
+    for batch in batches():
+        if ablation_type in BATCH_MEANS and n_at_once is not None:
+            mean = _batch_mean(model, batch, patched_in, n_at_once)
+        for part in parts_of(batch, n_at_once):
+            tokens, kwargs = part.model_input(side or "clean")
+            has_positions = ablation_type in BATCH_MEANS and model.keep_positions
+            if mean is not None and not has_positions:
+                yield part, _repeated(mean, len(tokens))
+                continue
+            if outs is not None and outs.shape[1:3] != tokens.shape[:2]:
+                outs = None  # gone before there is another one
             # ZERO needs an input only for its shape.
-            tokens, kwargs = batch.model_input(clean_corrupt or "clean")
             outs = record_src_outs(model, tokens, kwargs, reuse=outs)
             mask = kwargs.get("attention_mask")
-            yield batch, _ablate_batch(model, tokens, outs, ablation_type, mask)
+            yield part, _ablate_batch(model, tokens, outs, ablation_type, mask, mean)
+
+
+def _repeated(mean: Float[Tensor, "src 1 _ d_model"], n_prompts: int) -> SrcOuts:
+    """A mean for each prompt."""
+    # The engine overwrites what lies in memory as its buffer does, as the mean for a
+    # single prompt may; no repeated one does.
+    return mean.clone() if n_prompts == 1 else mean.expand(-1, n_prompts, -1, -1)
+
+
+def _batch_of(tokens: Tensor, attention_mask: Tensor | None) -> PromptPairBatch:
+    """Prompts without answers."""
+    answers = t.zeros((len(tokens), 1), dtype=t.long, device=tokens.device)
+    return PromptPairBatch(
+        key=0,
+        batch_diverge_idx=0,
+        clean=tokens,
+        corrupt=tokens,
+        answers=answers,
+        wrong_answers=answers,
+        clean_attention_mask=attention_mask,
+    )
+
+
+def _whole_batch(
+    model: PatchableModel,
+    batch: PromptPairBatch,
+    patched_in: PatchedIn,
+    n_at_once: int | None,
+) -> SrcOuts:
+    """What is patched into a batch, recorded a few prompts at a time."""
+    if patched_in[0] in BATCH_MEANS and not model.keep_positions:
+        mean = _batch_mean(model, batch, patched_in, n_at_once)
+        return mean.expand(-1, len(batch.clean), *batch.clean.shape[1:2], -1)
+    whole, first = None, 0
+    for part, outs in ablated_parts(model, lambda: [batch], patched_in, n_at_once):
+        by_token = outs.movedim(0, 2)
+        if whole is None:
+            shape = (len(batch.clean), *by_token.shape[1:])
+            whole = model.pass_buffers.new(by_token, shape)
+        whole[first : first + len(part.clean)] = by_token
+        first += len(part.clean)
+    assert whole is not None
+    return whole.movedim(2, 0)
+
+
+@checked
+def recorded_bytes(
+    model: PatchableModel, batches: Iterable[PromptPairBatch], patched_in: PatchedIn
+) -> int:
+    """What the activations take that are patched into these batches; a mean takes nothing."""
+    ablation_type = patched_in[0]
+    has_positions = ablation_type in BATCH_MEANS and model.keep_positions
+    is_mean = ablation_type.mean_over_dataset or ablation_type in BATCH_MEANS
+    if (is_mean and not has_positions) or model.written is None:
+        return 0
+    n_tokens = sum(math.prod(batch.clean.shape[:2]) for batch in batches)
+    written = model.written
+    return n_tokens * model.plan.n_slots * len(written) * written.element_size()
+
+
+def _recorded_at_once(
+    model: PatchableModel,
+    batches: Collection[PromptPairBatch] | PromptDataLoader,
+    patched_in: PatchedIn,
+    limit: MemoryLimit | None,
+    holds_all: bool = False,
+) -> int | None:
+    """How many prompts are recorded at a time, so that all that is held fits in a limit."""
+    if limit is None:
+        return None
+    written = model.written
+    assert written is not None
+    batch = largest_batch(batches)
+    held = recorded_bytes(model, batches if holds_all else [batch], patched_in)
+
+    def peak(sizes: Sizes) -> int:
+        part = part_of(batch, 0, sizes.n_prompts)
+        parts = ablated_parts(model, lambda: [part], patched_in, sizes.n_prompts)
+        return held + measured(model, lambda: [None for _ in parts])
+
+    n_srcs, n_prompts = model.plan.n_srcs, len(batch.clean)
+    n_bytes = limit.n_bytes(written.device)
+    least, most = Sizes(1, n_srcs), Sizes(n_prompts, n_srcs)
+    return fitting_sizes(peak, n_bytes, least, most).n_prompts
 
 
 def _check_side(ablation_type: AblationType, clean_corrupt: Side | None) -> None:
@@ -285,7 +450,7 @@ class _Recorder:
         self.buffer[:, :, srcs] = heads
 
 
-def _batches(dataloader: PromptDataLoader) -> Iterator[PromptPairBatch]:
+def loaded_batches(dataloader: PromptDataLoader) -> Iterator[PromptPairBatch]:
     """The loader's batches, in tensors of the kind that our passes make."""
     with own_computation(), own_defaults():
         batches = iter(dataloader)
@@ -303,18 +468,25 @@ def _ablate_batch(
     outs: SrcOuts,
     ablation_type: AblationType,
     attention_mask: Tensor | None,
+    mean: Float[Tensor, "src 1 _ d_model"] | None = None,
 ) -> SrcOuts:
-    """Ablate what the sources write on one batch; overwrites it, if positions are kept."""
-    if not model.keep_positions or ablation_type == AblationType.RESAMPLE:
-        return _ablate(outs, ablation_type, attention_mask)
+    """Ablate what the sources write on one batch; overwrites it, if positions are kept.
+
+    mean: the batch's, if these are some of its prompts.
+    """
+    kept = model.plan.kept
+    has_start = kept is None or kept.slots[0].start == 0
+    is_kept = model.keep_positions and ablation_type != AblationType.RESAMPLE
+    if not is_kept or not has_start:
+        return _ablate(outs, ablation_type, attention_mask, mean)
     with own_computation(grad=False), own_defaults():
         token_embeddings = model.adapter.embed_tokens(model.wrapped_model, tokens)
         if token_embeddings is None:
-            return _ablate(outs, ablation_type, attention_mask)
+            return _ablate(outs, ablation_type, attention_mask, mean)
         # The first source is the sum of the embeddings of tokens and positions.
         positions = outs[0] - token_embeddings
         outs[0] = token_embeddings
-        ablated = _ablate(outs, ablation_type, attention_mask).clone()
+        ablated = _ablate(outs, ablation_type, attention_mask, mean).clone()
         ablated[0] += positions
     return ablated
 
@@ -332,16 +504,21 @@ def _check_kept_positions(model: PatchableModel, dataloader: PromptDataLoader) -
 
 
 def _has_positions(model: PatchableModel, dataloader: PromptDataLoader) -> bool:
-    tokens, _ = next(iter(_batches(dataloader))).model_input("clean")
+    tokens, _ = next(iter(loaded_batches(dataloader))).model_input("clean")
     with own_computation(grad=False), own_defaults():
         return model.adapter.embed_tokens(model.wrapped_model, tokens) is not None
 
 
 def _ablate(
-    outs: SrcOuts, ablation_type: AblationType, attention_mask: Tensor | None
+    outs: SrcOuts,
+    ablation_type: AblationType,
+    attention_mask: Tensor | None,
+    mean: Float[Tensor, "src 1 _ d_model"] | None = None,
 ) -> SrcOuts:
     if ablation_type == AblationType.RESAMPLE:
         return outs
+    if mean is not None:
+        return mean.expand_as(outs)
     with own_computation(grad=False), own_defaults():
         return _ablated(outs, ablation_type, attention_mask)
 
@@ -351,13 +528,20 @@ def _ablated(
 ) -> SrcOuts:
     if ablation_type == AblationType.ZERO:
         return t.zeros_like(outs)
-    dims = (1,) if ablation_type == AblationType.BATCH_TOKENWISE_MEAN else (1, 2)
+    total, count = _sum_of_text(outs, attention_mask, BATCH_MEANS[ablation_type])
+    return (total / count.clamp(min=1)).to(outs.dtype).expand_as(outs)
+
+
+def _sum_of_text(
+    outs: SrcOuts, attention_mask: Tensor | None, dims: tuple[int, ...]
+) -> tuple[Float[Tensor, "src _ _ d_model"], Int[Tensor, "1 _ _ 1"]]:
+    """(The sum over prompts and maybe positions, of how many) Padding does not count."""
     is_text = _is_text(outs, attention_mask)
     # Half precision loses too much in a sum, or overflows.
     wide = t.promote_types(outs.dtype, t.float32)
-    total = (outs * is_text).sum(dims, keepdim=True, dtype=wide)
-    mean = total / is_text.sum(dims, keepdim=True).clamp(min=1)
-    return mean.to(outs.dtype).expand_as(outs)
+    text = outs if attention_mask is None else outs * is_text
+    total = text.sum(dims, keepdim=True, dtype=wide)
+    return total, is_text.sum(dims, keepdim=True)
 
 
 def _is_text(
@@ -368,29 +552,65 @@ def _is_text(
     return attention_mask[None, :, -outs.shape[2] :, None].bool()
 
 
-def _dataset_mean(
-    model: PatchableModel, dataloader: PromptDataLoader, ablation_type: AblationType
-) -> Float[Tensor, "src 1 seq d_model"]:
-    """The mean over a data set's prompts, at each position; padding does not count."""
+def _check_mean(model: PatchableModel, dataloader: PromptDataLoader) -> None:
     check_loader(model, dataloader)
     _check_kept_positions(model, dataloader)
+
+
+def _dataset_mean(
+    model: PatchableModel,
+    batches: Iterable[PromptPairBatch],
+    ablation_type: AblationType,
+    n_at_once: int | None = None,
+) -> Float[Tensor, "src 1 seq d_model"]:
+    """The mean over a data set's prompts, at each position; padding does not count."""
     used = {
         "clean": ablation_type.clean_dataset,
         "corrupt": ablation_type.corrupt_dataset,
     }
     sides = [side for side in get_args(Side) if used[side]]
+    inputs = (
+        part.model_input(side)
+        for batch in batches
+        for part in parts_of(batch, n_at_once)
+        for side in sides
+    )
+    return _mean_written(model, inputs, (1,))
+
+
+def _batch_mean(
+    model: PatchableModel,
+    batch: PromptPairBatch,
+    patched_in: PatchedIn,
+    n_at_once: int | None,
+) -> Float[Tensor, "src 1 _ d_model"]:
+    """The mean over a batch; if positions are kept, of the first source's token embeddings."""
+    ablation_type, side = patched_in
+    assert side is not None
+    inputs = (part.model_input(side) for part in parts_of(batch, n_at_once))
+    return _mean_written(model, inputs, BATCH_MEANS[ablation_type], model.keep_positions)
+
+
+def _mean_written(
+    model: PatchableModel,
+    inputs: Iterable[tuple[Tensor, dict[str, Tensor]]],
+    dims: tuple[int, ...],
+    of_tokens: bool = False,
+) -> Float[Tensor, "src 1 _ d_model"]:
+    """The mean of what sources write; of_tokens: of the first one, without positions."""
     total = count = outs = None
     with own_computation(grad=False), own_defaults():
-        for batch in dataloader:
-            for side in sides:
-                tokens, kwargs = batch.model_input(side)
-                outs = record_src_outs(model, tokens, kwargs, reuse=outs)
-                is_text = _is_text(outs, kwargs.get("attention_mask"))
-                # Half precision loses too much in a sum, or overflows.
-                wide = t.promote_types(outs.dtype, t.float32)
-                of_batch = (outs * is_text).sum(1, keepdim=True, dtype=wide)
-                n_text = is_text.sum(1, keepdim=True)
-                total = of_batch if total is None else total + of_batch
-                count = n_text if count is None else count + n_text
+        for tokens, kwargs in inputs:
+            if outs is not None and outs.shape[1:3] != tokens.shape[:2]:
+                outs = None  # gone before there is another one
+            outs = record_src_outs(model, tokens, kwargs, reuse=outs)
+            if of_tokens:
+                embedded = model.adapter.embed_tokens(model.wrapped_model, tokens)
+                if embedded is not None:
+                    outs[0] = embedded
+            mask = kwargs.get("attention_mask")
+            of_part, n_text = _sum_of_text(outs, mask, dims)
+            total = of_part if total is None else total + of_part
+            count = n_text if count is None else count + n_text
         assert total is not None and count is not None and outs is not None
         return (total / count.clamp(min=1)).to(outs.dtype)

@@ -31,6 +31,7 @@ from auto_circuit.errors import (
     ModelError,
     near_matches,
 )
+from auto_circuit.memory import MemoryLimit
 from auto_circuit.model_utils.model_adapter import ModelAdapter
 from auto_circuit.padding import (
     check_attention_mask,
@@ -148,6 +149,8 @@ class PatchableModel(Module):
         self.written: Tensor | None = None
         self.patch_session: PatchSession | None = None
         self.pass_buffers = PassBuffers()
+        # See `limited_memory.memory_limited`.
+        self.memory_limit: MemoryLimit | None = None
         # For warnings: no number depends on it.
         self.masks_put_back: MasksPutBack | None = None
         # Makes a graph like this one over another module.
@@ -175,6 +178,7 @@ class PatchableModel(Module):
         # Not `copied.train(...)`: that would reach the copied model, whose modes are its own
         # (a PatchableModel says that it is in train mode though its model is not).
         copied.training = self.training
+        copied.memory_limit = self.memory_limit
         memo[id(self)] = copied
         return copied
 

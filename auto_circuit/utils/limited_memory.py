@@ -1,0 +1,118 @@
+"""A model's work in pieces: prompts of a batch, and sources, that are worked on together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import zeros_like
+
+from auto_circuit.checks import checked
+from auto_circuit.data import Answers, PromptPairBatch
+from auto_circuit.engine.kept_sources import KeptSources
+from auto_circuit.errors import ConfigError
+from auto_circuit.memory import Limit, MemoryLimit, PeakMemory, as_limit
+from auto_circuit.utils.patchable_model import PatchableModel
+
+
+@checked
+def limit_of(model: PatchableModel, memory_limit: Limit) -> MemoryLimit | None:
+    """The limit that was given, or else the one that the model has (`memory_limited`)."""
+    return as_limit(memory_limit) or model.memory_limit
+
+
+@checked
+@contextmanager
+def memory_limited(model: PatchableModel, memory_limit: Limit) -> Iterator[None]:
+    """Inside, all that records activations of the model keeps to a limit.
+
+    Unless it is given one of its own. See `MemoryLimit`; None leaves things as they are.
+    """
+    before = model.memory_limit
+    model.memory_limit = as_limit(memory_limit) or before
+    try:
+        yield
+    finally:
+        model.memory_limit = before
+
+
+@contextmanager
+def keeping(
+    model: PatchableModel, kept: KeptSources | None, recomputes: bool
+) -> Iterator[None]:
+    """Inside, passes record these sources only, and keep blocks' inputs only.
+
+    What is patched in has what `kept` says, slot by slot.
+    """
+    before = model.plan
+    if recomputes and not before.blocks:
+        raise ConfigError(
+            f"`checkpoint=True` runs blocks again, and the adapter {model.adapter.name!r} "
+            "names none. Leave it out, or give the adapter `blocks`."
+        )
+    model.plan = replace(before, kept=kept, recomputes=recomputes)
+    try:
+        yield
+    finally:
+        model.plan = before
+
+
+def largest_batch(batches: Iterable[PromptPairBatch]) -> PromptPairBatch:
+    """The batch with the longest prompts, and of these the one with most of them."""
+    return max(batches, key=lambda batch: (batch.clean.shape[1], len(batch.clean)))
+
+
+def part_of(batch: PromptPairBatch, first: int, stop: int) -> PromptPairBatch:
+    """Some of a batch's prompts; its key is the batch's."""
+
+    def picked(answers: Answers) -> Answers:
+        return answers[first:stop]
+
+    masks = (batch.clean_attention_mask, batch.corrupt_attention_mask)
+    clean_mask, corrupt_mask = (m if m is None else m[first:stop] for m in masks)
+    return replace(
+        batch,
+        clean=batch.clean[first:stop],
+        corrupt=batch.corrupt[first:stop],
+        answers=picked(batch.answers),
+        wrong_answers=picked(batch.wrong_answers),
+        clean_attention_mask=clean_mask,
+        corrupt_attention_mask=corrupt_mask,
+    )
+
+
+def parts_of(batch: PromptPairBatch, n_at_once: int | None) -> Iterator[PromptPairBatch]:
+    """The batch, so many prompts at a time; as it is if None."""
+    n_prompts = len(batch.clean)
+    if n_at_once is None or n_at_once >= n_prompts:
+        yield batch
+        return
+    for first in range(0, n_prompts, n_at_once):
+        yield part_of(batch, first, first + n_at_once)
+
+
+def measured(model: PatchableModel, run: Callable[[], object]) -> int:
+    """The memory that a piece of work takes, beside what was there. No gradient stays."""
+    model.free_buffers()
+    with PeakMemory() as peak:
+        for mask in model.patch_masks.values():
+            if mask.requires_grad:
+                mask.grad = zeros_like(mask)  # as it will be after the first piece
+        run()
+    for mask in model.patch_masks.values():
+        mask.grad = None
+    model.free_buffers()
+    return peak.n_bytes
+
+
+def chunks_of(units: list[range], n_srcs: int) -> list[range]:
+    """Sources that are taken together: as many whole units as fit in `n_srcs`, at least one."""
+    # Units 0..1, 1..5, 5..6 (a module's heads), at most 5 sources: 0..5 and 5..6.
+    chunks: list[range] = []
+    for unit in units:
+        if chunks and unit.stop - chunks[-1].start <= n_srcs:
+            chunks[-1] = range(chunks[-1].start, unit.stop)
+        else:
+            chunks.append(unit)
+    return chunks
