@@ -51,6 +51,11 @@ def keeping(
             f"`checkpoint=True` runs blocks again, and the adapter {model.adapter.name!r} "
             "names none. Leave it out, or give the adapter `blocks`."
         )
+    if recomputes and before.crossings:
+        raise ConfigError(
+            "`checkpoint=True` does not go with crossing edges, whose keys and values of "
+            "other tokens would be made again. Leave it out; `memory_limit` alone does."
+        )
     model.plan = replace(before, kept=kept, recomputes=recomputes)
     try:
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
@@ -70,6 +70,9 @@ def each_batch(
         return
     check_masks_are_shared(model)
     check_patched_in(model, dataloader, patched_in)
+    if model.plan.crossings:
+        # Keys and values of other tokens are made from all sources.
+        passes = replace(passes, kept=None)
     sizes = _sizes(model, dataloader, patched_in, passes, limit)
     units = _units(model, passes)
     for own in chunks_of(units, sizes.n_srcs):
