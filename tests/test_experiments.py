@@ -34,7 +34,7 @@ from auto_circuit.prune_algos.prune_algos import (
     PruneAlgo,
 )
 from auto_circuit.sweep_config import ExperimentConfig, RunOptions, check_config
-from auto_circuit.tasks import TASKS
+from auto_circuit.tasks import POCKET_GEMMA_TASKS, POCKET_LLAMA_TASKS, TASKS
 from tests.browser import check_shown
 from tests.report_in_browser import drive
 from tests.test_reports import LONG_GRADIENT_ALGOS, QUICK_GRADIENT_ALGOS
@@ -153,6 +153,24 @@ def test_the_default_sweep_in_two_processes(
     (report,) = whole.glob("*/report.html")
     for width in (1400, 390):
         drive(browser, report, width, explorer_packages)
+
+
+@pytest.mark.slow
+def test_a_coarse_sweep_on_the_other_pocket_models(tmp_path: Path) -> None:
+    """On tasks without positions the gradient beats chance, and the report has a verdict."""
+    others = (*POCKET_LLAMA_TASKS, *POCKET_GEMMA_TASKS)
+    tasks = [task.key for task in others if not task.token_circuit]
+    arguments = ["--metrics", "Logit Diff Percent", "--n-seeds", "1", "--tasks", *tasks]
+    arguments += ["--algos", "Random", "EAP-IG inputs"]
+    arguments += ["--circuit-shares", "0", "0.2", "0.5", "0.8", "1"]
+    experiments.main([*arguments, "--out", str(tmp_path)])
+    (folder,) = tmp_path.glob("pocket-*")
+    rows = pd.read_csv(folder / "summary.csv")
+    areas = rows.pivot(index="task", columns="algorithm", values="area")
+    assert set(areas.index) == set(tasks)
+    assert (areas["EAP-IG inputs"] > areas["Random"]).all()
+    report = (folder / "report.html").read_text()
+    assert all(f"On {task}, " in report for task in tasks)
 
 
 def _plain_function(algo: PruneAlgo) -> tuple[object, dict[str, object]]:
