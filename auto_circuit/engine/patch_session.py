@@ -386,6 +386,8 @@ class PatchSession:
     def _copy_elsewhere(self, slots: slice) -> None:
         """Give some differences to the other devices of the model."""
         here = self._current_pass()
+        # At once, not when a port needs them: what follows may overwrite a slot here (see
+        # `overwrite_patch`, and `compute_inputs`).
         for part in here.elsewhere.values():
             assert part.diff is not None and here.diff is not None
             part.diff[:, :, slots].copy_(here.diff[:, :, slots])
@@ -434,6 +436,8 @@ class PatchSession:
         forward_pass = ForwardPass(is_dense=is_dense, kept=self.plan.kept)
         home = devices.device_of(self.patch)
         for device in dict.fromkeys(self.plan.devices.values()):
+            # Blocks 0..3 on one device, 4..7 on another: the matrices of the latter need the
+            # differences of all earlier sources there, and have a buffer of their own.
             if device != home:
                 part = ForwardPass(is_dense=is_dense, kept=self.plan.kept)
                 forward_pass.elsewhere[device] = part
