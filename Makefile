@@ -25,8 +25,9 @@ run: $(VENV)/.stamp-run  ## run a sweep: make run ARGS="--help"
 robustness: $(VENV)/.stamp-run  ## test the same circuits in other ways, and draw what changes
 	$(BIN)/python experiments.py robustness $(ARGS)
 
+# Compiled files are kept, whatever the environment says: many tests start a Python.
 test: $(VENV)/.stamp-dev  ## run the tests: make test ARGS=--runslow
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.stamp-dev  ## check format, lint, types, spelling, layers and lock file
 	$(BIN)/black --check --quiet --diff .
