@@ -140,6 +140,13 @@ def _test_of_container(origin: Any, parts: tuple[Any, ...]) -> _Test | None:
         return lambda v: isinstance(v, Mapping)
     if not issubclass(origin, Collection):
         return lambda v: isinstance(v, Iterable) and not isinstance(v, (str, bytes))
+    if origin is tuple and any(
+        isinstance(part, type) and issubclass(part, Enum) for part in parts
+    ):
+        of_parts = [_test(part) for part in parts]
+        return lambda v: isinstance(v, tuple) and all(
+            test is None or test(item) for test, item in zip(of_parts, v, strict=False)
+        )
     # Only of few and simple items: edges, say, are looked at where they are found.
     of_item = _test(parts[0]) if len(parts) == 1 and _is_simple(parts[0]) else None
     array_fits = len(parts) == 1 and not {int, float}.isdisjoint(_parts(parts[0]))
