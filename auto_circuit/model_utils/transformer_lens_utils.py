@@ -412,14 +412,14 @@ TRIED = (
     *("Llama", "Mistral", "Mixtral", "Qwen 2 and 3 (also MoE)", "Gemma 1, 2 and 3"),
     *("OLMo 1, 2, 3 and OLMoE", "Granite (also MoE)", "Starcoder 2", "SmolLM 3"),
     *("GLM and GLM-4", "EXAONE 4", "Ernie 4.5", "Apertus", "Nemotron", "Arcee"),
-    *("Seed-OSS", "Hunyuan"),
+    *("Seed-OSS", "GPT-OSS", "Hunyuan"),
 )
 """Architectures that were tried, and whose graphs are right."""
 REFUSED = (
     "T5 and others with an encoder and a decoder",
     "Mamba and others with blocks without attention",
     "OPT-350m and others that norm the residual stream itself",
-    "Falcon 40B and GPT-OSS, of which TransformerLens computes another model",
+    "Falcon 40B, of which TransformerLens computes another model",
 )
 """Those of which `patchable_model`, or `load_tl_model`, says why they cannot be used."""
 
