@@ -186,6 +186,8 @@ CHANGED: dict[str, Any] = {
     "keep_positions": True,
     "seed": 2**32 - 40,
     "n_seeds": 7,
+    "memory_limit": 0.5,
+    "checkpoint": True,
     "once": (),
     "device": "cuda:1",
     "model": "gpt2",

@@ -124,12 +124,11 @@ MEASURED = {
 @pytest.mark.slow
 @by_key([*POCKET_TASKS, *OTHER_TASKS])
 def test_a_task_is_as_deep_as_it_and_the_documentation_say(task: Task) -> None:
-    few = replace(task, batch_size=(1, 48), batch_count=1)
-    found = faithfulness_of_short_paths(few.model, few.test_loader)
+    found = faithfulness_of_short_paths(task.model, task.test_loader)
     percents, depth = MEASURED[task.key]
     assert path_depth(found) == depth == task.depth
     assert [100 * value for value in found[: len(percents)]] == pytest.approx(
-        percents, abs=10
+        percents, abs=1
     )
     assert found[-1] == pytest.approx(1, abs=1e-3)
 

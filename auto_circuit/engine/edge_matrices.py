@@ -25,6 +25,8 @@ from auto_circuit.utils.user_hooks import Bypassed
 
 Written = Float[Tensor, "batch seq *part"]
 """The output of a module that writes: what its sources write, or what that follows from."""
+Shown = Float[Tensor, "token *part"]
+"""The same in any shape: OPT's MLPs see tokens one by one, not in batches."""
 TokenPairs = Float[Tensor, "batch_or_1 head token token"]
 """The weight of a head's edge to each token (third dimension) from each (the last one)."""
 ReadAttention = Callable[[Module, AttentionReader], AbstractContextManager[None]]
@@ -49,7 +51,7 @@ class SrcPort:
             return None
         return self.site.projection(self.srcs.stop - self.srcs.start)
 
-    def outputs(self, out: Written) -> Float[Tensor, "batch seq src d_model"]:
+    def outputs(self, out: Shown) -> Float[Tensor, "batch seq src d_model"]:
         """What the sources write, from the output of the site's module."""
         if self.site.transform is not None:
             out = self.site.transform(out)
@@ -247,7 +249,7 @@ class PatchPlan:
         return srcs if self.kept is None else self.kept.of(srcs)
 
     def written(
-        self, port: SrcPort, out: Written
+        self, port: SrcPort, out: Shown
     ) -> Float[Tensor, "batch seq slot d_model"]:
         """What goes to a source port's slots, from the output of its module."""
         heads = port.outputs(out)

@@ -276,7 +276,9 @@ def feeds(model: PatchableModel, dest: str, at: int, src: str, position: int) ->
     )
     srcs = [s.name for s in model.srcs if re.fullmatch(block + r"(\.\d+)?", s.name)]
     group = max(len(srcs) // n_inputs, 1)
-    is_of_head = src in srcs and (len(srcs) == 1 or srcs.index(src) // group == int(idx))
+    # A norm of the heads' sum (Gemma 2): what one head reads changes what all heads write.
+    is_normed = model.cfg.architecture.startswith("Gemma2")
+    is_of_head = src in srcs and (is_normed or srcs.index(src) // group == int(idx))
     return is_of_head and (at == position if letter == "Q" else at <= position)
 
 

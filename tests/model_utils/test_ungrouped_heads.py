@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch as t
 from torch import Tensor
+from torch.nn import Linear
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     MistralConfig,
@@ -385,7 +386,7 @@ def test_a_norm_over_all_key_heads_together() -> None:
 
 def test_heads_that_are_not_told_apart_by_weights() -> None:
     bridge = llama()
-    bridge.blocks[1].attn._result_contribution_scale = 0.5
+    bridge.blocks[1].attn.q.original_component.__class__ = type("Other", (Linear,), {})
     with pytest.raises(ModelError, match="cannot be told apart by their weights"):
         make(bridge)
 
