@@ -33,7 +33,6 @@ from auto_circuit.prune_algos.prune_algo import AlgoNotes, PruneAlgo
 from auto_circuit.types import AblationType, Edge, PositionsRead, PruneScores
 from auto_circuit.utils.ablation_activations import (
     Side,
-    SrcOuts,
     ablation_side,
 )
 from auto_circuit.utils.component_links import Link, component_links
@@ -47,6 +46,8 @@ from auto_circuit.utils.limited_passes import Passes, each_batch
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state
 
+KeptOuts = Float[Tensor, "kept batch seq d_model"]
+"""What is patched in, of all sources or of those that a pass keeps."""
 NodeScores = Float[Tensor, "*seq src"]
 """A number per source, and per position if the graph tells positions apart."""
 
@@ -92,10 +93,10 @@ def head_importance_prune_scores(
     check_objective(dataloader, config.answer_function)
     found: list[NodeScores] = []
 
-    def importance(batch: PromptPairBatch, patch_src_outs: SrcOuts) -> NodeScores:
+    def importance(batch: PromptPairBatch, patch_src_outs: KeptOuts) -> NodeScores:
         return _batch_importance(model, batch, patch_src_outs, config)
 
-    def add_importance(batch: PromptPairBatch, patch_src_outs: SrcOuts) -> None:
+    def add_importance(batch: PromptPairBatch, patch_src_outs: KeptOuts) -> None:
         of_batch = importance(batch, patch_src_outs)
         found[:] = [found[0] + of_batch] if found else [of_batch]
 
@@ -111,7 +112,7 @@ def head_importance_prune_scores(
 def _batch_importance(
     model: PatchableModel,
     batch: PromptPairBatch,
-    patch_src_outs: SrcOuts,
+    patch_src_outs: KeptOuts,
     config: AnswerConfig,
 ) -> NodeScores:
     """The sum over a batch's prompts of |difference * gradient| at every source."""

@@ -233,7 +233,7 @@ def _iter_src_ablations(
         mean = _dataset_mean(model, loaded_batches(dataloader), patched_in[0], n_at_once)
     for batch in loaded_batches(dataloader):
         if mean is not None:
-            yield batch, _repeated(mean, len(batch.clean))
+            yield batch, _repeated(mean, *batch.clean.shape[:2])
         else:
             yield batch, _whole_batch(model, batch, patched_in, n_at_once)
 
@@ -272,7 +272,7 @@ def ablated_parts(
             tokens, kwargs = part.model_input(side or "clean")
             has_positions = ablation_type in BATCH_MEANS and model.keep_positions
             if mean is not None and not has_positions:
-                yield part, _repeated(mean, len(tokens))
+                yield part, _repeated(mean, *tokens.shape[:2])
                 continue
             if outs is not None and outs.shape[1:3] != tokens.shape[:2]:
                 outs = None  # gone before there is another one
@@ -282,8 +282,12 @@ def ablated_parts(
             yield part, _ablate_batch(model, tokens, outs, ablation_type, mask, mean)
 
 
-def _repeated(mean: Float[Tensor, "src 1 _ d_model"], n_prompts: int) -> SrcOuts:
-    """A mean for each prompt."""
+def _repeated(
+    mean: Float[Tensor, "src 1 _ d_model"], n_prompts: int, seq: int
+) -> SrcOuts:
+    """A mean for each prompt; one of all positions, for each of them too."""
+    if mean.shape[2] == 1:
+        mean = mean.expand(-1, -1, seq, -1)
     # The engine overwrites what lies in memory as its buffer does, as the mean for a
     # single prompt may; no repeated one does.
     return mean.clone() if n_prompts == 1 else mean.expand(-1, n_prompts, -1, -1)
