@@ -337,6 +337,17 @@ def test_a_notebook_renders_the_same_explorer(
         [built_javascript(), packed(views)],
     )
     assert "edges of 262" in page.locator(".ace-outcome").inner_text()
+    # A notebook takes keys for its own commands, wherever they are pressed.
+    page.evaluate("""() => {
+      document.addEventListener("keydown", (event) => {
+        event.preventDefault();
+      });
+    }""")
+    size = page.locator("input[type=range]").first
+    before = size.input_value()
+    size.press("ArrowRight")
+    assert int(size.input_value()) == int(before) + 1
+    assert page.locator("[data-lm-suppress-shortcuts=true]").count() == 1
     page.evaluate("window.remove()")
     assert page.locator(".ace-outcome").count() == 0
     page.close()

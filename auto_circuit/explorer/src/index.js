@@ -51,6 +51,10 @@ if (typeof document !== "undefined") {
 
 /** What anywidget calls. */
 async function render({ model, el: element }) {
+  // The notebook's own shortcuts would take arrow keys and letters: JupyterLab leaves out
+  // what is marked so, others do not see keys that end here.
+  element.dataset.lmSuppressShortcuts = "true";
+  element.addEventListener("keydown", (event) => event.stopPropagation());
   const holder = document.createElement("div");
   element.append(holder);
   const explorer = await mount(holder, model.get("data"));
