@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch as t
 
@@ -41,9 +41,6 @@ from auto_circuit.prune_algos.prune_algos import PruneAlgo
 from auto_circuit.store import Cell, CellResult
 from auto_circuit.sweep_cells import found_scores, weights_description
 from auto_circuit.types import PruneScores
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

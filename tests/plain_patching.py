@@ -373,7 +373,7 @@ def patch_each_edge(
 Rules = Literal["none", "gim", "relp"]
 
 
-class _SofterBackward(t.autograd.Function):
+class SofterBackward(t.autograd.Function):
     """Softmax, with the gradient s (g - <g, s>) of the softmax s at temperature 2."""
 
     @staticmethod
@@ -456,7 +456,7 @@ def _softer_softmax() -> Iterator[None]:
         if scores.ndim < 3:  # the weights of experts
             return plain_softmax(scores, dim=dim, dtype=dtype)
         assert dim in (-1, scores.ndim - 1)
-        return _SofterBackward.apply(scores if dtype is None else scores.to(dtype))  # type: ignore[no-any-return]
+        return SofterBackward.apply(scores if dtype is None else scores.to(dtype))  # type: ignore[no-any-return]
 
     with mock.patch.object(t.nn.functional, "softmax", softmax):
         yield

@@ -36,6 +36,7 @@ from auto_circuit.utils.graph_utils import (
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state
 from tests.models import gpt2, state_snapshot, tokens
+from tests.plain_patching import default_dtype
 from tests.prune_algos.test_conformance import score
 from tests.test_prune import random_scores, token_loader
 
@@ -92,16 +93,6 @@ def train_mode(model: PatchableModel) -> Iterator[None]:
     finally:
         bridge.original_model.eval()
         model.eval()
-
-
-@contextmanager
-def default_dtype(dtype: t.dtype) -> Iterator[None]:
-    before = t.get_default_dtype()
-    t.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        t.set_default_dtype(before)
 
 
 @contextmanager

@@ -129,12 +129,12 @@ def _load(
             model_class=original,
             **place,  # type: ignore[arg-type]
         )
-        model = boot()
+        model, is_right = boot(), False
         if dtype == t.float32 and device_map is None:
             model.enable_compatibility_mode()
             # TransformerLens folds the norms of some families wrongly, such as Gemma 2's.
-            if not _says(model, original.log_probs, what):
-                model = boot()
+            is_right = _says(model, original.log_probs, what)
+            model = model if is_right else boot()
     except ModelError:
         raise
     except Exception as error:  # every file format, and the hub, have errors of their own
@@ -145,7 +145,7 @@ def _load(
             "config.json, the weights and the tokenizer, each of them whole."
         ) from error
     model = as_loaded(model.eval().requires_grad_(False))
-    if original.log_probs is not None:
+    if not is_right and original.log_probs is not None:
         check_log_probs(model, original.log_probs, what)
     return model
 

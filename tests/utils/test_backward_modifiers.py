@@ -33,6 +33,7 @@ from tests.families import bridge_of
 from tests.families import make as make_family
 from tests.micro import micro_model
 from tests.models import ARCHITECTURES, SIZES, gemma2, gpt2, llama, state_snapshot
+from tests.plain_patching import SofterBackward
 from tests.prune_algos.test_mask_gradient import make
 from tests.test_prune import token_loader
 
@@ -103,20 +104,6 @@ def rms_norm(x: Tensor, norm: Any, frozen: bool) -> Tensor:
     return x / (scale.detach() if frozen else scale) * norm.weight
 
 
-class _Softened(t.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tensor:
-        ctx.save_for_backward(scores)
-        return scores.softmax(-1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """s (g - <g, s>), for the softmax s at temperature 2."""
-        (scores,) = ctx.saved_tensors
-        soft = (scores / 2).softmax(-1)
-        return soft * (grads[0] - (grads[0] * soft).sum(-1, keepdim=True))
-
-
 def scaled(x: Tensor, factor: float) -> Tensor:
     return x * factor + (x * (1 - factor)).detach()
 
@@ -128,7 +115,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rules: str) -> Tensor:
     scores = t.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
     seq = q.shape[1]
     scores = scores.masked_fill(t.ones(seq, seq).triu(1).bool(), -1e9)
-    pattern = _Softened.apply(scores) if rules == "gim" else scores.softmax(-1)
+    pattern = SofterBackward.apply(scores) if rules == "gim" else scores.softmax(-1)
     if rules == "relp-AH":
         pattern = pattern.detach()
     return t.einsum("bhqk,bkhd->bqhd", pattern, v)
