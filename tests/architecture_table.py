@@ -28,7 +28,8 @@ from auto_circuit.circuit_files import load_mib_circuit, save_mib_circuit
 from auto_circuit.errors import AutoCircuitError
 from auto_circuit.experiment_utils import load_tl_model
 from auto_circuit.prefix_cache import make_prefix_cache
-from auto_circuit.types import PruneScores
+from auto_circuit.spans import spans_of_labels
+from auto_circuit.types import Edge, PruneScores
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.backward_modifiers import gim_backward, relp_backward
 from auto_circuit.utils.graph_utils import (
@@ -41,6 +42,7 @@ from auto_circuit.utils.graph_utils import (
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.architectures import FAMILIES, hugging_face, plain_model
 from tests.models import VOCAB, tokens
+from tests.plain_crossings import CrossingEdge, patch_each_crossing
 from tests.plain_patching import (
     PlainModel,
     Rules,
@@ -50,7 +52,7 @@ from tests.plain_patching import (
 )
 
 PATH = Path(__file__).parents[1] / "docs" / "architectures.json"
-SEQ, N_EDGES, PREFIX, PADDING = 6, 60, 2, 3
+SEQ, N_EDGES, N_CROSSINGS, PREFIX, PADDING = 6, 60, 20, 2, 3
 CLEAN, CORRUPT = tokens(1, SEQ, seed=1), tokens(1, SEQ, seed=2)
 STEP = 1e-5
 """Of finite differences."""
@@ -75,6 +77,17 @@ class Subject:
     @cached_property
     def patch(self) -> Tensor:
         return src_ablations(self.model, CORRUPT)
+
+    @property
+    def crossing(self) -> Subject:
+        """The same model in a graph with positions and edges through attention.
+
+        Each token is a span, so that there can be padding before them.
+        """
+        spans = spans_of_labels([f"token {i}" for i in range(SEQ)])
+        inner = self.model.wrapped_model
+        graph = patchable_model(inner, True, None, None, True, crossing=True, spans=spans)
+        return Subject(self.name, graph)
 
 
 def subject(name: str) -> Subject:
@@ -134,6 +147,31 @@ def single_edges(of: Subject) -> float:
             found.append(of.model(CLEAN)[0] - plain[0])
     assert expected.abs().amax((1, 2)).median() > 1e-3
     return off(t.stack(found), expected)
+
+
+def crossing_edges(of: Subject) -> float:
+    """20 edges through attention, of keys and values, as `single_edges`."""
+    model = of.crossing.model
+    crossings = [edge for edge in model.edges if edge.is_crossing]
+    chosen = random.Random(0).sample(crossings, N_CROSSINGS)
+    assert {edge.dest.head_input for edge in chosen} == {"key", "value"}
+    plain = of.plain.logits(CLEAN)
+    edges = [_plain_crossing(edge) for edge in chosen]
+    expected = patch_each_crossing(of.plain, CLEAN, CORRUPT, edges) - plain
+    found = []
+    for edge in chosen:
+        with t.no_grad(), patch_mode(model, of.patch, [edge]):
+            found.append(model(CLEAN)[0] - plain[0])
+    assert (expected.abs().amax((1, 2)) > 1e-3).sum() >= N_CROSSINGS // 2
+    return off(t.stack(found), expected)
+
+
+def _plain_crossing(edge: Edge) -> CrossingEdge:
+    """A3.1.V[0]->A3.1 by value @ 4: head 1 of block 3 reads at 4 a value at 0."""
+    block, head = map(int, re.findall(r"\d+", edge.dest.name))
+    kind, to = edge.dest.head_input, edge.seq_idx
+    assert kind in ("key", "value") and to is not None
+    return CrossingEdge(kind, block, head, to, come_from=edge.src.src_idx)
 
 
 def gradients(of: Subject) -> float:
@@ -310,6 +348,7 @@ CHECKS = {
     "edges": Check("builds: edges", edges),
     "masks": Check("masks 0, 1", masks, EXACT),
     "single edges": Check("60 single edges", single_edges, EXACT),
+    "crossing edges": Check("20 crossing edges", crossing_edges, EXACT),
     "gradients": Check("gradients", gradients, 1e-6),
     "left padding": Check("left padding", left_padding, EXACT),
     "prefix cache": Check("prefix cache", prefix_cache, EXACT),

@@ -446,16 +446,31 @@ def check_can_ungroup(model: TransformerBridge) -> None:
 
 def check_shows_attention(model: TransformerBridge) -> None:
     """Raise ModelError unless keys and values can be seen where heads read them."""
-    blocks = enumerate(model.blocks)
-    kinds = [(i, type(b.attn)) for i, b in blocks if type(b.attn) not in PLAIN_ATTENTIONS]
+    attentions = [(i, block.attn) for i, block in enumerate(model.blocks)]
+    kinds = [(i, type(attn)) for i, attn in attentions if not _shows_attention(attn)]
     if kinds or not heads_by_weights(model):
         problem = "its heads cannot be told apart by their weights"
         if kinds:
-            problem = f"`blocks.{kinds[0][0]}.attn` is a {kinds[0][1].__name__}"
+            problem = (
+                f"`blocks.{kinds[0][0]}.attn` is a {kinds[0][1].__name__}, which keeps its "
+                "scores to itself"
+            )
         raise ModelError(
             f"This {model.cfg.architecture} model does not show what its heads read across "
             f"positions (`crossing=True`): {problem}. Use `crossing=False`."
         )
+
+
+def _shows_attention(attention: Any) -> bool:
+    """Does it compute attention in TransformerLens's own code, as `read_attention` knows it?
+
+    Subclasses whose `rope_optional` is set leave out rotary positions in some blocks, and
+    change nothing else (Cohere 2, EXAONE 4, SmolLM 3).
+    """
+    return type(attention) in PLAIN_ATTENTIONS or (
+        isinstance(attention, PositionEmbeddingsAttentionBridge)
+        and bool(getattr(attention, "rope_optional", False))
+    )
 
 
 def _split_ports(model: TransformerBridge, name: str) -> list[Port]:

@@ -228,8 +228,8 @@ def crossing_edges(model: PatchableModel) -> list[Edge]:
 @pytest.mark.parametrize(
     "name,is_padded",
     [
-        ("gpt2", False),
         ("llama", True),
+        pytest.param("gpt2", False, marks=pytest.mark.slow),
         pytest.param("gpt2", True, marks=pytest.mark.slow),
         pytest.param("llama", False, marks=pytest.mark.slow),
     ],
