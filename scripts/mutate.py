@@ -243,6 +243,10 @@ ENGINE: tuple[Fault, ...] = (
         "        if idx not in self._block_outs:\n"
         "            self._block_outs",
         SESSION, ACDC),
+    fault("after a pass from the middle whole ones are not kept", PATCHES,
+        'stack.callback(setattr, self, "_first_block", 0)',
+        'stack.callback(setattr, self, "_other_block", 0)',
+        SESSION),
     fault("a pass from the middle starts one block late", PATCHES,
         "self._first_block = self._overwritten_from = block",
         "self._first_block = self._overwritten_from = block + 1",

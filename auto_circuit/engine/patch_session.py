@@ -311,7 +311,7 @@ class PatchSession:
         with ExitStack() as stack:
             for idx, module in enumerate(self.plan.blocks[:block]):
                 stack.enter_context(replaced_forward(module, self._hand_on(idx)))
-            stack.callback(setattr, self, "_first_layer", 0)
+            stack.callback(setattr, self, "_first_block", 0)
             self._first_block = self._overwritten_from = block
             self._continue(self._current_pass())
             yield

@@ -316,6 +316,11 @@ def test_a_pass_from_the_middle_goes_on_from_the_last_whole_one(
         assert (second - first).abs().max() > 0.01
         with starting_at(model, end):
             t.testing.assert_close(model_output(model), second, **EXACT)
+        set_all_masks(model, 0.5)
+        third = model_output(model)
+        assert (third - second).abs().max() > 0.01
+        with starting_at(model, end):
+            t.testing.assert_close(model_output(model), third, **EXACT)
 
 
 @pytest.mark.parametrize("when", ["before", "inside", "pre"])
