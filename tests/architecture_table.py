@@ -124,12 +124,18 @@ def edges(of: Subject) -> float:
 
 
 def masks(of: Subject) -> float:
-    """All masks 0: the plain model on the clean prompt. All 1: on the corrupt one."""
+    """All masks 0: the plain model on the clean prompt. All 1: on the corrupt one.
+
+    There every source writes what it writes on the corrupt prompt, too: nothing that reads
+    the residual stream is without a mask.
+    """
     errors = []
     for value, prompt in ((0.0, CLEAN), (1.0, CORRUPT)):
+        written = t.empty_like(of.patch)
         set_all_masks(of.model, value)
-        with t.no_grad(), patch_mode(of.model, of.patch):
+        with t.no_grad(), patch_mode(of.model, of.patch, None, written):
             errors.append(off(of.model(CLEAN), of.plain.logits(prompt)))
+    errors.append(off(written[1:], of.patch[1:]))
     set_all_masks(of.model, 0.0)
     return max(errors)
 

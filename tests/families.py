@@ -204,10 +204,13 @@ _CLASSES = {
 }
 
 
-def make(name: str, dtype: t.dtype = t.float32) -> PreTrainedModel:
-    """A family's Hugging Face model, in eval mode; the same weights in every call."""
+def make(name: str, dtype: t.dtype = t.float32, **others: Any) -> PreTrainedModel:
+    """A family's Hugging Face model, in eval mode; the same weights in every call.
+
+    others: of its configuration, instead of or besides those of `FAMILIES`.
+    """
     kind, options = (FAMILIES | REFUSED)[name]
-    config = getattr(transformers, _config_name(kind))(**options)
+    config = getattr(transformers, _config_name(kind))(**(options | others))
     config._experts_implementation = "eager"  # the default one knows no float64
     model_class = getattr(transformers, _CLASSES.get(kind, f"{kind}ForCausalLM"))
     model: Any = model_class._from_config(config, attn_implementation="eager")

@@ -67,6 +67,11 @@ def check_is_decoder(model: TransformerBridge) -> None:
         missing = "attention in every block (some may be state space models)"
     elif has_norm_after_sum(model):
         missing = "a residual stream: it norms the sums"
+    elif others := {name for block in model.blocks for name in other_readers(block.attn)}:
+        missing = (
+            "attention that reads by its queries, keys and values alone (there is "
+            f"`{'`, `'.join(sorted(others))}` too)"
+        )
     if missing:
         raise ModelError(
             f"This {kind} model does not have {missing}, which its computation graph needs, "
@@ -90,9 +95,13 @@ def by_position(
 
 def has_norm_after_sum(model: TransformerBridge) -> bool:
     """Does what reaches the next block pass a norm (OPT-350m)? As the configuration says."""
-    config = model.cfg
-    return not getattr(config, "do_layer_norm_before", True) or bool(
-        getattr(config, "apply_residual_connection_post_layernorm", False)
+    # TransformerLens's own configuration has not all of Hugging Face's.
+    original = getattr(model, "original_model", None)
+    configs = (model.cfg, getattr(original, "config", None))
+    return any(
+        not getattr(config, "do_layer_norm_before", True)
+        or getattr(config, "apply_residual_connection_post_layernorm", False)
+        for config in configs
     )
 
 
@@ -113,6 +122,11 @@ def mlp_shares_norm(block: Any) -> bool:
     """Does the MLP read what the norm before the heads gives (GPT-J)?"""
     norms = {"ln2", "ln2_post"} & {*block.submodules}
     return "mlp" in block.submodules and not norms
+
+
+def has_residual_scale(block: Any) -> bool:
+    """Are a block's parts multiplied by a number, if only by 1, before they are added?"""
+    return hasattr(block, "residual_contribution_scale")
 
 
 def residual_scale(block: Any) -> float:
@@ -163,6 +177,21 @@ def _has_width(attention: Any, name: str, n_heads: int) -> bool:
     return is_linear(linear) and (
         linear.out_features == n_heads * attention.config.d_head
     )
+
+
+def other_readers(attention: Any) -> list[str]:
+    """The linear maps of attention besides those of queries, keys, values and the output.
+
+    Such as that of a gate: nothing could be patched into what it reads.
+    """
+    parts = attention.submodules
+    own = [parts[name].original_component for name in (*"qkvo", "qkv") if name in parts]
+    inside = {module for linear in own for module in linear.modules()}
+    return [
+        name.removesuffix("._original_component")
+        for name, module in attention.original_component.named_modules()
+        if isinstance(module, (Linear, Conv1D)) and module not in inside
+    ]
 
 
 def mlp_linears(mlp: Any) -> tuple[Linear, ...]:

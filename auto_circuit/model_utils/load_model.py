@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -405,5 +406,11 @@ def _listed(names: list[str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    line = str(error).strip().splitlines()[0] if str(error).strip() else _failed(error)
     return line if line.endswith(".") else line + "."
+
+
+def _failed(error: Exception) -> str:
+    """Of an error without a text (`assert ...`): what it is, and the line that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1:]
+    return type(error).__name__ + "".join(f" at `{f.line}`" for f in frame)

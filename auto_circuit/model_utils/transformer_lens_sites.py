@@ -34,6 +34,7 @@ from auto_circuit.errors import ModelError
 from auto_circuit.model_utils.block_facts import (
     by_position,
     class_of,
+    has_residual_scale,
     in_out,
     inner_linear,
     mlp_linears,
@@ -108,7 +109,8 @@ def hook_point(model: TransformerBridge, name: str) -> Module:
     except KeyError:
         raise ModelError(
             f"This {model.cfg.architecture} model has no hook point {name!r}, "
-            "which its computation graph needs. Its architecture is not supported."
+            "which its computation graph needs. Its architecture is not supported as it is: "
+            "it needs a ModelAdapter of its own."
         ) from None
 
 
@@ -148,7 +150,23 @@ def has_norm_over_heads(attention: Any, head_input: HeadInput | None) -> bool:
     }
     weights = [norm_weight(attention, name) for name in norms[head_input]]
     d_head = attention.config.d_head
-    return any(w is not None and w.ndim == 1 and len(w) > d_head for w in weights)
+    is_over_inputs = any(
+        w is not None and w.ndim == 1 and len(w) > d_head for w in weights
+    )
+    return is_over_inputs or _has_norm_before_output(attention)
+
+
+def _has_norm_before_output(attention: Any) -> bool:
+    """Does attention norm what its heads read, before its output (BitNet)?"""
+    of_inputs = {"q_norm", "k_norm"} & {*attention.submodules}
+    known = {attention.submodules[name].original_component for name in of_inputs}
+    inside = {module for norm in known for module in norm.modules()}
+    return any(
+        "Norm" in type(module).__name__
+        and not isinstance(module, NormalizationBridge)
+        and module not in inside
+        for module in attention.original_component.modules()
+    )
 
 
 def norm_facts(bridge: NormalizationBridge) -> Norm:
@@ -216,11 +234,13 @@ def src_site(model: Module, module_name: str) -> SrcSite:
     block: Any = model.get_submodule(".".join(module_name.split(".")[:2]))
     if hook == "hook_result" and heads_by_weights(model):
         return _heads_site(block)
-    scale = residual_scale(block)
-    if scale != 1.0 and hook in ("hook_attn_out", "hook_mlp_out"):
+    if has_residual_scale(block) and hook in ("hook_attn_out", "hook_mlp_out"):
         # The block's own hook point fires only for TransformerLens's hooks.
         part = block.attn if hook == "hook_attn_out" else block.mlp
-        return SrcSite(part.hook_out, transform=lambda out: scale * out)
+        scale = residual_scale(block)
+        return SrcSite(
+            part.hook_out, transform=None if scale == 1.0 else lambda out: scale * out
+        )
     if class_of(block).mlp_by_token and hook == "hook_mlp_out":
         shown = hook_point(model, module_name)
         return SrcSite(shown, transform=partial(by_position, block))
@@ -580,14 +600,23 @@ def open_sites(model: Module, separate_qkv: bool | None) -> Iterator[None]:
             try:
                 _set_switches(model, switches)
             except NotImplementedError as error:
-                raise ModelError(
-                    f"The attention of this {model.cfg.architecture} model does not "
-                    f"expose its heads ({error}). For TransformerLens's own models use "
-                    "`auto_circuit.model_utils.transformer_lens_utils.native_bridge`."
-                ) from error
+                raise _hidden_heads(model, error) from error
             yield
         finally:
             _set_switches(model, before)
+
+
+def _hidden_heads(model: TransformerBridge, error: Exception) -> ModelError:
+    architecture = model.cfg.architecture
+    what_to_do = (
+        "Make it by `auto_circuit.model_utils.transformer_lens_utils.native_bridge`."
+        if architecture == "TransformerLensNative"
+        else "So it is not supported as it is: it needs a ModelAdapter of its own."
+    )
+    return ModelError(
+        f"The attention of this {architecture} model does not expose its heads "
+        f"({str(error).rstrip('.')}). {what_to_do}"
+    )
 
 
 @contextmanager

@@ -43,7 +43,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
 from transformer_lens.model_bridge.sources.native import NativeModel
 
 from auto_circuit.errors import ConfigError, ModelError
-from auto_circuit.model_utils.block_facts import check_is_decoder, residual_scale
+from auto_circuit.model_utils.block_facts import check_is_decoder, has_residual_scale
 from auto_circuit.model_utils.crossing_attention import read_attention
 from auto_circuit.model_utils.model_adapter import CrossingSite, GraphNodes, ModelAdapter
 from auto_circuit.model_utils.transformer_lens_sites import (
@@ -296,7 +296,7 @@ def simple_graph_nodes(
 
     Its edges are the components: patching `A0.1->Resid Mid 0` patches head 0.1.
     """
-    if any(residual_scale(block) != 1.0 for block in model.blocks):
+    if any(map(has_residual_scale, model.blocks)):
         raise ModelError(
             f"The unfactorized graph of this {model.cfg.architecture} model is not "
             "supported: it scales what its parts add to the residual stream. Use "

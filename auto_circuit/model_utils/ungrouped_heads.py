@@ -64,10 +64,16 @@ class UngroupedLinear(Module):
 def keeps_heads_apart(attention: Any) -> bool:
     """Is all that happens to a key between its linear map and its use the same for heads?
 
-    Not where a norm has weights for each key-value head, or runs over all of them.
+    Not where a norm has weights for each key-value head, or runs over all of them. (Over the
+    keys of one head alone it may run by chance: it is that of the queries which says so.)
     """
-    weight = norm_weight(attention, "k_norm")
-    return weight is None or weight.numel() in (1, attention.config.d_head)
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    inner = [norm.original_component for norm in norms if norm is not None]
+    weights = [weight for norm in inner for weight in norm.parameters()]
+    has_one_for_each = any(list(norm.children()) for norm in inner)
+    return not has_one_for_each and all(
+        weight.numel() in (1, attention.config.d_head) for weight in weights
+    )
 
 
 def norm_weight(attention: Any, name: str) -> Float[Tensor, "*head d_head"] | None:

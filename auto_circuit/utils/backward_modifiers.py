@@ -167,9 +167,11 @@ def _unreached(
 ) -> list[str]:
     """What hooks cannot reach inside of: the class names of modules."""
     hooked = {norm.original_component for norm in parts.norms}
+    # Not all of the original's modules are the bridge's (the end of an OPT with projections).
+    everywhere = {**dict.fromkeys(bridge.modules()), **dict.fromkeys(_original(bridge))}
     modules = [
         module
-        for module in bridge.modules()
+        for module in everywhere
         if "Norm" in type(module).__name__
         and not isinstance(module, NormalizationBridge)
         and module not in hooked
@@ -179,6 +181,12 @@ def _unreached(
     if changes_attention:
         found += [problem for part in parts.attentions if (problem := _hidden(part))]
     return sorted(set(found))
+
+
+def _original(bridge: TransformerBridge) -> Iterator[Module]:
+    """The modules of the Hugging Face model that it was made of."""
+    original = getattr(bridge, "original_model", None)
+    return iter(()) if original is None else original.modules()
 
 
 def _hidden(attention: Any) -> str | None:

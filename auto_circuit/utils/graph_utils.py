@@ -28,7 +28,13 @@ from auto_circuit.engine.edge_matrices import (
 from auto_circuit.engine.masks_put_back import masks_put_back
 from auto_circuit.engine.patch_session import PatchSession
 from auto_circuit.engine.patch_wrapper import PatchWrapperImpl
-from auto_circuit.errors import ConfigError, GraphError, ModelError
+from auto_circuit.errors import (
+    AutoCircuitError,
+    ConfigError,
+    GraphError,
+    ModelError,
+    one_line,
+)
 from auto_circuit.model_utils.model_adapter import ModelAdapter
 from auto_circuit.precision import mask_dtype
 from auto_circuit.prefix_cache import PrefixCache
@@ -494,7 +500,7 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
             for port in plan.dest_ports
             if port.heads is not None
         }
-        model.wrapped_model(adapter.probe_input(model.wrapped_model))
+        _probe(model)
         for port, of_port in inputs.items():
             _check_fired_once(port.name, reads[port], model)
             if not model.user_hooks.ids():
@@ -527,6 +533,23 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
     # What hooks add to the residual stream looks like biases, but they may be removed.
     model.weights = None if model.user_hooks.ids() else weights
     return weights
+
+
+def _probe(model: PatchableModel) -> None:
+    """Run the model once. Raises ModelError if it cannot be run like that."""
+    tokens = model.adapter.probe_input(model.wrapped_model)
+    try:
+        model.wrapped_model(tokens)
+    except AutoCircuitError:
+        raise
+    except Exception as error:  # each architecture has errors of its own
+        if model.user_hooks.ids():
+            raise
+        raise ModelError(
+            f"This {type(model.wrapped_model).__name__} cannot be run with its nodes in "
+            f"view: {type(error).__name__}: {one_line(error):.300}. Its architecture is not "
+            "supported as it is: it needs a ModelAdapter of its own."
+        ) from error
 
 
 def _check_whole_blocks(blocks: Sequence[Module]) -> None:

@@ -6,11 +6,19 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch as t
 from torch import Tensor
+from torch.nn import Linear
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import (
+    AfmoeConfig,
+    AfmoeForCausalLM,
+    BitNetConfig,
+    BitNetForCausalLM,
+)
 
 from auto_circuit.errors import ModelError
 from auto_circuit.model_utils.block_facts import mlp_shares_norm, whole_mlp
@@ -18,14 +26,14 @@ from auto_circuit.model_utils.transformer_lens_utils import WHOLE_ATTENTION_ADAP
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model, set_all_masks
 from auto_circuit.utils.patchable_model import PatchableModel
-from tests.families import FAMILIES, N_HEADS, REFUSED, bridge_of, make
-from tests.models import folded, tokens
+from tests.families import D_MODEL, FAMILIES, N_HEADS, REFUSED, bridge_of, make
+from tests.models import SIZES, folded, tokens
 
 CLEAN, CORRUPT = tokens(2, 5, seed=1), tokens(2, 5, seed=2)
 
 
-def bridge(name: str) -> TransformerBridge:
-    return bridge_of(make(name))
+def bridge(name: str, **options: Any) -> TransformerBridge:
+    return bridge_of(make(name, **options))
 
 
 def at_mask(model: PatchableModel, value: float) -> Tensor:
@@ -56,6 +64,21 @@ def test_what_is_not_supported_says_what_was_not_found(name: str) -> None:
             patchable_model(bridge(name), True, separate_qkv=True, ungroup=ungroup)
         assert "Use a decoder-only transformer" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_norms_of_the_sums_that_a_configuration_asks_for() -> None:
+    inner = bridge("bloom", apply_residual_connection_post_layernorm=True)
+    with pytest.raises(ModelError, match="norms the sums.*not supported"):
+        patchable_model(inner, True, separate_qkv=True)
+
+
+def test_a_gate_of_attention_reads_the_residual_stream_too() -> None:
+    """Nothing could be patched into it, so that it would read clean prompts always."""
+    sizes: Any = SIZES | {"num_key_value_heads": 2, "head_dim": D_MODEL // N_HEADS}
+    config = AfmoeConfig(**sizes, num_experts=4, moe_intermediate_size=8)
+    inner = bridge_of(AfmoeForCausalLM(config))
+    with pytest.raises(ModelError, match="there is `gate_proj` too.*not supported"):
+        patchable_model(inner, True, separate_qkv=True)
 
 
 def test_heads_shares_of_a_normed_sum_are_what_the_layer_adds() -> None:
@@ -123,6 +146,58 @@ def test_what_computes_an_mlp_and_nothing_else() -> None:
 def test_the_unfactorized_graph_of_scaled_residuals() -> None:
     with pytest.raises(ModelError, match="scales what its parts add.*factorized=True"):
         patchable_model(bridge("granite"), False, separate_qkv=True)
+
+
+def test_residuals_that_are_scaled_by_1() -> None:
+    """Their blocks' hook points fire no more often than those of others' (Granite)."""
+    inner = bridge("granite", residual_multiplier=1.0)
+    model = patchable_model(inner, True, separate_qkv=True)
+    with t.no_grad():
+        clean, corrupt = inner(CLEAN), inner(CORRUPT)
+    t.testing.assert_close(at_mask(model, 0.0), clean, atol=1e-5, rtol=0.0)
+    t.testing.assert_close(at_mask(model, 1.0), corrupt, atol=1e-5, rtol=0.0)
+
+
+def test_where_all_edges_are_patched_every_source_writes_what_it_writes_there() -> None:
+    """Whatever reads the residual stream, and is no destination, would read clean prompts."""
+    for name in ("gptj", "gemma2"):
+        model = patchable_model(bridge(name), True, separate_qkv=True)
+        set_all_masks(model, 1.0)
+        patch = src_ablations(model, CORRUPT)
+        written = t.zeros_like(patch)
+        with t.no_grad(), patch_mode(model, patch, curr_src_outs=written):
+            model(CLEAN)
+        assert not t.allclose(written[0], patch[0])  # the embeddings read nothing
+        t.testing.assert_close(written[1:], patch[1:], atol=1e-5, rtol=1e-4)
+
+
+def test_a_norm_of_all_heads_values_lets_each_input_reach_all_heads() -> None:
+    model = patchable_model(bridge("llama"), True, separate_qkv=True)
+    assert not any(dest.reaches_all_heads for dest in model.dests)
+    config = BitNetConfig(**SIZES, num_key_value_heads=2)
+    model = patchable_model(bridge_of(BitNetForCausalLM(config)), True, separate_qkv=True)
+    assert all(dest.reaches_all_heads for dest in model.dests if dest.heads)
+
+
+def test_heads_that_transformer_lens_does_not_show() -> None:
+    inner = bridge("gptj")
+    inner.blocks[1].attn.q.original_component.__class__ = type("Other", (Linear,), {})
+    with pytest.raises(ModelError, match="not expose its heads.*not supported") as caught:
+        patchable_model(inner, True, separate_qkv=True)
+    assert "native_bridge" not in str(caught.value)
+
+
+def test_a_model_that_cannot_be_run_with_its_nodes_in_view() -> None:
+    inner = bridge("gpt2")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Sizes do not match.\n(really)")
+
+    with (
+        mock.patch.object(type(inner), "forward", fail),
+        pytest.raises(ModelError, match=r"RuntimeError: Sizes do not match\. \(really\)"),
+    ):
+        patchable_model(inner, True, separate_qkv=True)
 
 
 def test_attention_that_reads_its_input_in_another_way() -> None:

@@ -384,6 +384,24 @@ def test_a_norm_over_all_key_heads_together() -> None:
         make(bridge)
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        # The norm over all keys has as many weights as a head has dimensions.
+        ("olmo2", {"num_key_value_heads": 1}),
+        # A norm for each head, each with weights of its own.
+        ("stablelm", {"qk_layernorm": True}),
+    ],
+)
+def test_norms_that_look_as_if_they_were_the_same_for_all_heads(
+    family: str, options: dict[str, Any]
+) -> None:
+    bridge = bridge_of(make_family(family, **options))
+    with pytest.raises(ModelError, match="a norm over keys.*ungroup=False"):
+        make(bridge)
+    patchable_model(bridge, True, separate_qkv=True)
+
+
 def test_heads_that_are_not_told_apart_by_weights() -> None:
     bridge = llama()
     bridge.blocks[1].attn.q.original_component.__class__ = type("Other", (Linear,), {})

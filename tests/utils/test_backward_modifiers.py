@@ -291,6 +291,15 @@ def test_attention_that_shows_no_softmax_is_refused(modifier: Modifier) -> None:
     assert state_snapshot(model) == before
 
 
+def test_a_norm_that_the_bridge_does_not_have_is_refused() -> None:
+    """Of an OPT whose embeddings are projected, TransformerLens shows no norm at the end."""
+    bridge = bridge_of(make_family("opt", word_embed_proj_dim=16))
+    model = patchable_model(bridge, True, None, separate_qkv=True)
+    with pytest.raises(ModelError, match="cannot reach inside of LayerNorm"):
+        with relp_backward(model):
+            pass
+
+
 def test_a_norm_that_computes_something_else_is_refused() -> None:
     model = make("llama")
     norm: Any = model.wrapped_model.blocks[0].ln2.original_component  # type: ignore[union-attr, index]
