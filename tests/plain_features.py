@@ -153,6 +153,7 @@ class PlainGPT2:
         if kind == "resid":
             add = lambda m, args: (args[0] + change, *args[1:])  # noqa: E731
             return module, "forward_pre_hook", add
+        # What attention adds is in the residual stream inside of the block ("mid").
         inner = module.mlp if kind == "mlp" else module.attn.c_proj
         return inner, "forward_hook", lambda m, args, out: out + change
 

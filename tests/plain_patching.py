@@ -310,10 +310,17 @@ def patch_each_edge(
     plain: PlainModel, clean: Tensor, corrupt: Tensor, edges: Sequence[tuple[str, str]]
 ) -> Tensor:
     """[edge seq vocab]: the logits on `clean` [1 seq] with one edge's `corrupt` each."""
-    plan, n = plain.plan, len(edges)
     on_clean, on_corrupt = written(plain, clean), written(plain, corrupt)
     change = t.cat([on_corrupt[src] - on_clean[src] for src, _ in edges])
-    dests = [node(dest) for _, dest in edges]
+    return change_each(plain, clean, change, [dest for _, dest in edges])
+
+
+def change_each(
+    plain: PlainModel, clean: Tensor, change: Tensor, names: Sequence[str]
+) -> Tensor:
+    """[edge seq vocab]: the logits where each destination alone reads a changed stream."""
+    plan, n = plain.plan, len(names)
+    dests = [node(name) for name in names]
     inputs: dict[Any, Tensor] = {}
 
     def changed(norm: Any, x: Tensor) -> Tensor:

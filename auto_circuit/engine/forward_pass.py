@@ -37,6 +37,7 @@ class ForwardPass:
     is_repeated: does a block run again now, for the backward pass?
     holds_patches: in the slots of `diff` that are not written yet are the patches that
         the differences will be made from.
+    n_written: the slots before this one are written.
     scratch: memory for the rows of one matrix of heads at a time.
     has_grad: is there anything in `grad_buffer` for the backward pass that is running?
     elsewhere: on each other device of the model, a pass with buffers of its own. They hold
@@ -48,6 +49,7 @@ class ForwardPass:
     diff: Float[Tensor, "batch seq slot d_model"] | None = None
     is_dense: bool = False
     holds_patches: bool = False
+    n_written: int = 0
     grad_buffer: Float[Tensor, "token slot d_model"] | None = None
     scratch: Float[Tensor, "value"] | None = None
     has_grad: bool = False

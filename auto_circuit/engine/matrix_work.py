@@ -106,8 +106,11 @@ class MatrixWork:
         to: memory for them.
         x takes part as one more source, whose weight is 1 for heads.
         """
-        later = self.forward_pass.holds_patches or self.forward_pass.is_repeated
-        with self._x_in_its_slot(x, keeps=later):
+        here = self.forward_pass
+        # Where attention and MLP are parallel, latents read after the heads have written.
+        is_written = self.inputs_slot < here.n_written
+        keeps = here.holds_patches or here.is_repeated or is_written
+        with self._x_in_its_slot(x, keeps=keeps):
             return self._multiply(*self._with_x(), to)
 
     def add_inputs(
@@ -146,7 +149,7 @@ class MatrixWork:
     def _x_in_its_slot(self, x: Residual, keeps: bool) -> Iterator[None]:
         """Inside, x is in the slot of the source after the matrix's.
 
-        In a forward pass that source has not written yet, so nothing of it is lost,
+        In a forward pass that source has mostly not written yet, so nothing of it is lost,
         unless its patch is there. keeps: put back what was there.
         """
         # Sources 0..4 in slots 0..4, of which the heads read 0..2: x goes to slot 3, which

@@ -375,17 +375,19 @@ class PatchSession:
             first = works.slots[srcs.start]
             slots = slice(first, first + len(recorded))
             self._subtract(self.patch[srcs].movedim(0, 2), heads, diff[:, :, slots])
-            self._copy_elsewhere(slots)
+            self._written(slots)
             return
         for i in recorded:
             slot = works.slots[srcs.start + i]
             of_src = diff[:, :, slot]
             self._subtract(self.patch[srcs.start + i], heads[:, :, i], of_src)
-            self._copy_elsewhere(slice(slot, slot + 1))
+            self._written(slice(slot, slot + 1))
 
-    def _copy_elsewhere(self, slots: slice) -> None:
-        """Give some differences to the other devices of the model."""
+    def _written(self, slots: slice) -> None:
+        """Some differences are there: give them to the other devices of the model too."""
         here = self._current_pass()
+        for part in (here, *here.elsewhere.values()):
+            part.n_written = max(part.n_written, slots.stop)
         # At once, not when a port needs them: what follows may overwrite a slot here (see
         # `overwrite_patch`, and `compute_inputs`).
         for part in here.elsewhere.values():

@@ -35,6 +35,7 @@ from transformer_lens.model_bridge.generalized_components import (
 
 from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, ModelError
+from auto_circuit.model_utils.features.spliced import SplicedTransformer
 from auto_circuit.model_utils.transformer_lens_sites import (
     PLAIN_ATTENTIONS,
     constant_scale,
@@ -133,6 +134,11 @@ class _Parts:
 def _parts(model: PatchableModel, modifier: str, changes_attention: bool) -> _Parts:
     """What the hooks stand at. Raises ModelError if there are others."""
     bridge = model.wrapped_model
+    if isinstance(bridge, SplicedTransformer):
+        raise ConfigError(
+            f"`{modifier}` has no rule for latents or neurons as nodes, which this spliced "
+            "model has. Run the algorithm without it, or on the model without autoencoders."
+        )
     if not isinstance(bridge, TransformerBridge):
         raise ConfigError(
             f"`{modifier}` changes how gradients pass attention, norms and MLPs of "

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch as t
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,8 @@ BIASES = {
     "batchtopk": ("b_enc", "threshold"),
     "gated": ("b_gate", "b_mag", "r_mag"),
     "transcoder": ("b_enc",),
+    "skip_transcoder": ("b_enc",),
+    "jumprelu_skip_transcoder": ("b_enc", "threshold"),
 }
 X = 2 * t.randn(40, D_IN, generator=t.Generator().manual_seed(5))
 
@@ -36,12 +39,14 @@ def write(folder: Path, kind: str = "standard", **config: Any) -> dict[str, Any]
     generator = t.Generator().manual_seed(0)
     shapes = {"W_enc": (D_IN, N), "W_dec": (N, D_IN), "b_dec": (D_IN,)}
     shapes |= {name: (N,) for name in BIASES[kind]}
+    if "skip" in kind:
+        shapes["W_skip"] = (D_IN, D_IN)
     weights = {k: 0.5 * t.randn(s, generator=generator) for k, s in shapes.items()}
     if kind == "batchtopk":
         weights["threshold"] = t.full((N,), 0.7)
     if kind == "topk":
         config = {"k": 3, **config}
-    base = {
+    base: dict[str, Any] = {
         "architecture": kind,
         "d_in": D_IN,
         "d_sae": N,
@@ -49,6 +54,8 @@ def write(folder: Path, kind: str = "standard", **config: Any) -> dict[str, Any]
         "device": "cpu",
         "metadata": {"hook_name": "blocks.0.hook_resid_pre", "sae_lens_version": "6.1.0"},
     }
+    if "transcoder" in kind:
+        base["metadata"]["hook_name_out"] = "blocks.0.hook_mlp_out"
     folder.mkdir(exist_ok=True)
     save_file(weights, folder / "sae_weights.safetensors")
     (folder / "cfg.json").write_text(json.dumps({**base, **config}))
@@ -78,10 +85,14 @@ def test_all_kinds_have_the_right_numbers(
 ) -> None:
     w = write(tmp_path / "sae", architecture, apply_b_dec_to_input=centres)
     read = load_autoencoder_folder(tmp_path / "sae")
-    latents = formula(architecture, w, X, centres and architecture != "transcoder")
+    is_transcoder = "transcoder" in architecture
+    latents = formula(architecture, w, X, centres and not is_transcoder)
     assert (latents > 0).any() and (latents == 0).any()
     t.testing.assert_close(read.encode(X), latents, **EXACT)
-    t.testing.assert_close(read(X), latents @ w["W_dec"] + w["b_dec"], **EXACT)
+    out = latents @ w["W_dec"] + w["b_dec"]
+    if "W_skip" in w:
+        out = out + t.einsum("oi,ni->no", w["W_skip"], X)
+    t.testing.assert_close(read(X), out, **EXACT)
     assert read.hook_name == "blocks.0.hook_resid_pre"
     # And again, from what we write.
     save_autoencoder(read, tmp_path / "ours")
@@ -146,6 +157,66 @@ def test_factors_are_folded(tmp_path: Path) -> None:
     t.testing.assert_close(read(X), expected, **EXACT)
 
 
+def test_what_other_versions_write(tmp_path: Path) -> None:
+    """Checkpoints of trainings, factors that mean nothing, and true for an average."""
+    folder = tmp_path / "sae"
+    w = write(folder, "jumprelu")
+    plain = load_autoencoder_folder(folder)
+    change(folder, threshold=None, log_threshold=w["threshold"].abs().log())
+    logs = load_autoencoder_folder(folder)
+    positive = {**w, "threshold": w["threshold"].abs()}
+    t.testing.assert_close(
+        logs.encode(X), formula("jumprelu", positive, X, True), **EXACT
+    )
+    write(folder, "batchtopk", architecture="matryoshka_batchtopk", k=2.5)
+    change(folder, threshold=None, topk_threshold=t.tensor(0.7, dtype=t.float64))
+    trained = load_autoencoder_folder(folder)
+    constant = {**w, "threshold": t.full((N,), 0.7)}
+    assert trained.kind == "batchtopk"
+    expected = formula("jumprelu", constant, X, True)
+    t.testing.assert_close(trained.encode(X), expected, **EXACT)
+    write(folder, "jumprelu")
+    change(folder, scaling_factor=t.ones(N))
+    assert t.equal(load_autoencoder_folder(folder)(X), plain(X))
+    change(folder, scaling_factor=2 * t.ones(N))
+    with pytest.raises(ModelError, match="does not say whether it is used"):
+        load_autoencoder_folder(folder)
+    write(folder, "jumprelu", finetuning_scaling_factor=True)
+    change(folder, scaling_factor=2 * t.ones(N))
+    expected = 2 * plain.encode(X) @ w["W_dec"] + w["b_dec"]
+    t.testing.assert_close(load_autoencoder_folder(folder)(X), expected, **EXACT)
+    write(folder, "jumprelu", normalize_activations=True)
+    average = load_autoencoder_folder(folder, norm_factor=0.3)
+    t.testing.assert_close(average(X), plain(0.3 * X) / 0.3, **EXACT)
+    write(folder, "jumprelu", normalize_activations=False)
+    assert t.equal(load_autoencoder_folder(folder)(X), plain(X))
+
+
+@pytest.mark.parametrize("file", ["params.npz", "params.safetensors"])
+def test_files_of_gemma_scope(tmp_path: Path, file: str) -> None:
+    """JumpReLU without a configuration; the second release has other names, and skips."""
+    w = write(tmp_path / "sae", "jumprelu")
+    skip = t.randn(D_IN, D_IN, generator=t.Generator().manual_seed(7))
+    out = formula("jumprelu", w, X, False) @ w["W_dec"] + w["b_dec"]
+    (tmp_path / "scope").mkdir()
+    if file.endswith("npz"):
+        arrays: dict[str, Any] = {name: weight.numpy() for name, weight in w.items()}
+        np.savez(tmp_path / "scope" / file, **arrays)
+    else:
+        lower = {name.lower(): weight for name, weight in w.items()}
+        save_file({**lower, "affine_skip_connection": skip}, tmp_path / "scope" / file)
+        out = out + X @ skip
+    read = load_autoencoder_folder(tmp_path / "scope")
+    assert (read.kind, read.hook_name, read.centres_input) == ("jumprelu", None, False)
+    t.testing.assert_close(read(X), out, **EXACT)
+    with pytest.raises(ModelError, match="needs no `norm_factor`"):
+        load_autoencoder_folder(tmp_path / "scope", norm_factor=2.0)
+    path = tmp_path / "scope" / file
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ModelError, match="is damaged"):
+        load_autoencoder_folder(tmp_path / "scope")
+
+
 @pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
 def test_activations_are_normalised(tmp_path: Path, normalization: str) -> None:
     w = write(tmp_path / "sae", "standard", normalize_activations=normalization)
@@ -189,6 +260,16 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         ("standard", {"metadata": 3}, {}, "`metadata` that is none"),
         ("standard", {"metadata": {"hook_name": 3}}, {}, "`hook_name` is 3"),
         ("standard", {"hook_head_index": 2, "metadata": {}}, {}, "`hook_head_index` 2"),
+        (
+            "standard",
+            {"hook_point_head_index": 1, "metadata": {}},
+            {},
+            "of a single head",
+        ),
+        ("skip_transcoder", {}, {"W_skip": None}, "'skip_transcoder' has.*W_skip"),
+        ("skip_transcoder", {}, {"W_skip": t.zeros(2, 2)}, "skip_weight has the shape"),
+        ("transcoder", {}, {"W_skip": t.zeros(D_IN, D_IN)}, r"has the weights.*'W_skip'"),
+        ("standard", {}, {"encoder.weight": t.zeros(1)}, "read once SAELens has saved"),
         ("standard", {"apply_b_dec_to_input": "no"}, {}, "expected true or false"),
         (
             "standard",

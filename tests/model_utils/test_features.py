@@ -112,6 +112,10 @@ PLACES: dict[str, Callable[[], list[Any]]] = {
         autoencoder("blocks.1.hook_resid_pre"),
         autoencoder("blocks.1.hook_resid_post", kind="jumprelu", seed=1),
     ],
+    "mid": lambda: [
+        autoencoder("blocks.0.hook_resid_mid", kind="jumprelu"),
+        autoencoder("blocks.1.hook_resid_mid", kind="topk", seed=1),
+    ],
     "start": lambda: [autoencoder("blocks.0.hook_resid_pre", kind="gated")],
     "outs": lambda: [
         autoencoder("blocks.0.hook_mlp_out", kind="batchtopk"),
@@ -157,8 +161,8 @@ def make(
 )
 def test_the_laws_of_every_graph(architecture: Any, place: str) -> None:
     bridge = architecture()
-    if architecture is gemma2 and place in ("z", "neurons"):
-        pytest.skip("refused: see test_what_cannot_be_done_is_refused")
+    if architecture is pythia and place == "mid":
+        pytest.skip("refused: see test_what_an_architecture_cannot_have_is_refused")
     with t.no_grad():
         clean, corrupt = bridge(CLEAN), bridge(CORRUPT)
     before = snapshot(bridge)
@@ -200,6 +204,8 @@ def plain_places(plain: PlainGPT2, place: str) -> dict[str, Any]:
             "Resid Pre 1": plain.cut(items[0], "resid1"),
             "Resid Post 1": plain.cut(items[1], "end"),
         }
+    if place == "mid":
+        return {f"Resid Mid {b}": plain.cut(items[b], f"mid{b}") for b in range(2)}
     if place == "object":
         return {"Resid Pre 1": plain.cut(items[0].autoencoder.inner, "resid1")}
     if place == "transcoder":
@@ -226,7 +232,15 @@ def touched(edge: Any) -> tuple[bool, bool]:
     )
 
 
-EDGES = {"resid": 20, "transcoder": 24, "neurons": 8, "object": 8, "outs": 8, "z": 8}
+EDGES = {
+    "resid": 20,
+    "mid": 12,
+    "transcoder": 24,
+    "neurons": 8,
+    "object": 8,
+    "outs": 8,
+    "z": 8,
+}
 
 
 @pytest.mark.parametrize("place", slow_but("resid", of=EDGES))
@@ -247,7 +261,7 @@ def test_edges_are_what_plain_hooks_do(twins: tuple[Any, Any], place: str) -> No
     patch = src_ablations(model, CORRUPT)
     edges = [edge for edge in model.edges if any(touched(edge))]
     Random(0).shuffle(edges)
-    has_dests = place in ("resid", "transcoder", "neurons", "object")
+    has_dests = place in ("resid", "mid", "transcoder", "neurons", "object")
     as_dests = [edge for edge in edges if touched(edge)[1]][: EDGES[place] // 2]
     assert len(as_dests) == (EDGES[place] // 2 if has_dests else 0)
     as_srcs = [edge for edge in edges if not touched(edge)[1]]
@@ -339,6 +353,23 @@ def test_names_of_nodes_and_what_they_read() -> None:
     assert fed["Resid Pre 1 Error"] == ["Resid Pre 1 Error"]
     for place in ("z", "transcoder"):
         component_links(make(gpt2(), place))
+    inside = make(gpt2(), "mid")
+    edges = inside.edge_name_dict[None]
+    for name in ("A0.1->Resid Mid 0 Latent 3", "Resid Mid 0 Error->MLP 0",
+                 "MLP 0->A1.0.Q", "MLP 0->Resid Mid 1 Error", "Resid Mid 1 Latent 2->MLP 1",
+                 "MLP 1->Resid End"):  # fmt: skip
+        assert name in edges
+    for name in ("A0.1->MLP 0", "Resid Start->A1.0.Q", "MLP 0->MLP 1"):
+        assert name not in edges
+    # A module of Hugging Face, and TransformerLens 4's own names.
+    bridge = gpt2()
+    for hook, name in (
+        ("model.layers.1", "Resid Post 1"), ("transformer.h.0.mlp", "MLP 0"),
+        ("gpt_neox.layers.1.attention", "A1"), ("blocks.1.ln2.hook_in", "Resid Mid 1"),
+        ("blocks.1.hook_out", "Resid Post 1"), ("blocks.0.attn.o.hook_out", "A0"),
+    ):  # fmt: skip
+        (splice,) = spliced(bridge, [autoencoder(hook)]).splices
+        assert splice.name == name
 
 
 @pytest.mark.parametrize("top_n", [None, 2])
@@ -406,8 +437,11 @@ def test_what_cannot_be_done_is_refused() -> None:
     refused(ConfigError, "no hook point 'x'", [autoencoder("x")])
     refused(ConfigError, "hook_mlp_outt.*not known. Did you mean 'hook_mlp_out'",
             [autoencoder("blocks.1.hook_mlp_outt")])  # fmt: skip
-    refused(ConfigError, "'blocks.1.hook_resid_mid' cannot be put into the graph",
-            [autoencoder("blocks.1.hook_resid_mid")])  # fmt: skip
+    refused(ConfigError, "'blocks.1.ln2.hook_out' cannot be put into the graph",
+            [autoencoder("blocks.1.ln2.hook_out")])  # fmt: skip
+    refused(
+        ConfigError, "no hook point 'model.layers.2'", [autoencoder("model.layers.2")]
+    )
     refused(ConfigError, "of the same block",
             [autoencoder("blocks.0.mlp.hook_in", "blocks.1.hook_mlp_out")])  # fmt: skip
     refused(ConfigError, "from 'blocks.1.hook_resid_pre' to", [
@@ -429,11 +463,6 @@ def test_what_cannot_be_done_is_refused() -> None:
             return self.inner.decode(latents) ** 2
 
     refused(ConfigError, "Expected a linear `decode`", [Placed(Squared(good), RESID)])
-    bridge = gemma2()
-    refused(
-        ModelError, "normalises what it writes", [autoencoder("blocks.0.attn.hook_z")]
-    )
-    refused(ModelError, "normalises what it writes", [Neurons(0)])
     bridge = gpt2()
     bridge.blocks[0].mlp.original_component.act = t.nn.Tanh()
     inner = bridge.blocks[0].mlp.original_component

@@ -77,11 +77,12 @@ def _mean_amounts(
     n_tokens, seen = 0, [t.empty(0) for _ in splices]
 
     def see(i: int, module: Module, args: Any, out: Tensor) -> None:
-        seen[i] = splices[i].latents.amounts(out).double()
+        encoded = splices[i].encoded(out)
+        seen[i] = splices[i].latents.amounts(encoded).double()
 
     with in_use(model, splices), ExitStack() as stack:
         for i, splice in enumerate(splices):
-            site = hook_point(model, splice.site.reads)
+            site = hook_point(model, splice.site.reads.hook)
             stack.callback(site.register_forward_hook(partial(see, i)).remove)
         for batch in dataloader:
             of_clean: list[Tensor] = []

@@ -42,6 +42,7 @@ class Autoencoder:
         "gated": relu(exp(log_magnitude) (p - encoder_bias) + magnitude_bias) where p > 0.
     encoder_weight, decoder_weight: a row for each latent, [latent d_in], [latent d_out].
     encoder_bias, decoder_bias: [latent], [d_out]; of a gated one the gate's.
+    skip_weight: of a transcoder with a linear path beside its latents: [d_out d_in].
     centres_input: is `decoder_bias` taken from x first (`apply_b_dec_to_input`)?
     normalization: of x, token by token, and back: "layer_norm", or a fixed length
         ("constant_norm_rescale"). A transcoder's output is not scaled back.
@@ -62,6 +63,7 @@ class Autoencoder:
     k: int | None = None
     magnitude_bias: Weight | None = None
     log_magnitude: Weight | None = None
+    skip_weight: Weight | None = None
     centres_input: bool = True
     normalization: Normalization = "none"
     hook_name: str | None = None
@@ -91,6 +93,8 @@ class Autoencoder:
             "decoder_bias": (d_out,),
             **{name: (n,) for name in PER_LATENT[self.kind]},
         }
+        if self.skip_weight is not None:
+            expected["skip_weight"] = (d_out, d_in)
         for name, shape in expected.items():
             value = getattr(self, name)
             given = tuple(value.shape) if isinstance(value, Tensor) else value
@@ -172,7 +176,7 @@ class Autoencoder:
         latents: Float[Tensor, "*lead latent"],
         encoded: Float[Tensor, "*lead d_in"] | None = None,
     ) -> Float[Tensor, "*lead d_out"]:
-        """The activations that latents stand for.
+        """The activations that latents stand for, without those of a skip.
 
         encoded: those that were encoded, which a `normalization` scales back to (ConfigError
         without them).
@@ -192,7 +196,9 @@ class Autoencoder:
         self, activations: Float[Tensor, "*lead d_in"]
     ) -> Float[Tensor, "*lead d_out"]:
         """The reconstruction."""
-        return self.decode(self.encode(activations), activations)
+        decoded = self.decode(self.encode(activations), activations)
+        skip = self.skip_weight
+        return decoded if skip is None else decoded + activations @ skip.T
 
     def output_scale(
         self, activations: Float[Tensor, "*lead d_in"]

@@ -6,10 +6,13 @@ Nothing is ever unpickled.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
+from zipfile import BadZipFile
 
+import numpy as np
 import torch as t
 from jaxtyping import Float
 from safetensors import SafetensorError
@@ -22,12 +25,21 @@ from auto_circuit.files import folder_written_whole, read_json
 from auto_circuit.model_utils.features.autoencoder import Autoencoder, Kind, Normalization
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+GEMMA_SCOPE_FILES = ("params.npz", "params.safetensors")
 ARCHITECTURES: dict[str, Kind] = {
     **{kind: kind for kind in get_args(Kind)},
+    "matryoshka_batchtopk": "batchtopk",
     "transcoder": "standard",
+    "skip_transcoder": "standard",
     "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
 }
 """SAELens's `architecture` -> the kind."""
+CONVERT = (
+    " Files that SAELens has a loader of its own for (Llama Scope, dictionary_learning, "
+    "sparsify) are read once SAELens has saved them: `SAE.from_pretrained(release, "
+    "sae_id).save_model(folder)`."
+)
 WEIGHT_NAMES: dict[Kind, dict[str, str]] = {
     "standard": {"b_enc": "encoder_bias"},
     "jumprelu": {"b_enc": "encoder_bias", "threshold": "threshold"},
@@ -41,6 +53,9 @@ WEIGHT_NAMES: dict[Kind, dict[str, str]] = {
 }
 """SAELens's names of the weights that not all kinds have -> ours."""
 COMMON = ("W_enc", "W_dec", "b_dec")
+SKIP = "W_skip"
+AVERAGE = "expected_average_only_in"
+"""Activations are multiplied by one number, so that they have an average length."""
 TRAINED_AS = "trained_as"
 Weights = dict[str, Tensor]
 
@@ -54,20 +69,26 @@ def load_autoencoder_folder(
     norm_factor: what activations are multiplied by before they are encoded, and decoded ones
         divided by, where the configuration says `normalize_activations`
         "expected_average_only_in". The file may say it itself (`norm_scaling_factor`).
-    Known architectures: standard, jumprelu, topk, batchtopk, gated, transcoder,
-    jumprelu_transcoder. Factors of decoder norms, scaling and normalization by an average
-    are folded into the weights, which are float32 at least.
+    Known architectures: standard, jumprelu, topk, batchtopk (also matryoshka), gated,
+    transcoder, jumprelu_transcoder, and both with a skip; of any version of SAELens. Factors
+    of decoder norms, scaling and normalization by an average are folded into the weights,
+    which are float32 at least. A folder of Gemma Scope (`params.npz`, `params.safetensors`)
+    is read too; it does not say which `hook_name` it has (see `Placed`).
 
     Raises ModelError (DataError for what is no JSON) for other architectures, files that are
     missing or damaged, and weights that do not fit the configuration.
     """
     folder = Path(folder)
+    for path in (folder / name for name in GEMMA_SCOPE_FILES):
+        if path.is_file() and not (folder / CONFIG_FILE).exists():
+            return _gemma_scope(path, norm_factor)
     config = read_config(folder)
     kind = _kind(folder, config)
     weights = _checked_weights(folder, config, kind, read_weights(weights_path(folder)))
     _fold_norm_factor(folder, config, weights, norm_factor)
     _fold_decoder_norms(config, weights)
     ours = {name: weights[theirs] for theirs, name in WEIGHT_NAMES[kind].items()}
+    # Before version 6 also true and false, of which true is folded just above.
     normalization = config.get("normalize_activations") or "none"
     try:
         return Autoencoder(
@@ -76,6 +97,7 @@ def load_autoencoder_folder(
             decoder_weight=weights["W_dec"],
             decoder_bias=weights["b_dec"],
             k=_k(config) if kind == "topk" else None,
+            skip_weight=weights.get(SKIP),
             centres_input=_centres_input(config),
             normalization=(
                 normalization if normalization in get_args(Normalization) else "none"
@@ -118,6 +140,8 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path | str) -> None:
             for theirs, name in WEIGHT_NAMES[kind].items()
         },
     }
+    if autoencoder.skip_weight is not None:
+        named[SKIP] = autoencoder.skip_weight
     weights = {name: w.detach().cpu().contiguous().clone() for name, w in named.items()}
     with folder_written_whole(folder) as partial:
         save_file(weights, partial / WEIGHTS_FILE)
@@ -145,7 +169,12 @@ def _config_of(autoencoder: Autoencoder) -> dict[str, Any]:
         },
     }
     if autoencoder.is_transcoder:
+        has_skip = autoencoder.skip_weight is not None
         names = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
+        if has_skip:
+            names = {
+                kind: name.replace("trans", "skip_trans") for kind, name in names.items()
+            }
         architecture = names.get(architecture, architecture)
         config["d_out"] = autoencoder.d_out
     if kind == "topk":
@@ -208,7 +237,9 @@ def _kind(folder: Path, config: Mapping[str, Any]) -> Kind:
     if not is_known or activation not in ("relu", "jumprelu", "topk", "batchtopk"):
         raise ModelError(
             f"The autoencoder in {folder} is of the kind {architecture!r:.80} (activation "
-            f"{activation!r:.80}); known are {list(ARCHITECTURES)} with 'relu'."
+            f"{activation!r:.80}); known are {list(ARCHITECTURES)} with 'relu'. An object "
+            "with `encode` and a linear `decode` can be placed by `Placed(object, "
+            "hook_name)`."
         )
     _check_plain(folder, config)
     trained_as = (config.get("metadata") or {}).get(TRAINED_AS)
@@ -219,13 +250,11 @@ def _kind(folder: Path, config: Mapping[str, Any]) -> Kind:
 
 def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ModelError for what would change the numbers, and is not read."""
-    known = (*get_args(Normalization), "expected_average_only_in", None)
-    normalization = config.get("normalize_activations")
+    known = (*get_args(Normalization), AVERAGE, None, True, False)
     reshape = config.get("reshape_activations")
     for name, value, choices in (
-        ("normalize_activations", normalization, known),
+        ("normalize_activations", config.get("normalize_activations"), known),
         ("reshape_activations", reshape, ("none", "hook_z", None)),
-        ("hook_head_index", _head(config), (None,)),
     ):
         # A list could not be looked up in a set.
         if not any(value is choice or value == choice for choice in choices):
@@ -233,6 +262,13 @@ def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
                 f"The autoencoder in {folder} has `{name}` {value!r:.80}; expected one of "
                 f"{list(choices)}."
             )
+    head = _head(config)
+    if head is not None:
+        raise ModelError(
+            f"The autoencoder in {folder} is one of a single head (`hook_head_index` "
+            f"{head!r:.80}), which is not supported. Use one of all heads' values "
+            "(`attn.hook_z`)."
+        )
     for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
         if not isinstance(config.get(name), bool | None):
             raise ModelError(
@@ -242,7 +278,8 @@ def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _head(config: Mapping[str, Any]) -> Any:
-    return (config.get("metadata") or config).get("hook_head_index")
+    owner = config.get("metadata") or config
+    return owner.get("hook_head_index", owner.get("hook_point_head_index"))
 
 
 def _centres_input(config: Mapping[str, Any]) -> bool:
@@ -264,6 +301,8 @@ def _checked_weights(
 ) -> Weights:
     """The weights that a kind has, float32 at least, with a threshold for each latent."""
     weights = dict(weights)
+    if "log_threshold" in weights and "threshold" not in weights:
+        weights["threshold"] = weights.pop("log_threshold").exp()
     common = kind == "batchtopk" and "threshold" not in weights
     if common and "topk_threshold" in weights:
         threshold = weights.pop("topk_threshold")
@@ -276,12 +315,14 @@ def _checked_weights(
             "latents are active depends on the other prompts. Save it from SAELens, which "
             "estimates one while it trains."
         )
-    scaling = weights.pop("scaling_factor", None)
+    scaling = _scaling_factor(folder, config, weights)
     needed = {*COMMON, *WEIGHT_NAMES[kind]}
+    if "skip" in str(config.get("architecture")):
+        needed.add(SKIP)
     if weights.keys() != needed:
         raise ModelError(
             f"The autoencoder in {folder} has the weights {sorted(weights)[:8]}; one of the "
-            f"kind {kind!r} has {sorted(needed)}."
+            f"kind {config.get('architecture') or kind!r} has {sorted(needed)}.{CONVERT}"
         )
     for name, w in weights.items():
         if not w.is_floating_point() or not w.isfinite().all():
@@ -291,10 +332,29 @@ def _checked_weights(
             )
         weights[name] = w.to(t.promote_types(w.dtype, t.float32))
     _check_sizes(folder, config, weights)
-    if scaling is not None and config.get("finetuning_scaling_factor"):
+    if scaling is not None:
         _check_shape(folder, "scaling_factor", scaling, weights["W_dec"].shape[:1])
         weights["W_dec"] = weights["W_dec"] * scaling.unsqueeze(-1)
     return weights
+
+
+def _scaling_factor(
+    folder: Path, config: Mapping[str, Any], weights: Weights
+) -> Float[Tensor, "latent"] | None:
+    """What latents are multiplied by before they are decoded, if by anything; taken out.
+
+    For some time SAELens saved ones that meant nothing.
+    """
+    scaling = weights.pop("scaling_factor", None)
+    if scaling is None or bool((scaling == 1).all()):
+        return None
+    if not config.get("finetuning_scaling_factor"):
+        raise ModelError(
+            f"The autoencoder in {folder} has a `scaling_factor`, and {CONFIG_FILE} does not "
+            "say whether it is used. Set `finetuning_scaling_factor` to true if it is, or "
+            "take the factor out."
+        )
+    return scaling
 
 
 def _check_sizes(folder: Path, config: Mapping[str, Any], weights: Weights) -> None:
@@ -318,6 +378,46 @@ def _check_shape(
         )
 
 
+def _gemma_scope(path: Path, norm_factor: float | None) -> Autoencoder:
+    """One of Gemma Scope: JumpReLU, and nothing taken from its input. Its skip is [in out]."""
+    if norm_factor is not None:
+        raise ModelError(f"{path} needs no `norm_factor`: leave it out.")
+    named = read_weights(path) if path.suffix == ".safetensors" else _read_npz(path)
+    named = {re.sub("^w_", "W_", name.lower()): w for name, w in named.items()}
+    skip = named.pop("affine_skip_connection", None)
+    config = {"architecture": "jumprelu", "apply_b_dec_to_input": False}
+    weights = _checked_weights(path, config, "jumprelu", named)
+    try:
+        return Autoencoder(
+            kind="jumprelu",
+            encoder_weight=weights["W_enc"].T.contiguous(),
+            encoder_bias=weights["b_enc"],
+            decoder_weight=weights["W_dec"],
+            decoder_bias=weights["b_dec"],
+            threshold=weights["threshold"],
+            skip_weight=None if skip is None else skip.float().T.contiguous(),
+            centres_input=False,
+        )
+    except AutoCircuitError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _read_npz(path: Path) -> Weights:
+    """The arrays of a .npz file, as tensors. Raises ModelError if it is damaged."""
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            return {name: t.from_numpy(file[name]) for name in file.files}
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        BadZipFile,
+    ) as error:
+        raise ModelError(f"{path} is damaged: {error}.") from error
+
+
 # ------------------------------------------------------------------------------ folding
 
 
@@ -325,7 +425,7 @@ def _fold_norm_factor(
     folder: Path, config: Mapping[str, Any], weights: Weights, given: float | None
 ) -> None:
     """Scale the weights instead of the activations."""
-    is_needed = config.get("normalize_activations") == "expected_average_only_in"
+    is_needed = config.get("normalize_activations") in (AVERAGE, True)
     factor = _norm_factor(config) if given is None else given
     if not is_needed and given is None:
         return
@@ -335,7 +435,7 @@ def _fold_norm_factor(
             f"The autoencoder in {folder} has `normalize_activations` "
             f"{config.get('normalize_activations')!r}, and {problem} factor is said. Give "
             "`norm_factor` (1.0 if it is folded into the weights already) for "
-            "'expected_average_only_in', and none otherwise."
+            f"{AVERAGE!r}, and none otherwise."
         )
     check_number("norm_factor", factor)
     if factor <= 0:
@@ -355,7 +455,8 @@ def _norm_factor(config: Mapping[str, Any]) -> Any:
 
 def _is_rescaled(config: Mapping[str, Any]) -> bool:
     # SAELens knows it of these alone, and a BatchTopK one that it saved is a JumpReLU one.
-    is_topk = config.get("architecture") in ("topk", "batchtopk")
+    kinds = ("topk", "batchtopk", "matryoshka_batchtopk")
+    is_topk = config.get("architecture") in kinds
     return is_topk and bool(config.get("rescale_acts_by_decoder_norm"))
 
 

@@ -23,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from auto_circuit.checks import checked
 from auto_circuit.errors import ConfigError, ModelError
 from auto_circuit.model_utils.features.places import Neurons, make_splice, placed
-from auto_circuit.model_utils.features.splices import Splice
+from auto_circuit.model_utils.features.splices import Parts, Splice
 from auto_circuit.model_utils.model_adapter import (
     GraphNodes,
     HeadInputs,
@@ -42,7 +42,8 @@ from auto_circuit.types import Component, DestNode, SrcNode
 from auto_circuit.utils.torch_state import in_own_state
 
 BRIDGE = TRANSFORMER_BRIDGE_ADAPTER
-LATENTS, ERROR, LATENTS_IN, ERROR_IN = ".latents", ".error", ".latents_in", ".error_in"
+LATENTS, SKIP, ERROR = ".latents", ".skip", ".error"
+LATENTS_IN, SKIP_IN, ERROR_IN = ".latents_in", ".skip_in", ".error_in"
 ROUNDING = 1e4
 """How much latents computed in two ways may differ, in units of `eps`."""
 Residual = Float[Tensor, "batch seq d_model"]
@@ -95,15 +96,16 @@ def spliced(
 
     Where a hook point is encoded, and the nodes that there are then, for block 2:
 
-    - `hook_resid_pre`, `hook_resid_post`: "Resid Pre 2 Latent 7" and "Resid Pre 2 Error", both
-      sources and destinations. The residual stream is cut: later destinations read them
-      alone, and no earlier source.
+    - `hook_resid_pre`, `hook_resid_mid`, `hook_resid_post`: "Resid Pre 2 Latent 7" and "Resid
+      Pre 2 Error", both sources and destinations. The residual stream is cut: later
+      destinations read them alone, and no earlier source.
     - `hook_attn_out`, `attn.hook_z`: the sources "A2 Latent 7" and "A2 Error" in place of the
       block's heads. `hook_mlp_out`, `mlp.hook_post`: "MLP 2 Latent 7", "MLP 2 Error" in place
       of the MLP. Destinations are those of the model.
     - a transcoder, from `mlp.hook_in` or `ln2.hook_normalized` to `hook_mlp_out`: "MLP 2
       Latent 7" and "MLP 2 Error" as sources and destinations. The error is what the MLP
-      writes, less what the latents would write if they read what the error reads.
+      writes, less what the latents would write if they read what the error reads. A skip
+      transcoder's linear path is a source and a destination too, "MLP 2 Skip".
     - `Neurons(2)`: the sources "MLP 2 Neuron 7" and "MLP 2 Rest", which is what the other
       neurons and the bias write; with `as_destinations=True` also destinations.
 
@@ -142,22 +144,26 @@ def _check_bridge(model: Any) -> None:
 def _check_places(splices: Sequence[Splice]) -> None:
     """Raise ConfigError for two that replace the same."""
     places = [
-        (s.site.writes if s.is_cut else s.site.component, s.site.block) for s in splices
+        (s.site.key if s.is_cut else s.site.component, s.site.block) for s in splices
     ]
     for i, place in enumerate(places):
         if place in places[:i]:
             first = splices[places.index(place)]
             raise ConfigError(
-                f"Two autoencoders replace {splices[i].name!r}: of {first.site.reads!r} and of "
-                f"{splices[i].site.reads!r}. Keep one."
+                f"Two autoencoders replace {splices[i].name!r}: of {first.site.reads.hook!r} "
+                f"and of {splices[i].site.reads.hook!r}. Keep one."
             )
 
 
 def _order(splice: Splice) -> tuple[int, int]:
     """Before its block, in it, after it."""
-    if not splice.is_cut:
-        return splice.site.block, ("attention", "mlp").index(splice.site.component)
-    return splice.site.block, (-1 if splice.site.writes.endswith("hook_in") else 2)
+    site = splice.site
+    order = ("before", "attention", "inside", "mlp", "after")
+    place = site.component
+    if splice.is_cut:
+        is_before = site.writes.hook.endswith("hook_in")
+        place = "before" if is_before else "after" if site.before is None else "inside"
+    return site.block, order.index(place)
 
 
 @in_own_state(grad=False)
@@ -179,6 +185,9 @@ def _check_by_numbers(model: SplicedTransformer) -> None:
 
 # -------------------------------------------------------------------- running the model
 
+Hook = tuple[str, Callable[..., Any]]
+"""A hook point, and what is called with its output."""
+
 
 @dataclass(eq=False)
 class _Run:
@@ -188,14 +197,27 @@ class _Run:
     """
 
     splice: Splice
+    before: list[Tensor] = field(default_factory=list)
     encoded: list[Tensor] = field(default_factory=list)
-    amounts: list[Tensor] = field(default_factory=list)
+    parts: list[Parts] = field(default_factory=list)
+    shares: list[tuple[Parts, Parts]] = field(default_factory=list)
     inner: list[Tensor] = field(default_factory=list)
     differences: dict[str, tuple[float, float]] = field(default_factory=dict)
 
+    def keep(self, module: Module, args: Any, out: Tensor) -> None:
+        """The residual stream, for later."""
+        self.before[:] = [out]
+
     def read(self, module: Module, args: Any, out: Tensor) -> None:
         """Keep what is encoded."""
-        self.encoded[:] = [out]
+        self.encoded[:] = [self.splice.encoded(out)]
+
+    def compare_encoded(self, module: Module, args: Any, out: Tensor) -> None:
+        """Is what is encoded what the model shows?"""
+        claim = "That what is encoded is the normed residual stream"
+        self.differences[claim] = _difference(
+            out.reshape_as(self.encoded[0]), self.encoded[0]
+        )
 
     def look(self, module: Module, args: Any, out: Tensor) -> None:
         """Keep what is written as a matrix times it."""
@@ -203,61 +225,122 @@ class _Run:
 
     def show(self, module: Module, args: Any, out: Tensor) -> None:
         """Compute latents, each from an input of its own."""
-        self.amounts[:] = [self.splice.amounts_as_dests(out)]
+        by_position = self.splice.site.reads.by_position
+        if by_position is not None and out.ndim == 2:
+            out = by_position(out)
+        self.parts[:] = [self.splice.read_as_dests(out)]
 
-    def write(self, module: Module, args: Any, out: Tensor) -> Tensor:
+    def enter(self, norm: Module, module: Module, args: Any, out: Tensor) -> Tensor:
+        """An MLP that shares its norm with the heads reads the residual stream by itself."""
+        residual = self.before.pop()
+        self.parts[:] = [self.splice.read_as_dests(residual)]
+        of_error = self.splice.error_in(residual)
+        self.encoded[:] = [self.splice.normed(of_error)]
+        return norm(of_error)  # type: ignore[no-any-return]
+
+    def _two_parts(self) -> tuple[Parts, Parts]:
+        """(What latents write, what they would write if they read what the error reads)"""
+        of_error = self.splice.read(self.encoded.pop())
+        return (self.parts.pop() if self.parts else of_error), of_error
+
+    def sum_up(self, compares: bool, module: Module, args: Any, out: Tensor) -> Tensor:
+        """Change the sum that is normed next, by what latents write; know its scale."""
+        post_norm = self.splice.site.post_norm
+        assert post_norm is not None
+        parts, of_error = self._two_parts()
+        total = post_norm.sums.of(out)
+        if compares:
+            self.compare(parts, of_error, total)
+        if parts is not of_error:
+            change = self.splice.decoded(parts) - self.splice.decoded(of_error)
+            total = total + (
+                change if post_norm.to_sum is None else post_norm.to_sum(change)
+            )
+        scale = post_norm.norm.scale(post_norm.norm.centre(total)).to(total.dtype)
+        shares = parts.over(scale)
+        self.shares[:] = [(shares, shares)]
+        return post_norm.sums.back(total, out)
+
+    def write(self, compares: bool, module: Module, args: Any, out: Tensor) -> Tensor:
         """Split what is written."""
-        of_error = self.splice.latents.amounts(self.encoded.pop())
-        amounts = self.amounts.pop() if self.amounts else of_error
-        return self.splice.split(out, amounts, of_error)
+        if self.shares:
+            parts, of_error = self.shares.pop()
+        else:
+            parts, of_error = self._two_parts()
+            if compares:
+                self.compare(parts, of_error, out)
+        writes = self.splice.site.writes
+        return writes.back(self.splice.split(writes.of(out), parts, of_error), out)
 
-    def write_and_compare(self, module: Module, args: Any, out: Tensor) -> Tensor:
-        """The same where nothing is patched: is all as the graph says?"""
-        amounts = self.splice.latents.amounts(self.encoded[0])
-        if self.amounts:
+    def compare(self, parts: Parts, of_error: Parts, out: Tensor) -> None:
+        """Where nothing is patched: is all as the graph says?"""
+        site = self.splice.site
+        if parts is not of_error:
             claim = "That latents follow from the residual stream"
-            self.differences[claim] = _difference(self.amounts[0], amounts)
-        if self.splice.site.linear is not None:
+            self.differences[claim] = _difference(parts.amounts, of_error.amounts)
+        if site.linear is not None:
             shown = self.inner.pop()
             if self.splice.part == "Neuron":
                 claim = "That neurons are what the MLP's inputs say"
-                real = shown[..., list(self.splice.idxs)]
-                self.differences[claim] = _difference(amounts, real)
-            rest = out - shown @ self.splice.site.linear[1]()
+                real = site.reads.of(shown[..., list(self.splice.idxs)])
+                self.differences[claim] = _difference(parts.amounts, real)
+            rest = (out - shown @ site.linear[1]()).flatten(0, -2)
             claim = "That what is written is a matrix times what is seen before it"
-            constant = rest.mean((0, 1), keepdim=True).expand_as(rest)
+            constant = rest.mean(0, keepdim=True).expand_as(rest)
             error, _ = _difference(rest, constant)
             self.differences[claim] = error, float(out.abs().max())
-        return self.write(module, args, out)
 
     def cut(self, start: Module | None, module: Module, args: Any, out: Tensor) -> Tensor:
         """Split the residual stream."""
-        out = out if start is None else start(out)
-        amounts = self.splice.amounts_as_dests(out)
-        of_error = self.splice.error_in(out)
-        return self.splice.split(of_error, amounts, self.splice.latents.amounts(of_error))
+        return self._split_stream(out if start is None else start(out))
 
-    def hooks(
-        self, start: Module | None, compares: bool
-    ) -> list[tuple[str, Callable[..., Any]]]:
-        """[(hook point, what is called with its output)]"""
-        splice = self.splice
-        if splice.is_cut:
-            return [(splice.site.writes, partial(self.cut, start))]
-        write = self.write_and_compare if compares else self.write
-        if splice.site.reads == splice.site.writes:
+    def _split_stream(self, stream: Residual) -> Residual:
+        parts = self.splice.read_as_dests(stream)
+        of_error = self.splice.error_in(stream)
+        return self.splice.split(of_error, parts, self.splice.read(of_error))
 
-            def read_and_write(module: Module, args: Any, out: Tensor) -> Tensor:
-                self.read(module, args, out)
-                return write(module, args, out)
+    def cut_inside(self, module: Module, args: Any, out: Tensor) -> Tensor:
+        """Split the residual stream where something has just been added to it."""
+        writes = self.splice.site.writes
+        stream = self.before.pop() + writes.of(out)
+        self.encoded[:] = [stream]
+        # That sum is the model's own: what changes it is added to what is added.
+        return out + writes.back(self._split_stream(stream) - stream, out)
 
-            return [(splice.site.writes, read_and_write)]
-        found: list[tuple[str, Callable[..., Any]]] = [(splice.site.reads, self.read)]
-        if splice.site.shows is not None:
-            found.append((splice.site.shows, self.show))
-        if compares and splice.site.linear is not None:
-            found.append((splice.site.linear[0], self.look))
-        return [*found, (splice.site.writes, write)]
+    def compare_stream(self, module: Module, args: Any, out: Tensor) -> None:
+        """Is the residual stream inside of a block what was cut?"""
+        claim = (
+            "That the residual stream is what was there before, and what attention adds"
+        )
+        shown = self.splice.site.reads.of(out)
+        self.differences[claim] = _difference(shown, self.encoded.pop())
+
+    def hooks(self, start: Module | None, compares: bool) -> list[Hook]:
+        """In the order in which they are called."""
+        site = self.splice.site
+        if site.before is not None:
+            inside: list[Hook] = [
+                (site.before, self.keep),
+                (site.writes.hook, self.cut_inside),
+            ]
+            return [*inside, *([(site.reads.hook, self.compare_stream)] * compares)]
+        if self.splice.is_cut:
+            return [(site.writes.hook, partial(self.cut, start))]
+        found: list[Hook] = []
+        if site.enters is not None:
+            assert site.shows is not None
+            hook, norm = site.enters
+            found += [(site.shows, self.keep), (hook, partial(self.enter, norm))]
+        else:
+            found.append((site.reads.hook, self.read))
+            found += [(site.shows, self.show)] if site.shows is not None else []
+            if compares and site.normalized is not None:
+                found.append((site.normalized, self.compare_encoded))
+        if compares and site.linear is not None:
+            found.append((site.linear[0], self.look))
+        if site.post_norm is not None:
+            found.append((site.post_norm.sums.hook, partial(self.sum_up, compares)))
+        return [*found, (site.writes.hook, partial(self.write, compares))]
 
 
 def _difference(
@@ -277,8 +360,8 @@ def _open_sites(
         stack.enter_context(BRIDGE.open_sites(model.wrapped_model, separate_qkv))
         for splice in model.splices:
             run = _Run(splice)
-            stack.callback(run.encoded.clear)
-            stack.callback(run.amounts.clear)
+            for kept in (run.before, run.encoded, run.parts, run.shares):
+                stack.callback(kept.clear)
             start = model.start if _is_at_start(splice) else None
             for name, hook in run.hooks(start, runs is not None):
                 site = hook_point(model.wrapped_model, name)
@@ -289,7 +372,7 @@ def _open_sites(
 
 
 def _is_at_start(splice: Splice) -> bool:
-    return splice.is_cut and splice.site.writes == "blocks.0.hook_in"
+    return splice.is_cut and splice.site.writes.hook == "blocks.0.hook_in"
 
 
 # ---------------------------------------------------------------------------- the graph
@@ -308,13 +391,13 @@ def _graph_nodes(
             "patchable with `factorized=True, separate_qkv=True` (or False)."
         )
     srcs, dests = bridge_adapter.graph_nodes(model.wrapped_model, True, separate_qkv)
-    first_layers = _first_layers(dests)
+    layers = _layers(dests)
     # Three new layers before each: after the block before, before this block, and itself.
     srcs = [replace(src, layer=4 * src.layer) for src in srcs]
     dests = [replace(dest, layer=4 * dest.layer) for dest in dests]
     for splice in model.splices:
         if splice.is_cut:
-            layer = _cut_layer(splice, first_layers)
+            layer = _cut_layer(splice, layers)
             srcs = _inserted(srcs, _cut_nodes(SrcNode, splice, layer))
             dests = _inserted(dests, _cut_nodes(DestNode, splice, layer))
         else:
@@ -324,21 +407,21 @@ def _graph_nodes(
     return _with_dense_layers(srcs, _reading_the_last_cut(model, srcs, dests))
 
 
-def _first_layers(dests: Sequence[DestNode]) -> dict[int | None, int]:
-    """Block -> its first layer; None: the end's."""
-    found: dict[int | None, int] = {}
-    for dest in dests:
-        assert dest.component is not None
-        block = dest.component.block
-        found[block] = min(dest.layer, found.get(block, dest.layer))
-    return found
+def _layers(dests: Sequence[DestNode]) -> dict[tuple[int | None, str], int]:
+    """(block, kind of component) -> its layer; block None: the end's."""
+    components = [(dest.component, dest.layer) for dest in dests]
+    return {(c.block, c.kind): layer for c, layer in components if c is not None}
 
 
-def _cut_layer(splice: Splice, first_layers: Mapping[int | None, int]) -> int:
-    if splice.site.writes.endswith("hook_in"):
-        return 4 * first_layers[splice.site.block] - 1
-    after = splice.site.block + 1
-    return 4 * first_layers[after if after in first_layers else None] - 2
+def _cut_layer(splice: Splice, layers: Mapping[tuple[int | None, str], int]) -> int:
+    block = splice.site.block
+    if splice.site.before is not None:
+        return 4 * layers[block, "mlp"] - 1
+    blocks = {of for of, _ in layers}
+    first = {b: min(layers[key] for key in layers if key[0] == b) for b in blocks}
+    if splice.site.writes.hook.endswith("hook_in"):
+        return 4 * first[block] - 1
+    return 4 * first[block + 1 if block + 1 in first else None] - 2
 
 
 def _inserted(nodes: list[Any], new: list[Any]) -> list[Any]:
@@ -350,18 +433,20 @@ def _inserted(nodes: list[Any], new: list[Any]) -> list[Any]:
 def _new_nodes(
     kind: type[Any],
     splice: Splice,
-    modules: tuple[str, str],
+    modules: tuple[str, str, str],
     heads: tuple[int, ...] | None = None,
     **common: Any,
 ) -> list[Any]:
-    """A node for each latent, and one for the error, at these two modules.
+    """A node for each latent, one for a skip if there is one, and one for the error.
 
-    heads: those that all belong to, where latents have no inputs of their own. Else each has
-        a "head" to itself: a latent feeds that latent.
+    modules: theirs. heads: those that all belong to, where latents have no inputs of their
+        own. Else each has a "head" to itself: a latent feeds that latent.
     """
     own = splice.site.shows is not None
+    if own and kind is DestNode and splice.site.post_norm is not None:
+        common["reaches_all_heads"] = True  # by the scale of the sum
     n_latents = len(splice.idxs)
-    latents = [
+    nodes = [
         kind(
             name=f"{splice.name} {splice.part} {idx}",
             module_name=modules[0],
@@ -372,17 +457,26 @@ def _new_nodes(
         )
         for row, idx in enumerate(splice.idxs)
     ]
+    if splice.skip is not None:
+        of_skip = (n_latents + 1,) if own else heads
+        nodes.append(kind(f"{splice.name} Skip", modules[1], heads=of_skip, **common))
     of_error = (n_latents,) if own else heads
-    return [*latents, kind(splice.rest, modules[1], heads=of_error, **common)]
+    return [*nodes, kind(splice.rest, modules[2], heads=of_error, **common)]
 
 
 def _cut_component(splice: Splice) -> Component:
     return Component(splice.name.rpartition(" ")[0].lower(), splice.site.block, "own")
 
 
+def _src_modules(splice: Splice) -> tuple[str, str, str]:
+    key = splice.site.key
+    return key + LATENTS, key + SKIP, key + ERROR
+
+
 def _cut_nodes(kind: type[Any], splice: Splice, layer: int) -> list[Any]:
-    endings = (LATENTS, ERROR) if kind is SrcNode else (LATENTS_IN, ERROR_IN)
-    modules = (splice.site.writes + endings[0], splice.site.writes + endings[1])
+    key = splice.site.key
+    dest_modules = (key + LATENTS_IN, key + SKIP_IN, key + ERROR_IN)
+    modules = _src_modules(splice) if kind is SrcNode else dest_modules
     component = _cut_component(splice)
     return _new_nodes(kind, splice, modules, layer=layer, component=component)
 
@@ -406,7 +500,7 @@ def _replaced_srcs(
     new = _new_nodes(
         SrcNode,
         splice,
-        (splice.site.writes + LATENTS, splice.site.writes + ERROR),
+        _src_modules(splice),
         heads=tuple(sorted(heads)) or None,
         layer=old[0].layer,
         component=old[0].component,
@@ -417,13 +511,14 @@ def _replaced_srcs(
 
 def _split_dests(splice: Splice, dests: list[DestNode]) -> list[DestNode]:
     """The destinations, with an MLP's split into its latents and its error."""
-    if splice.site.shows is None:
+    shows = splice.site.shows
+    if shows is None:
         return dests
     (old,) = [dest for dest in dests if _is_replaced(splice, dest)]
     new = _new_nodes(
         DestNode,
         splice,
-        (splice.site.shows + LATENTS_IN, old.module_name),
+        (shows + LATENTS_IN, shows + SKIP_IN, old.module_name),
         layer=old.layer,
         component=old.component,
     )
@@ -438,7 +533,7 @@ def _reading_the_last_cut(
     first_of_cut: dict[int, int] = {}
     for splice in model.splices:
         if splice.is_cut:
-            module_name = splice.site.writes + LATENTS
+            module_name = splice.site.key + LATENTS
             src = next(src for src in srcs if src.module_name == module_name)
             first_of_cut[src.layer] = src.src_idx
     return [
@@ -468,9 +563,11 @@ def _with_dense_layers(srcs: list[SrcNode], dests: list[DestNode]) -> GraphNodes
 def _src_site(model: Module, module_name: str) -> SrcSite:
     assert isinstance(model, SplicedTransformer)
     for splice in model.splices:
-        if module_name == splice.site.writes + LATENTS:
+        if module_name == splice.site.key + LATENTS:
             return SrcSite(splice.latents_out, partial(_projection, splice))
-        if module_name == splice.site.writes + ERROR:
+        if module_name == splice.site.key + SKIP:
+            return SrcSite(splice.skip_out)
+        if module_name == splice.site.key + ERROR:
             return SrcSite(splice.error_out)
     if module_name == RESID_START and any(map(_is_at_start, model.splices)):
         return SrcSite(model.start)
@@ -504,7 +601,10 @@ def _ports(
 
 
 def _own_ports(splice: Splice) -> list[Port]:
-    """Where patches of latents enter, and, of a cut, those of the error."""
+    """Where patches of latents enter, and those of the skip, and of the error.
+
+    Not the error of an MLP with a norm of its own: it reads what the MLP reads.
+    """
     if splice.site.shows is None:
         return []
     heads = None
@@ -516,18 +616,16 @@ def _own_ports(splice: Splice) -> list[Port]:
             linears=tuple((linear, n_latents) for linear in splice.latents.linears),
             share_rows=len(splice.latents.linears) > 1,
         )
-    latents = Port(
-        (splice.site.shows + LATENTS_IN,),
-        splice.latents_in,
-        heads=heads,
-        block=splice.site.block,
-    )
-    if not splice.is_cut:
-        return [latents]
-    error = Port(
-        (splice.site.shows + ERROR_IN,), splice.error_in, block=splice.site.block
-    )
-    return [latents, error]
+    shows, block = splice.site.shows, splice.site.block
+    ports = [Port((shows + LATENTS_IN,), splice.latents_in, heads=heads, block=block)]
+    if splice.skip is not None:
+        ports.append(Port((shows + SKIP_IN,), splice.skip_in, block=block))
+    if splice.is_cut:
+        ports.append(Port((shows + ERROR_IN,), splice.error_in, block=block))
+    if splice.site.enters is not None:
+        mlp_in = f"blocks.{block}.hook_mlp_in"
+        ports.append(Port((mlp_in,), splice.error_in, block=block))
+    return ports
 
 
 def _of_wrapped(

@@ -22,6 +22,7 @@ Encoded = Float[Tensor, "*lead d_in"]
 Amounts = Float[Tensor, "*lead latent"]
 """How much of its direction each latent writes."""
 Directions = Float[Tensor, "latent d_out"]
+Decoded = Float[Tensor, "*lead d_out"]
 
 
 class Latents(Module):
@@ -250,37 +251,94 @@ def linear_directions(autoencoder: Any, kept: Sequence[int], like: Encoded) -> D
 
 
 @dataclass(frozen=True, eq=False)
+class Shown:
+    """Where something can be seen, and how it follows from what is seen there.
+
+    hook: the hook point. scale: what the block multiplies it by before it is added to the
+    residual stream (Granite). by_position: from [token d] where it is shown so (OPT).
+    """
+
+    hook: str
+    scale: float = 1.0
+    by_position: Callable[[Tensor], Float[Tensor, "batch seq d"]] | None = None
+
+    def of(self, out: Float[Tensor, "*token d"]) -> Float[Tensor, "batch seq d"]:
+        """It, from what the hook point shows."""
+        if self.by_position is not None and out.ndim == 2:
+            out = self.by_position(out)
+        return out if self.scale == 1.0 else self.scale * out
+
+    def back(
+        self, value: Float[Tensor, "batch seq d"], like: Float[Tensor, "*token d"]
+    ) -> Float[Tensor, "*token d"]:
+        """What the hook point must show, so that `of` gives the value."""
+        return value.reshape(like.shape) / self.scale
+
+
+@dataclass(frozen=True, eq=False)
 class SpliceSite:
     """Where a component is replaced.
 
     name: of the nodes ("MLP 3", "Resid Pre 2").
+    key: what its modules' names begin with.
     block, component: which block it is in, and what of it is replaced: "attention", "mlp"
         or, if the residual stream is cut, "residual".
-    reads, writes: hook points: what is encoded, and what the parts add up to.
-    to_written: from what is decoded to what is written, [d_out d_model]; None: the same.
+    reads, writes: what is encoded, and what the parts add up to.
+    linear: if what is written is linear in something: where that is seen, and the matrix.
+    to_written: from what is decoded to what is written; None: the same. Linear.
     shows: the hook point of the residual stream that latents read, if each is a
         destination; norm: what lies between; closed_form: of the norm.
-    linear: if what is written is linear in something: where that is seen, and the matrix.
+    normalized: if what is encoded is computed from `reads`, by `norm`: the hook point that
+        shows it too, for which TransformerLens computes it without gradients.
+    before: of a cut inside of a block, the hook point of the residual stream to which
+        `writes` is added there.
+    post_norm: if the parts' sum is normed before it is added: where that sum is seen, the
+        norm, and from what is decoded to that sum.
+    enters: if the MLP shares a norm with the heads: the hook point of what it reads, and
+        that norm.
     """
 
     name: str
+    key: str
     block: int
     component: str
-    reads: str
-    writes: str
+    reads: Shown
+    writes: Shown
     linear: tuple[str, Callable[[], Float[Tensor, "d_in d_model"]]] | None = None
-    to_written: Callable[[], Float[Tensor, "d_out d_model"]] | None = None
+    to_written: Callable[[Decoded], Decoded] | None = None
     shows: str | None = None
     norm: Module | None = None
     closed_form: Norm | None = None
+    normalized: str | None = None
+    before: str | None = None
+    post_norm: PostNorm | None = None
+    enters: tuple[str, Module] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PostNorm:
+    """A norm of what a component writes: all parts are divided by the scale of their sum.
+
+    sums: where the sum is seen. to_sum: from what is decoded to it; None: the same.
+    """
+
+    sums: Shown
+    norm: Norm
+    to_sum: Callable[[Decoded], Decoded] | None = None
+
+    def share(self, part: Decoded) -> Decoded:
+        """What a part of the sum becomes where the scale is 1."""
+        part = part if self.to_sum is None else self.to_sum(part)
+        return self.norm.centre(part) * self.norm.gain()
 
 
 class Splice(Module):
     """Latents and an error in the place of what a module gives.
 
     idxs: the latents as they are counted where they come from; part: what they are called.
-    latents_out, error_out: where sources are seen; latents_in, error_in: where destinations
-    are. They change nothing.
+    skip: of a transcoder with a linear path beside its latents, that path's matrix.
+    latents_out, skip_out, error_out: where sources are seen; latents_in, skip_in, error_in:
+    where destinations are. They change nothing.
     """
 
     def __init__(
@@ -289,12 +347,14 @@ class Splice(Module):
         latents: Latents,
         idxs: Sequence[int],
         part: str = "Latent",
+        skip: Float[Tensor, "d_out d_in"] | None = None,
     ) -> None:
         super().__init__()
         self.site = site
         self.latents, self.idxs, self.part = latents, tuple(idxs), part
-        self.latents_out, self.error_out = Identity(), Identity()
-        self.latents_in, self.error_in = Identity(), Identity()
+        self.register_buffer("skip", skip)
+        self.latents_out, self.skip_out, self.error_out = (Identity() for _ in range(3))
+        self.latents_in, self.skip_in, self.error_in = (Identity() for _ in range(3))
 
     @property
     def name(self) -> str:
@@ -311,18 +371,40 @@ class Splice(Module):
         """What the error is called: of neurons it is what the others write."""
         return f"{self.name} {'Error' if self.part == 'Latent' else 'Rest'}"
 
+    def written(self, decoded: Decoded) -> Decoded:
+        """What becomes of something that is decoded (where the scale of a norm is 1)."""
+        to_written, post_norm = self.site.to_written, self.site.post_norm
+        decoded = decoded if post_norm is None else post_norm.share(decoded)
+        return decoded if to_written is None else to_written(decoded)
+
     def written_directions(self) -> Directions:
         """What each latent writes into the residual stream where its amount is 1."""
-        directions, to_written = self.latents.directions(), self.site.to_written
-        return directions if to_written is None else directions @ to_written()
+        return self.written(self.latents.directions())
 
     def normed(self, x: Float[Tensor, "*lead d_model"]) -> Encoded:
         """What is encoded where the residual stream is x."""
         norm = self.site.norm
         return x if norm is None else norm(x)
 
-    def amounts_as_dests(self, x: Float[Tensor, "batch seq d_model"]) -> Amounts:
-        """How much each latent writes, with an input of its own (x, where none is patched)."""
+    def encoded(self, out: Float[Tensor, "*token d"]) -> Encoded:
+        """What is encoded, from what the hook point that is read shows."""
+        x = self.site.reads.of(out)
+        return x if self.site.normalized is None else self.normed(x)
+
+    def read(self, encoded: Encoded) -> Parts:
+        """The parts where this is encoded."""
+        skip: Any = self.skip
+        beside = None if skip is None else encoded @ skip.T
+        return Parts(self.latents.amounts(encoded), beside)
+
+    def read_as_dests(self, x: Float[Tensor, "batch seq d_model"]) -> Parts:
+        """The parts, each with an input of its own (x, where none is patched)."""
+        skip: Any = self.skip
+        amounts = self._amounts_as_dests(x)  # first: in the order of the ports
+        beside = None if skip is None else self.normed(self.skip_in(x)) @ skip.T
+        return Parts(amounts, beside)
+
+    def _amounts_as_dests(self, x: Float[Tensor, "batch seq d_model"]) -> Amounts:
         if len(self.latents.linears):
             normed = self.normed(self.latents_in(x))
             return self.latents.of_rows(
@@ -344,16 +426,38 @@ class Splice(Module):
         ]
         return t.stack(each, -1)
 
+    def decoded(self, parts: Parts) -> Float[Tensor, "batch seq d_out"]:
+        """What the parts decode to, without the error."""
+        out = parts.amounts @ self.latents.directions()
+        return out if parts.skip is None else out + parts.skip
+
     def split(
         self,
         written: Float[Tensor, "batch seq d_model"],
-        amounts: Amounts,
-        amounts_of_error: Amounts,
+        parts: Parts,
+        of_error: Parts,
     ) -> Float[Tensor, "batch seq d_model"]:
-        """What is written, as the sum of the parts of latents and of the error.
+        """What is written, as the sum of what the latents, the skip and the error write.
 
-        amounts_of_error: what the latents would write if they read what the error reads.
+        of_error: the parts as they would be if they read what the error reads.
         """
         directions = self.written_directions()
-        error = written - amounts_of_error @ directions
-        return self.latents_out(amounts) @ directions + self.error_out(error)
+        error = written - of_error.amounts @ directions
+        total = self.latents_out(parts.amounts) @ directions
+        if parts.skip is not None and of_error.skip is not None:
+            error = error - self.written(of_error.skip)
+            total = total + self.skip_out(self.written(parts.skip))
+        return total + self.error_out(error)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """How much each latent writes; and what the skip of a transcoder decodes to, if any."""
+
+    amounts: Amounts
+    skip: Float[Tensor, "batch seq d_out"] | None = None
+
+    def over(self, scale: Float[Tensor, "batch seq 1"]) -> Parts:
+        """The same, divided by a scale."""
+        skip = None if self.skip is None else self.skip / scale
+        return Parts(self.amounts / scale, skip)
