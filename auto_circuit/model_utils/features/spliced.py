@@ -652,7 +652,10 @@ def _open_hooks(model: Module) -> AbstractContextManager[None]:
 SPLICED_TRANSFORMER_ADAPTER = ModelAdapter(
     name="SplicedTransformer",
     about="TransformerLens models with latents or neurons as nodes (`spliced`).",
-    tried=("GPT-2", "Pythia", "Llama", "Gemma 2"),
+    tried=(
+        *("GPT-2", "Pythia", "GPT-J", "Phi", "Falcon", "Cohere", "Llama", "Granite"),
+        *("Gemma 2", "OLMo 2"),
+    ),
     handles=lambda model: isinstance(model, SplicedTransformer),
     graph_nodes=_graph_nodes,
     src_site=_src_site,
