@@ -62,6 +62,12 @@ def dense_weight(
         dense = numbers.float() * (scale.float() / 127).unsqueeze(1)
         return dense.to(dtype or t.float32)
     if kind == "Params4bit":
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            raise ModelError(
+                "bitsandbytes has packed the weights of a Linear4bit for bfloat16 on the "
+                "CPU, where they have no gradients. Its first pass does that: give the "
+                "model to `load_tl_model` before you run it, or run it on a GPU."
+            )
         dense = _bitsandbytes().functional.dequantize_4bit(
             weight.data, weight.quant_state
         )
@@ -70,6 +76,27 @@ def dense_weight(
         f"A {type(linear).__name__} has packed weights ({weight.dtype}, {kind}) that cannot "
         "be read as numbers. Load the model in 8 or 4 bits by bitsandbytes, or in bfloat16."
     )
+
+
+def input_rounding(model: Module) -> float:
+    """What a model's linear maps round their inputs to, as a share of the largest; often 0.
+
+    bitsandbytes' maps of 8 bits multiply whole numbers from -127 to 127 by whole numbers, in
+    each pass: what they write is no linear function of what they read, but for rounding.
+    """
+    kinds = {type(module).__name__ for module in all_modules(model)}
+    return 0.5 / 127 if "Linear8bitLt" in kinds else 0.0
+
+
+def keep_differentiable(model: Module) -> None:
+    """Keep maps of 4 bits from becoming what has no gradients.
+
+    On a CPU with instructions for bfloat16, bitsandbytes packs them for that in the first
+    pass that needs no gradients; no later pass has any then.
+    """
+    for module in all_modules(model):
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def has_packed_weights(model: Module) -> bool:
@@ -89,13 +116,21 @@ def _bitsandbytes() -> Any:
 
 
 def has_values(model: Module) -> bool:
-    """Are a model's weights there, and not only their shapes (torch's meta device)?
+    """Are a model's weights there, and not only their shapes (torch's meta device)?"""
+    return any(not weight.is_meta for weight in model.parameters())
 
-    Those that accelerate keeps elsewhere, and loads when they are needed, are there.
-    """
-    if any(not weight.is_meta for weight in model.parameters()):
-        return True
-    return any(hasattr(module, "_hf_hook") for module in all_modules(model))
+
+def check_not_offloaded(model: Module) -> None:
+    """Raise ModelError if accelerate keeps weights elsewhere, and loads them in each pass."""
+    away = [name for name, weight in model.named_parameters() if weight.is_meta]
+    if away and any(hasattr(module, "_hf_hook") for module in all_modules(model)):
+        raise ModelError(
+            f"{len(away)} weights of this model are offloaded, such as {away[0]!r}: "
+            "accelerate loads them for each pass and forgets them after it. Patching reads "
+            "them between passes, and gradients keep all of them anyway. Load the model in "
+            "a smaller dtype or in 4 bits, or over more GPUs; a device map that names "
+            "'cpu' beside GPUs, or 'disk', offloads."
+        )
 
 
 class WeightFingerprint:

@@ -66,7 +66,12 @@ from auto_circuit.utils.torch_state import (
     own_computation,
     own_defaults,
 )
-from auto_circuit.weights import WeightFingerprint, has_values
+from auto_circuit.weights import (
+    WeightFingerprint,
+    check_not_offloaded,
+    has_values,
+    input_rounding,
+)
 
 __all__ = [
     "edge_counts_util",
@@ -142,6 +147,7 @@ def patchable_model(
     n_positions = _n_positions(seq_len, spans)
     if crossing:
         _check_can_cross(factorized, separate_qkv, n_positions)
+    check_not_offloaded(model)
     # TransformerLens takes seconds to import: only when there is a model.
     from auto_circuit.model_utils.adapters import find_adapter
 
@@ -512,6 +518,7 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
     sources = t.cat([devices.moved(of_port, home) for of_port in written])
     is_computed = any(port.site.transform is not None for port in plan.src_ports)
     eps = _norms_rounding(sources.dtype) if is_computed else t.finfo(sources.dtype).eps
+    eps = max(eps, input_rounding(model.wrapped_model))
     for port, fired in reads.items():
         _check_fired_once(port.name, fired, model)
         if not port.additive:

@@ -1,7 +1,9 @@
 """Models whose linear maps are packed in 8 or 4 bits, as bitsandbytes packs them.
 
-bitsandbytes needs a GPU, so its two classes are built here from their documented formats: an
-8-bit row is whole numbers and a scale, a 4-bit block is codes of a table and a scale.
+bitsandbytes itself rounds what it multiplies by weights of 8 bits, so no comparison with it
+is exact (see `test_bitsandbytes.py`). Its two classes are built here from their documented
+formats: an 8-bit row is whole numbers and a scale, a 4-bit block is codes of a table and a
+scale.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", fake)
 
 
-def models(kind: type[Any], ungroup: bool) -> tuple[PatchableModel, PatchableModel]:
+def models(ungroup: bool) -> tuple[PatchableModel, PatchableModel]:
     """A model with packed weights, and one with the numbers that they stand for."""
     config = LlamaConfig(**SIZES, num_key_value_heads=2)
     packed, plain = LlamaForCausalLM(config), LlamaForCausalLM(config)
@@ -103,7 +105,7 @@ def models(kind: type[Any], ungroup: bool) -> tuple[PatchableModel, PatchableMod
     for name, module in list(packed.model.layers.named_modules()):
         if isinstance(module, Linear):
             parent, _, part = name.rpartition(".")
-            quantised = kind(module)
+            quantised = Linear8bitLt(module)
             setattr(packed.model.layers.get_submodule(parent), part, quantised)
             numbers: Any = plain.model.layers.get_submodule(name)
             numbers.weight.data = quantised.plain_weight()
@@ -130,11 +132,8 @@ def gradients(model: PatchableModel, value: float) -> PruneScores:
 
 
 @pytest.mark.parametrize("ungroup", [False, True], ids=["grouped", "ungrouped"])
-@pytest.mark.parametrize("kind", [Linear8bitLt, Linear4bit])
-def test_they_are_patched_as_the_numbers_that_they_stand_for(
-    kind: type[Any], ungroup: bool
-) -> None:
-    packed, plain = models(kind, ungroup)
+def test_they_are_patched_as_the_numbers_that_they_stand_for(ungroup: bool) -> None:
+    packed, plain = models(ungroup)
     assert "attn.hook_result" in packed.srcs[1].module_name
     set_all_masks(packed, 1.0)
     t.testing.assert_close(outputs(packed, None), packed(CORRUPT), atol=1e-5, rtol=0)
