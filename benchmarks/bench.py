@@ -13,7 +13,8 @@ All three take turns, so that a noisy machine slows them alike; a ratio is that 
 shortest times. Memory is the peak above the loaded model, each in a process of its own. A
 row per algorithm compares it with the passes that its formula needs: `F` forward passes,
 `Bk` backward passes. The main rows again for small models of other shapes, and what a
-`memory_limit` of a quarter makes of their memory and time. `make bench` runs this.
+`memory_limit` of a quarter makes of their memory and time. `make bench` runs this; with
+`--quick` every row but those of single algorithms, from fewer rounds, in 5 minutes.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ from auto_circuit.utils.patchable_model import PatchableModel
 
 Run = Callable[[], object]
 ONE_PERCENT, N_SIZES, N_POINTS, N_STEPS, N_EDGES = 0.01, 5, 5, 5, 60
-N_WARM_UPS = 3
+N_WARM_UPS, N_SETTLED = 2, 2
+"""Passes in a context before it is settled, and those that are timed then."""
+QUICK_ROUNDS, QUICK_PROMPTS = 3, 2
+"""With `--quick`: rounds at most, and prompts under a memory limit."""
 Row = dict[str, str | float | None]
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 6,
@@ -148,11 +152,13 @@ class BenchConfig:
     batch_size: int = 8
     seq_len: int = 15
     n_threads: int = 2
+    device: str = "cpu"
+    """Where all models are: "cpu" or "cuda"."""
     clock: Literal["wall", "cpu"] = "wall"
     """`cpu`: the time of this process alone, on a machine that others use; then with one
     thread, since several that wait for each other take time as well."""
     quick: bool = False
-    """Leave out the rows of single algorithms."""
+    """Leave out the rows of single algorithms; fewer rounds, memory of fewer rows."""
     out: Path = Path("results/bench.json")
     """Where the figures are written."""
     memory_of: str | None = None
@@ -181,9 +187,11 @@ class Bench:
     def __init__(self, config: BenchConfig, model: str = "GPT-2 small") -> None:
         t.set_num_threads(config.n_threads)
         t.manual_seed(0)
+        self.config, self.device = config, t.device(config.device)
         # Two models: a bridge takes the one that it is built from to pieces.
-        self.hf_model = MODELS[model]().eval().requires_grad_(False)
-        wrapped = MODELS[model]()
+        with self.device:
+            self.hf_model, wrapped = MODELS[model](), MODELS[model]()
+        self.hf_model.eval().requires_grad_(False)
         bridge = build_bridge_from_module(
             wrapped, type(wrapped).__name__, hf_config=wrapped.config
         )
@@ -191,11 +199,24 @@ class Bench:
             bridge.eval().requires_grad_(False), True, "last_seq", separate_qkv=True
         )
         shape = (config.batch_size, config.seq_len)
-        self.clean, self.corrupt = (t.randint(0, 50257, shape) for _ in range(2))
-        answers, wrong = ([t.tensor([i])] * config.batch_size for i in (1, 2))
-        dataset = PromptDataset(self.clean, self.corrupt, answers, wrong)
-        self.loader = PromptDataLoader(dataset, None, 0, batch_size=config.batch_size)
-        self.clock = time.process_time if config.clock == "cpu" else time.perf_counter
+        self.clean, self.corrupt = (
+            t.randint(0, 50257, shape).to(self.device) for _ in range(2)
+        )
+        self.loader = self.first_prompts(config.batch_size)
+
+    def first_prompts(self, n_prompts: int) -> PromptDataLoader:
+        """So many of the prompts, in one batch."""
+        answers, wrong = ([t.tensor([i], device=self.device)] * n_prompts for i in (1, 2))
+        prompts = (self.clean[:n_prompts], self.corrupt[:n_prompts])
+        dataset = PromptDataset(*prompts, answers, wrong)
+        return PromptDataLoader(dataset, None, 0, batch_size=n_prompts)
+
+    def clock(self) -> float:
+        """Seconds, when all work is done that was begun."""
+        if self.device.type == "cuda":
+            t.cuda.synchronize()
+        is_cpu = self.config.clock == "cpu"
+        return time.process_time() if is_cpu else time.perf_counter()
 
     @cached_property
     def patch(self) -> Tensor:
@@ -257,7 +278,9 @@ class Bench:
             with context():
                 for _ in range(N_WARM_UPS):
                     one_pass()
-                return self.seconds(lambda: one_pass() and None)
+                return min(
+                    self.seconds(lambda: one_pass() and None) for _ in range(N_SETTLED)
+                )
 
         return Case(name, first, plain, aim, settled)
 
@@ -501,14 +524,16 @@ def main(config: BenchConfig) -> None:  # noqa: D103
     if config.memory_of is not None:
         print(_peak_memory(cases[config.memory_of].first))
         return
-    rows = [_measure(bench, case, config.rounds) for case in cases.values()]
-    for row in rows:
-        row["peak_mb"] = _measure_memory(str(row["name"]))
-    rows += [_measure(bench, case, config.rounds) for case in algorithms]
+    rounds = min(config.rounds, QUICK_ROUNDS) if config.quick else config.rounds
+    rows = [_measure(bench, case, rounds) for case in cases.values()]
+    for row, case in zip(rows, cases.values(), strict=True):
+        if case.aim is not None or not config.quick:
+            row["peak_mb"] = _measure_memory(bench, case)
+    rows += [_measure(bench, case, rounds) for case in algorithms]
     limited = [_limited(bench, "GPT-2 small")]
     for model in list(MODELS)[1:]:
         small = Bench(config, model)
-        rows += [_measure(small, case, config.rounds) for case in small.budgeted(model)]
+        rows += [_measure(small, case, rounds) for case in small.budgeted(model)]
         limited.append(_limited(small, model))
     n_srcs = bench.model.plan.n_srcs
     buffer_mb = n_srcs * config.batch_size * config.seq_len * 768 * 4 / 1e6
@@ -546,6 +571,8 @@ def _measure(bench: Bench, case: Case, rounds: int) -> Row:
 def _limited(bench: Bench, model: str) -> Row:
     """EAP in a quarter of the memory that it takes."""
     func, loader = edge_attribution_patching_prune_scores, bench.loader
+    if bench.config.quick:
+        loader = bench.first_prompts(QUICK_PROMPTS)
     runs: dict[str, Run] = {"": lambda: func(bench.model, loader, None)}
     whole = _tensor_peak(bench.model, runs[""])
     runs["limited_"] = lambda: func(bench.model, loader, None, memory_limit=whole // 4)
@@ -575,8 +602,10 @@ def _print_limited(rows: list[Row]) -> None:
     Console(width=max(100, Console().width)).print(table)
 
 
-def _measure_memory(name: str) -> int:
-    command = [sys.executable, __file__, "--memory-of", name]
+def _measure_memory(bench: Bench, case: Case) -> int:
+    if bench.device.type == "cuda":
+        return round(_peak_gpu_memory(bench, case.first))
+    command = [sys.executable, __file__, "--memory-of", case.name]
     # With an allocator that gives memory back, so that what is used can be seen.
     env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     printed = subprocess.check_output(
@@ -591,6 +620,15 @@ def _peak_memory(run: Run) -> float:
     before = _status_mb("VmRSS")
     run()
     return _status_mb("VmHWM") - before
+
+
+def _peak_gpu_memory(bench: Bench, run: Run) -> float:
+    """MB of tensors above what is there before the run."""
+    bench.model.free_buffers()
+    t.cuda.reset_peak_memory_stats()
+    before = t.cuda.memory_allocated()
+    run()
+    return (t.cuda.max_memory_allocated() - before) / 1e6
 
 
 def _status_mb(field: str) -> float:
