@@ -318,9 +318,7 @@ def collate_fn(batch: list[PromptPair]) -> PromptPairBatch:
     wrong_answers = _stack_if_equal([pair.wrong_answers for pair in batch])
     return PromptPairBatch(
         key=_batch_key(batch[0].idx, clean, corrupt, answers, wrong_answers),
-        batch_diverge_idx=min(
-            _first_difference(c, d) for c, d in zip(clean, corrupt, strict=True)
-        ),
+        batch_diverge_idx=_first_difference(clean, corrupt),
         clean=clean,
         corrupt=corrupt,
         answers=answers,
@@ -366,8 +364,10 @@ def _stack_masks(masks: list[Tensor | None]) -> Tensor | None:
 
 
 def _first_difference(clean: Tensor, corrupt: Tensor) -> int:
-    differs = (clean != corrupt).flatten(1).any(1) if clean.ndim > 1 else clean != corrupt
-    return int(differs.int().argmax())
+    """The first position at which any pair of prompts differs; 0 if one does not at all."""
+    differs = clean != corrupt
+    differs = differs.flatten(2).any(2) if differs.ndim > 2 else differs
+    return int(differs.int().argmax(1).min())
 
 
 def _batch_key(first_idx: int, *parts: Answers) -> BatchKey:

@@ -1,9 +1,11 @@
-"""Models over several devices: where a tensor is, and how it gets elsewhere."""
+"""Where a tensor is, and how numbers get to a device: of a model on several, or on a GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch as t
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 
@@ -15,3 +17,15 @@ def device_of(tensor: Shaped[Tensor, "..."]) -> t.device:
 def moved(tensor: Shaped[Tensor, "..."], device: t.device) -> Shaped[Tensor, "..."]:
     """The tensor on a device; itself, if it is there."""
     return tensor if device_of(tensor) == device else tensor.to(device)
+
+
+def index_tensor(idxs: Sequence[int], device: t.device) -> Int[Tensor, "index"]:
+    """Indices as a tensor on a device.
+
+    `t.tensor(idxs, device=...)`, and a list as an index, would wait until a GPU has finished
+    all that it was given before.
+    """
+    if device.type != "cuda":
+        return t.tensor(idxs, dtype=t.int64, device=device)
+    pinned = t.tensor(idxs, dtype=t.int64, pin_memory=True)
+    return pinned.to(device, non_blocking=True)

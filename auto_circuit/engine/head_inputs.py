@@ -16,11 +16,12 @@ from functools import partial
 from typing import Any
 
 import torch as t
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import Module
 
+from auto_circuit import devices
 from auto_circuit.engine.forward_pass import Residual, Rows
 from auto_circuit.engine.matrix_work import MatrixWork, Weights
 from auto_circuit.model_utils.model_adapter import HeadInputs
@@ -145,33 +146,34 @@ def _with_changed_rows(
         if not here:
             outs.append(base_out(i))
             continue
-        idxs = [changed[j] - rows.start for j in here]
-        here_rows = slice(here[0], here[-1] + 1)
-        parts = _parts(linear, n_heads, idxs, inputs[:, here_rows])
-        if len(idxs) == n_heads:
-            out = parts.flatten(1)
+        here_rows = inputs[:, here[0] : here[-1] + 1]
+        if len(here) == n_heads:
+            out = _parts(linear, n_heads, None, here_rows).flatten(1)
         else:
+            of_linear = [changed[j] - rows.start for j in here]
+            idxs = devices.index_tensor(of_linear, inputs.device)
             out = base_out(i).flatten(0, 1).clone()
-            out.unflatten(1, (n_heads, -1))[:, idxs] = parts
+            parts = _parts(linear, n_heads, idxs, here_rows)
+            out.unflatten(1, (n_heads, -1)).index_copy_(1, idxs, parts)
         outs.append(out.unflatten(0, normed.shape[:2]))
     return outs
 
 
 def _parts(
-    linear: Any, n_heads: int, idxs: list[int], inputs: Rows
+    linear: Any, n_heads: int, idxs: Int[Tensor, "idx"] | None, inputs: Rows
 ) -> Float[Tensor, "token row d_head"]:
-    """What some of the heads give, each for its own input."""
-    weights = _by_head(linear, n_heads, inputs.dtype).mT
-    if len(idxs) < n_heads:
+    """What some of the heads give (all, if None), each for its own input."""
+    weights, bias = _by_head(linear, n_heads, inputs.dtype).mT, linear.bias
+    bias = None if bias is None else bias.unflatten(0, (n_heads, -1))
+    if idxs is not None:
         weights = _pick(weights, idxs)
+        bias = None if bias is None else bias[idxs]
     parts = t.bmm(inputs.transpose(0, 1), weights).transpose(0, 1)
-    if linear.bias is None:
-        return parts
-    return parts + linear.bias.unflatten(0, (n_heads, -1))[idxs]
+    return parts if bias is None else parts + bias
 
 
 def _pick(
-    weights: Float[Tensor, "head d_model d_head"], idxs: list[int]
+    weights: Float[Tensor, "head d_model d_head"], idxs: Int[Tensor, "idx"]
 ) -> Float[Tensor, "idx d_model d_head"]:
     """`weights[idxs]`, read in the order in which the weights lie in memory."""
     return weights[idxs] if weights.stride(-1) == 1 else weights.mT[idxs].mT

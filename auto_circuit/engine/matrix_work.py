@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd import Function
 
+from auto_circuit import devices
 from auto_circuit.engine.edge_matrices import DestPort, EdgeMatrix
 from auto_circuit.engine.forward_pass import ForwardPass, Residual, Rows
 
@@ -136,9 +137,8 @@ class MatrixWork:
         delta = self.delta[:, in_delta]
         if len(changed) == port.n_rows:
             return x + delta.reshape(x.shape)
-        out = x.clone()
-        out[:, :, changed] += delta.unflatten(0, x.shape[:2])
-        return out
+        rows = devices.index_tensor(changed, x.device)
+        return x.index_add(2, rows, delta.unflatten(0, x.shape[:2]))
 
     def forget_delta(self, port: DestPort) -> None:
         """After the last port, the product is not needed any more."""
@@ -177,7 +177,8 @@ class MatrixWork:
             assert columns.stop == self.inputs_slot
             columns = slice(columns.start, columns.stop + 1)
         else:
-            columns = t.cat([columns, columns.new_tensor([self.inputs_slot])])
+            slot = devices.index_tensor([self.inputs_slot], columns.device)
+            columns = t.cat([columns, slot])
         return t.cat([self.weights.detach(), of_x], -1), columns
 
     def _multiply(

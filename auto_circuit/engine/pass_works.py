@@ -67,7 +67,8 @@ def stack_rows(
             mask = masks[wrapper]
             if port.mask_rows is not None:
                 # Four query heads share two masks: rows 0, 0, 1, 1.
-                mask = mask[:, :, list(port.mask_rows)]
+                rows = devices.index_tensor(port.mask_rows, mask.device)
+                mask = mask.index_select(2, rows)
             parts.append(mask[..., of_srcs])
     if len(parts) == 1:
         # The backward pass reads the weights again; the mask may have changed by then.
@@ -182,20 +183,20 @@ def used_edges(
         # Weights [[0, 1], [0, .5]] of one token: patched are column 1 and the rows 0 and 1;
         # not fully patched are the columns 0 and 1, and both rows. As flags, [2 row column]:
         # [[0, 1], [0, 1]] and [[1, 0], [1, 1]], of which any row, and any column.
-        used = t.stack([w != 0, w != 1]).flatten(1, 2).any(1)
-        flags += [used.any(1), used.any(2)]
+        flags.append(t.stack([w != 0, w != 1]).flatten(1, 2).any(1))
     # One transfer for all the matrices: a GPU would stop at each.
     home = devices.device_of(flags[0])
-    here = [devices.moved(flag, home) for flag in flags]
-    parts = t.cat(here, 1).cpu().split([flag.shape[1] for flag in flags], 1)
+    here = [devices.moved(flag, home).flatten(1) for flag in flags]
+    parts = t.cat(here, 1).cpu().split([flag.shape[1] for flag in here], 1)
+    used = [part.view(flag.shape) for part, flag in zip(parts, flags, strict=True)]
     patched, unpatched = (
         {
             matrix: UsedEdges(
-                (srcs[i].nonzero().flatten() + matrix.lo).tolist(),
-                rows[i].nonzero().flatten().tolist(),
+                (flag[i].any(0).nonzero().flatten() + matrix.lo).tolist(),
+                flag[i].any(1).nonzero().flatten().tolist(),
                 on_patched_base=bool(i),
             )
-            for matrix, srcs, rows in zip(weights, parts[::2], parts[1::2], strict=True)
+            for matrix, flag in zip(weights, used, strict=True)
         }
         for i in (0, 1)
     )
@@ -219,7 +220,7 @@ def sparse_work(
             matrix, forward_pass, weights, slice(0, 0), [], does_nothing=True
         )
     if len(used.rows) < matrix.n_rows:
-        rows = t.tensor(used.rows, device=weights.device)
+        rows = devices.index_tensor(used.rows, weights.device)
         weights = weights.index_select(2, rows)
     recorded = [src for src in slots if matrix.lo <= src < matrix.hi]
     # To pick the used ones costs more than to multiply with zeros, unless they are few.
@@ -229,12 +230,14 @@ def sparse_work(
         # The matrix holds the sources 2..6, of which 3 and 6 are recorded: its columns 1
         # and 4. If 3 and 6 are all that is recorded, they are in the slots 0 and 1, and
         # the heads' input goes to slot 2.
-        columns = t.tensor([src - matrix.lo for src in srcs], device=weights.device)
+        in_matrix = [src - matrix.lo for src in srcs]
+        columns = devices.index_tensor(in_matrix, weights.device)
         weights = weights.index_select(-1, columns)
     inputs_slot = slots[recorded[-1]] + 1
     slots_of_srcs: Columns = slice(slots[recorded[0]], inputs_slot)
     if is_worth_picking:
-        slots_of_srcs = t.tensor([slots[src] for src in srcs], device=weights.device)
+        of_srcs = [slots[src] for src in srcs]
+        slots_of_srcs = devices.index_tensor(of_srcs, weights.device)
     return MatrixWork(
         matrix, forward_pass, weights, slots_of_srcs, used.rows, False, inputs_slot
     )

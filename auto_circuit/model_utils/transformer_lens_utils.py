@@ -103,8 +103,8 @@ def _mlp(block: int) -> Component:
 def _attention_srcs(
     model: TransformerBridge, block: int, layer: int, first_idx: int, whole: bool
 ) -> list[SrcNode]:
-    """The heads of a block; or its whole attention, also where heads do not add up."""
-    if whole or not heads_add_up(model):
+    """The heads of a block; or its whole attention."""
+    if whole:
         module_name = f"blocks.{block}.hook_attn_out"
         return [
             SrcNode(
@@ -151,10 +151,10 @@ def factorized_src_nodes(
     model: TransformerBridge, whole_attention: bool = False
 ) -> list[SrcNode]:
     """Embeddings, heads and MLPs, in the order in which they run."""
-    srcs = [_start()]
+    srcs, whole = [_start()], whole_attention or not heads_add_up(model)
     for block in range(model.cfg.n_layers):
         layer = _attention_layer(model, block)
-        srcs += _attention_srcs(model, block, layer, len(srcs), whole_attention)
+        srcs += _attention_srcs(model, block, layer, len(srcs), whole)
         if has_mlps(model):
             srcs.append(_mlp_src(block, _mlp_layer(model, block), len(srcs)))
     return srcs
@@ -184,10 +184,7 @@ def _head_dests(
     """An input of a block's heads, shared by as many of them as `n_dests` asks for."""
     hook, letter = HEAD_INPUT_HOOKS[head_input] if head_input else ("hook_attn_in", None)
     group = model.cfg.n_heads // n_dests
-    # A norm of the sum of all heads makes each of them write another share of it.
-    are_normed = has_post_norm(model) and heads_add_up(model)
-    attention = model.blocks[block].attn
-    reaches_all_heads = are_normed or has_norm_over_heads(attention, head_input)
+    reaches_all_heads = has_norm_over_heads(model.blocks[block].attn, head_input)
     return [
         DestNode(
             name=f"A{block}.{idx}" + (f".{letter}" if letter else ""),
@@ -211,8 +208,13 @@ def factorized_dest_nodes(
 ) -> list[DestNode]:
     """Inputs of heads and MLPs, and the end, in the order in which they run."""
     dests: list[DestNode] = []
+    are_normed = has_post_norm(model) and heads_add_up(model)
     for block in range(model.cfg.n_layers):
-        dests += _attention_dests(model, block, separate_qkv, ungroup)
+        of_heads = _attention_dests(model, block, separate_qkv, ungroup)
+        # A norm of the sum of all heads makes each of them write another share of it.
+        dests += [
+            replace(d, reaches_all_heads=True) if are_normed else d for d in of_heads
+        ]
         if has_mlps(model):
             dests.append(
                 DestNode(
@@ -302,7 +304,7 @@ def simple_graph_nodes(
             "supported: it scales what its parts add to the residual stream. Use "
             "`factorized=True`."
         )
-    srcs = [_start()]
+    srcs, whole = [_start()], whole_attention or not heads_add_up(model)
     dests: list[DestNode] = []
     stages = [
         (block, kinds, stream)
@@ -312,7 +314,7 @@ def simple_graph_nodes(
     for stage, (block, kinds, stream) in enumerate(stages):
         layer, min_src_idx = 2 * stage, len(srcs) - 1
         if "attention" in kinds:
-            srcs += _attention_srcs(model, block, layer, len(srcs), whole_attention)
+            srcs += _attention_srcs(model, block, layer, len(srcs), whole)
         if "mlp" in kinds:
             srcs.append(_mlp_src(block, layer, len(srcs)))
         is_last = stage == len(stages) - 1

@@ -302,13 +302,15 @@ def take_step(
     """
     loss = losses.faithfulness + losses.penalty
     check_finite(loss, step, learning_rate)
+    parts = (loss, losses.faithfulness, losses.penalty, losses.n_edges)
+    # Before the backward pass, which a GPU may still be at when the next step begins.
+    record = TrainingStep(step, *(float(value.detach()) for value in parts))
     for optimizer in optimizers:
         optimizer.zero_grad()
     loss.backward()
     for optimizer in optimizers:
         optimizer.step()
-    parts = (loss, losses.faithfulness, losses.penalty, losses.n_edges)
-    return TrainingStep(step, *(float(value.detach()) for value in parts))
+    return record
 
 
 def check_training(n_steps: int, learning_rate: int | float, seed: int) -> None:

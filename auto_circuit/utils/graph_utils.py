@@ -507,9 +507,10 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
             if port.heads is not None
         }
         _probe(model)
+        are_hooked = bool(model.user_hooks.ids())
         for port, of_port in inputs.items():
             _check_fired_once(port.name, reads[port], model)
-            if not model.user_hooks.ids():
+            if not are_hooked:
                 _check_heads_read(port, reads[port][0], of_port)
     for src_port, fired in outs.items():
         _check_fired_once(src_port.wrapper.module_name, fired, model)
@@ -538,7 +539,7 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
     model.written = sources[0, 0, 0].clone()
     weights = WeightFingerprint(model.wrapped_model)
     # What hooks add to the residual stream looks like biases, but they may be removed.
-    model.weights = None if model.user_hooks.ids() else weights
+    model.weights = None if are_hooked else weights
     return weights
 
 

@@ -46,8 +46,9 @@ def indices_vals(
     Raises DataError for an index that the last dimension does not have.
     """
     vocab = vals.shape[-1]
-    if indices.numel() and (indices.min() < 0 or indices.max() >= vocab):
-        low, high = int(indices.min()), int(indices.max())
+    # One transfer: a GPU would stop at each.
+    low, high = t.stack(indices.aminmax()).tolist() if indices.numel() else (0, 0)
+    if low < 0 or high >= vocab:
         raise DataError(
             f"Answer tokens run from {low} to {high}, but the output has the entries 0 "
             f"to {vocab - 1}. Are the prompts tokenized for another model?"
