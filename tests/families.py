@@ -173,34 +173,89 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Per family, the Hugging Face class's name (without `ForCausalLM`) and the configuration."""
 
+_T5: dict[str, Any] = _TOKENS | {
+    "num_layers": N_LAYERS,
+    "num_heads": N_HEADS,
+    "d_model": D_MODEL,
+    "d_kv": D_MODEL // N_HEADS,
+    "d_ff": D_MLP,
+    "decoder_start_token_id": 0,
+}
+_BART: dict[str, Any] = _TOKENS | {
+    "d_model": D_MODEL,
+    "max_position_embeddings": N_CTX,
+    **{f"{side}_layers": N_LAYERS for side in ("encoder", "decoder")},
+    **{f"{side}_attention_heads": N_HEADS for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_dim": D_MLP for side in ("encoder", "decoder")},
+}
+_MAMBA: dict[str, Any] = _TOKENS | {
+    "num_hidden_layers": N_LAYERS,
+    "hidden_size": D_MODEL,
+    "state_size": 4,
+}
+_SOME_STATES: dict[str, Any] = _GROUPED | {"mamba_d_state": 4, "mamba_n_groups": 1}
+_LATENT_ATTENTION: dict[str, Any] = _SIZES | {
+    "num_key_value_heads": N_HEADS,
+    **{"q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 8},
+    **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "first_k_dense_replace": 2},
+}
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "t5": (
-        "T5",
+    "t5": ("T5", _T5),
+    "mt5": ("MT5", _T5),
+    "bart": ("Bart", _BART),
+    "marian": ("Marian", _BART),
+    "mamba": ("Mamba", _MAMBA),
+    "mamba2": ("Mamba2", _MAMBA | {"num_heads": 8, "head_dim": 8, "n_groups": 2}),
+    "rwkv": (
+        "Rwkv",
         _TOKENS
         | {
-            "num_layers": N_LAYERS,
-            "num_heads": N_HEADS,
-            "d_model": D_MODEL,
-            "d_kv": D_MODEL // N_HEADS,
-            "d_ff": D_MLP,
-            "decoder_start_token_id": 0,
+            "num_hidden_layers": N_LAYERS,
+            "hidden_size": D_MODEL,
+            "context_length": N_CTX,
         },
     ),
-    "mamba": (
-        "Mamba",
+    "jamba": (
+        "Jamba",
+        _SOME_STATES
+        | {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    ),
+    "falcon_h1": (
+        "FalconH1",
+        _SOME_STATES | {"mamba_d_ssm": D_MODEL, "mamba_n_heads": 4, "mamba_d_head": 8},
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        _GROUPED | {"lru_width": D_MODEL, "block_types": ("recurrent", "attention")},
+    ),
+    "lfm2": ("Lfm2", _GROUPED | {"layer_types": ["conv", "full_attention"]}),
+    "bert": ("Bert", _SIZES),
+    "gpt1": (
+        "OpenAIGPT",
         _TOKENS
-        | {"num_hidden_layers": N_LAYERS, "hidden_size": D_MODEL, "state_size": 4},
+        | {
+            "n_layer": N_LAYERS,
+            "n_head": N_HEADS,
+            "n_embd": D_MODEL,
+            "n_positions": N_CTX,
+        },
     ),
     "opt_norm_after": (
         "OPT",
         FAMILIES["opt"][1] | {"do_layer_norm_before": False},
     ),
+    "deepseek_v3": ("DeepseekV3", _LATENT_ATTENTION),
 }
 """Architectures that no graph of the library is right for."""
 
 _CLASSES = {
     "GPT2": "GPT2LMHeadModel",
     "T5": "T5ForConditionalGeneration",
+    "MT5": "MT5ForConditionalGeneration",
+    "Bart": "BartForConditionalGeneration",
+    "Marian": "MarianMTModel",
+    "Bert": "BertForMaskedLM",
+    "OpenAIGPT": "OpenAIGPTLMHeadModel",
 }
 
 

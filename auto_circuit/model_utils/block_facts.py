@@ -8,6 +8,7 @@ Most follows from the parts that a block has, and is checked by numbers when a g
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformer_lens.model_bridge.generalized_components import (
     MLPBridge,
     NormalizationBridge,
 )
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auto_circuit.errors import ModelError
@@ -57,27 +59,69 @@ def class_of(block: Any) -> BlockClass:
     return found[0] if found else USUAL
 
 
+STATE_SPACE = (
+    r"\w*(Mamba|Mixer|Rwkv|RWKV|ShortConv|DeltaNet|RecurrentBlock|Hyena)"
+    r"\w*(?<!LM)(?<!Model)"
+)
+"""What classes of modules are called that carry a state from token to token."""
+NORM_AFTER_SUM = ("bert", "roberta", "xlm-roberta", "openai-gpt")
+"""`model_type` of models that norm the sums of what is added, whose configuration is silent."""
+
+
+def check_has_residual_stream(original: PreTrainedModel) -> None:
+    """Raise ModelError for a Hugging Face model of which no graph can be made.
+
+    Before TransformerLens sees it, which says of some what is only a consequence.
+    """
+    config: Any = original.config
+    names = {type(module).__name__ for module in original.modules()}
+    carriers = sorted(name for name in names if re.fullmatch(STATE_SPACE, name))
+    kind, missing = type(original).__name__, None
+    if getattr(config, "is_encoder_decoder", False):
+        missing = "one residual stream (it has an encoder and a decoder)"
+    elif carriers:
+        missing = (
+            "attention alone to carry what tokens say to others (it has state space, "
+            f"recurrent or convolution parts: {', '.join(carriers[:2])})"
+        )
+    elif getattr(config, "model_type", None) in NORM_AFTER_SUM:
+        missing = NO_STREAM
+    if missing:
+        raise _no_graph(kind, missing)
+
+
+NO_STREAM = "a residual stream that is a sum (it norms the sums, and hands those on)"
+
+
+def _no_graph(kind: str, missing: str) -> ModelError:
+    return ModelError(
+        f"This {kind} model does not have {missing}, which its computation graph needs, so "
+        "it is not supported. Use a decoder-only transformer with attention and MLPs (GPT, "
+        "Llama, Gemma, ...), or give `patchable_model(..., adapter=ModelAdapter(...))` a "
+        "graph of your own."
+    )
+
+
 def check_is_decoder(model: TransformerBridge) -> None:
     """Raise ModelError unless the model is one stack of blocks with attention."""
     kind, missing = model.cfg.architecture, None
+    original = getattr(model, "original_model", None)
+    if isinstance(original, PreTrainedModel):
+        check_has_residual_stream(original)
     blocks = getattr(model, "blocks", None)
     if blocks is None:
         missing = "one stack of blocks (it may have an encoder and a decoder)"
     elif not all("attn" in block.submodules for block in blocks):
         missing = "attention in every block (some may be state space models)"
     elif has_norm_after_sum(model):
-        missing = "a residual stream: it norms the sums"
+        missing = NO_STREAM
     elif others := {name for block in model.blocks for name in other_readers(block.attn)}:
         missing = (
             "attention that reads by its queries, keys and values alone (there is "
             f"`{'`, `'.join(sorted(others))}` too)"
         )
     if missing:
-        raise ModelError(
-            f"This {kind} model does not have {missing}, which its computation graph needs, "
-            "so it is not supported. Use a decoder-only transformer, or give "
-            "`patchable_model(..., adapter=ModelAdapter(...))` a graph of your own."
-        )
+        raise _no_graph(str(kind), missing)
 
 
 def by_position(

@@ -36,7 +36,10 @@ from transformers import PreTrainedModel
 
 from auto_circuit.checks import check_device
 from auto_circuit.errors import ConfigError, ModelError
-from auto_circuit.model_utils.block_facts import check_is_decoder
+from auto_circuit.model_utils.block_facts import (
+    check_has_residual_stream,
+    check_is_decoder,
+)
 from auto_circuit.model_utils.loaded_bridge import LoadedBridge, as_loaded
 from auto_circuit.weights import (
     check_not_offloaded,
@@ -185,6 +188,8 @@ def _bridge_of(
     if dtype is not None:
         _cast(given, dtype)
     _check_weights(what, given)
+    if isinstance(given, PreTrainedModel):
+        check_has_residual_stream(given)
     given.eval().requires_grad_(False)
     if isinstance(given, TransformerBridge):
         if tokenizer is not None:
@@ -273,6 +278,7 @@ class _Original:
         model, info = loaded
         _check_names(name, info)
         _check_weights(name, model)
+        check_has_residual_stream(model)
         model.eval()
         self.log_probs = _said_by(model)
         return model

@@ -418,9 +418,10 @@ TRIED = (
 )
 """Architectures that were tried, and whose graphs are right."""
 REFUSED = (
-    "T5 and others with an encoder and a decoder",
-    "Mamba and others with blocks without attention",
-    "OPT-350m and others that norm the residual stream itself",
+    "T5, BART, mT5, Marian and others with an encoder and a decoder",
+    "Mamba, RWKV, Jamba, LFM 2, RecurrentGemma, Falcon H1 and others with states",
+    "BERT, GPT 1, OPT-350m and others that norm the residual stream itself",
+    "DeepSeek V2 and V3, whose heads read the residual stream through a bottleneck",
     "Falcon 40B, of which TransformerLens computes another model",
 )
 """Those of which `patchable_model`, or `load_tl_model`, says why they cannot be used."""

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from auto_circuit.errors import ModelError
+from auto_circuit.experiment_utils import load_tl_model
 from auto_circuit.model_utils.block_facts import mlp_shares_norm, whole_mlp
 from auto_circuit.model_utils.transformer_lens_utils import WHOLE_ATTENTION_ADAPTER
 from auto_circuit.utils.ablation_activations import src_ablations
@@ -44,26 +45,35 @@ def at_mask(model: PatchableModel, value: float) -> Tensor:
         return model(CLEAN)
 
 
+TWO_STREAMS, STATES = "an encoder and a decoder", "state space, recurrent or convolution"
 MISSING = {
-    "t5": "one stack of blocks",
-    "mamba": "attention in every block",
-    "opt_norm_after": "norms the sums",
+    **dict.fromkeys(("t5", "mt5", "bart", "marian"), TWO_STREAMS),
+    **dict.fromkeys(("mamba", "mamba2", "rwkv", "jamba", "falcon_h1"), STATES),
+    **dict.fromkeys(("recurrent_gemma", "lfm2"), STATES),
+    **dict.fromkeys(("bert", "gpt1", "opt_norm_after"), "norms the sums"),
+    "deepseek_v3": "queries, keys and values alone",
 }
-
-
-# T5 takes seconds to import.
-SLOW = {"t5": pytest.mark.slow}
+FAST = ("mamba", "bert", "opt_norm_after")  # T5 takes seconds to import
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=SLOW.get(name, ())) for name in REFUSED]
+    "name",
+    [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in REFUSED],
 )
 def test_what_is_not_supported_says_what_was_not_found(name: str) -> None:
+    """Before TransformerLens says what follows from it."""
     for ungroup in (False, True):
         with pytest.raises(ModelError, match=MISSING[name]) as caught:
-            patchable_model(bridge(name), True, separate_qkv=True, ungroup=ungroup)
+            model = load_tl_model(make(name))
+            patchable_model(model, True, separate_qkv=True, ungroup=ungroup)
         assert "Use a decoder-only transformer" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [pytest.param("t5", marks=pytest.mark.slow), "mamba"])
+def test_a_bridge_of_such_a_model_is_refused_too(name: str) -> None:
+    with pytest.raises(ModelError, match=MISSING[name]):
+        patchable_model(bridge(name), True, separate_qkv=True)
 
 
 def test_norms_of_the_sums_that_a_configuration_asks_for() -> None:

@@ -250,7 +250,7 @@ def test_models_that_are_none() -> None:
     for given, message in (
         (t.nn.Linear(2, 2), "this Linear is none.*adapter="),
         (broken, "this LlamaForCausalLM.*NaN"),
-        (_t5(), "cannot make a bridge of this T5"),
+        (_t5(), "an encoder and a decoder.*Use a decoder-only"),
     ):
         with pytest.raises(ModelError, match=message):
             load_tl_model(given)

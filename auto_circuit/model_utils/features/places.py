@@ -25,6 +25,7 @@ from auto_circuit.model_utils.block_facts import (
     by_position,
     check_is_decoder,
     class_of,
+    has_residual_scale,
     in_out,
     inner_linear,
     mlp_shares_norm,
@@ -229,7 +230,8 @@ def _shown(model: TransformerBridge, block: int, hook: str) -> Shown:
     scale, by_position = residual_scale(owner), _by_position(owner)
     if hook.startswith("attn.") or hook == "hook_attn_out":
         by_position = None
-    if scale != 1.0 and hook in ("hook_attn_out", "hook_mlp_out"):
+    if has_residual_scale(owner) and hook in ("hook_attn_out", "hook_mlp_out"):
+        # The block's own hook point fires only for TransformerLens's hooks.
         part = "attn" if hook == "hook_attn_out" else "mlp"
         return Shown(f"blocks.{block}.{part}.hook_out", scale, by_position)
     return Shown(_module_name(block, hook), by_position=by_position)
@@ -284,7 +286,8 @@ def _written_site(
     if norm is not None:
         sums = Shown(f"blocks.{block}.{POST_NORMS[component]}.hook_in")
         return replace(site, post_norm=PostNorm(sums, norm, to_sum))
-    if hook == part and scale == 1.0 and owner.hook_aliases.get(added) != hook:
+    is_added = has_residual_scale(owner) or owner.hook_aliases.get(added) == hook
+    if hook == part and not is_added:
         raise ModelError(
             f"In this {model.cfg.architecture} model `blocks.{block}.{hook}` is not what "
             f"is added to the residual stream. Use autoencoders of `{added}`."
