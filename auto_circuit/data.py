@@ -13,7 +13,7 @@ import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, SupportsIndex
 from warnings import warn
@@ -47,11 +47,19 @@ from auto_circuit.prompt_encoding import (
     encode_texts,
 )
 from auto_circuit.prompt_files import (
+    BOS_LABEL,
     Prompt,
     PromptFile,
     is_text,
     is_whole,
     read_prompt_files,
+)
+from auto_circuit.token_spans import (
+    NamedSpans,
+    Spans,
+    check_spans,
+    cut_spans,
+    known_spans,
 )
 from auto_circuit.types import BatchKey
 
@@ -387,6 +395,7 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
         told apart. diverge_idx: how many tokens were cut off into `kv_cache`.
     seq_labels: a name for each position. word_idxs: the positions of named words, counted
         from the start of the uncut prompt.
+    spans: the spans of the prompts, if their file names them (see `auto_circuit.spans`).
     missing: why there are fewer prompts than were asked for; who reads them is told.
     shuffle, seed: put the prompts in another order, once, which depends on `seed` (or on
         `generator`, if that is given) and nothing else. Batch keys stay true.
@@ -411,6 +420,7 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
         seq_labels: list[str] | None = None,
         word_idxs: Mapping[str, int] | None = None,
         *,
+        spans: Spans | None = None,
         missing: str | None = None,
         shuffle: bool | None = None,
         seed: int = 0,
@@ -450,6 +460,7 @@ class PromptDataLoader(DataLoader[PromptPairBatch]):
         self.kv_cache = kv_cache
         self.seq_labels = seq_labels
         self.word_idxs = dict(word_idxs or {})
+        self.spans = spans
         self.missing = missing
         self._check_lengths(prompt_dataset.clean_prompts)
 
@@ -629,11 +640,13 @@ def load_datasets_from_json(
         each, and of token ids (ints), for what no text can say, such as an answer that
         continues a word. wrong_answers may be missing or empty: whatever compares with
         them is then an error. Without a model, all are (nested) lists of numbers.
+        A prompt may have "spans", `{name: [its first token, the first token after it]}`, or
+        `{"clean": {...}, "corrupt": {...}}`: see docs/how-to/positions.md.
     .jsonl: one such prompt per line. seq_labels and word_idxs may be in the first line.
     .csv: a first line with these names, then a prompt per line. A cell is a text, or a
         JSON list: `[" Bob", 29946]`. The answers may also have several columns, answers_1,
         answers_2 ...; empty cells are left out. seq_labels and word_idxs (JSON) may be in
-        the first prompt's line.
+        the first prompt's line. spans are JSON.
 
     Raises DataError, with file, prompt and field, for anything that is not as it must be:
     unequal lengths of clean and corrupt, an answer that is not one token of the
@@ -672,12 +685,16 @@ def load_datasets_from_json(
     check_pairs_differ(encoded)
     if return_seq_length:
         _check_positions(encoded, file)
+    every_span = _spans_of_file(prompts, encoded, file.span_names)
     encoded = encoded.to(device)
     seq_len = encoded.clean.shape[1] if return_seq_length else None
     prefix = None
     if tail_divergence:
         prefix = _prefix_cache(model, encoded)
     diverge_idx = 0 if prefix is None else prefix.seq_len
+    spans = (
+        None if every_span is None else known_spans(*cut_spans(every_span, diverge_idx))
+    )
     LOGGER.info("prefix of %d tokens, prompts of %s", diverge_idx, encoded.clean.shape)
     splits = (slice(0, n_train), slice(n_train, n_train + n_test))
     train_loader, test_loader = (
@@ -688,6 +705,7 @@ def load_datasets_from_json(
             kv_cache=prefix,
             seq_labels=file.seq_labels and file.seq_labels[diverge_idx:],
             word_idxs=file.word_idxs,
+            spans=spans,
             batch_size=size,
             missing=lacks,
         )
@@ -805,6 +823,36 @@ def _dataset(encoded: EncodedPrompts, split: slice, start: int) -> PromptDataset
 
 
 # ----------------------------------------------------------------- positions and prefixes
+
+
+def _spans_of_file(
+    prompts: Sequence[Prompt], encoded: EncodedPrompts, names: tuple[str, ...] | None
+) -> NamedSpans | None:
+    """The spans of all prompts, as tokens of the model; None if the file names none.
+
+    Where BOS was put before a prompt, it is a span of its own. Raises DataError.
+    """
+    if names is None:
+        return None
+    found: list[tuple[tuple[int, ...], dict[str, tuple[int, int]]]] = []
+    sides: dict[Side, Tensor] = {"clean": encoded.clean, "corrupt": encoded.corrupt}
+    for (side, rows), (i, prompt) in product(sides.items(), enumerate(prompts)):
+        if rows.ndim != 2 or rows.is_floating_point():
+            raise DataError(
+                f"{prompt.where} has spans, which only prompts of tokens have."
+            )
+        row = rows[i] if encoded.mask is None else rows[i][encoded.mask[i].bool()]
+        n_added = encoded.n_added[side][i] if encoded.n_added else 0
+        given = {n: (a, b) for n, (a, b) in (prompt.spans or {})[side].items()}
+        try:
+            check_spans(given, len(row) - n_added, names)
+        except DataError as error:
+            raise DataError(f"{prompt.where}, field 'spans' ({side}): {error}") from None
+        shifted = {n: (a + n_added, b + n_added) for n, (a, b) in given.items()}
+        with_bos = {BOS_LABEL: (0, 1)} if n_added else {}
+        found.append((tuple(row.tolist()), with_bos | shifted))
+    has_bos = any(BOS_LABEL in spans for _, spans in found) and BOS_LABEL not in names
+    return (BOS_LABEL, *names) if has_bos else names, found
 
 
 def _check_positions(encoded: EncodedPrompts, file: PromptFile) -> None:

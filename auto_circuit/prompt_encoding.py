@@ -5,8 +5,8 @@ What does not fit the model is an error here, before the model runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from warnings import warn
 
@@ -31,6 +31,8 @@ class EncodedPrompts:
     """All prompts, as tokens of one length. The mask is None if nothing is padded.
 
     clean, corrupt, mask: [prompt seq ...]; answers, wrong_answers: a [n ...] per prompt.
+    has_bos: was BOS asked for? n_added: how many tokens, 0 or 1, were put before the file's
+    own, by side and prompt.
     """
 
     clean: Tensor
@@ -39,6 +41,7 @@ class EncodedPrompts:
     wrong_answers: list[Tensor]
     mask: Tensor | None = None
     has_bos: bool = False
+    n_added: Mapping[Side, list[int]] = field(default_factory=dict)
 
     def to(self, device: t.device | str) -> EncodedPrompts:
         """The same on a device."""
@@ -136,8 +139,8 @@ def encode_texts(
             "ids need; prompts of numbers need model=None."
         )
     bos = tokenizer.bos_token_id if prepend_bos else None
-    clean = _encode_side(prompts, "clean", tokenizer, bos)
-    corrupt = _encode_side(prompts, "corrupt", tokenizer, bos)
+    clean, clean_added = _encode_side(prompts, "clean", tokenizer, bos)
+    corrupt, corrupt_added = _encode_side(prompts, "corrupt", tokenizer, bos)
     answers, wrong = (
         [_encode_answers(prompt, name, tokenizer) for prompt in prompts]
         for name in ("answers", "wrong_answers")
@@ -169,6 +172,7 @@ def encode_texts(
         [t.tensor(ids, dtype=t.int64) for ids in wrong],
         _left_padded([[1] * length for length in lengths], 0) if is_padded else None,
         has_bos=bos is not None,
+        n_added={"clean": clean_added, "corrupt": corrupt_added},
     )
 
 
@@ -178,8 +182,11 @@ def _first_not_none(*values: int | None) -> int:
 
 def _encode_side(
     prompts: Sequence[Prompt], side: Side, tokenizer: Any, bos: int | None
-) -> list[list[int]]:
-    """Tokens, with exactly one BOS in front if asked for, whatever the tokenizer does."""
+) -> tuple[list[list[int]], list[int]]:
+    """Tokens, with exactly one BOS in front if asked for, whatever the tokenizer does.
+
+    And how many tokens, 0 or 1, were added to each prompt.
+    """
     rows = _token_rows([getattr(prompt, side) for prompt in prompts], tokenizer)
     unk = tokenizer.unk_token_id
     for prompt, ids in zip(prompts, rows, strict=True):
@@ -197,9 +204,8 @@ def _encode_side(
                     f"{where} has words that the tokenizer does not know: "
                     f"{tokenizer.convert_ids_to_tokens(ids)!s:.300}."
                 )
-    if bos is None:
-        return rows
-    return [ids if ids[0] == bos else [bos, *ids] for ids in rows]
+    n_added = [int(bos is not None and ids[0] != bos) for ids in rows]
+    return [[bos] * n + ids for n, ids in zip(n_added, rows, strict=True)], n_added  # type: ignore[list-item]
 
 
 def _token_rows(values: Sequence[Any], tokenizer: Any) -> list[list[Any]]:

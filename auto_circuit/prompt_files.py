@@ -11,7 +11,7 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -24,7 +24,7 @@ from auto_circuit.files import parse_json
 
 FIELDS = ("clean", "corrupt", "answers", "wrong_answers")
 NEEDED = FIELDS[:3]
-FILE_FIELDS = ("prompts", "seq_labels", "word_idxs")
+FILE_FIELDS = ("prompts", "seq_labels", "word_idxs", "span_names")
 BOS_LABEL = "<|BOS|>"
 MAX_DEPTH = 8
 MAX_KEPT = 2**20
@@ -37,6 +37,8 @@ class Prompt:
 
     clean, corrupt: texts, or lists of token ids or of other numbers. answers,
     wrong_answers: lists of texts and token ids, or of numbers; no wrong answers: [].
+    spans: side ("clean", "corrupt") -> name -> [first token, first one after it], if the
+        file names spans.
     """
 
     where: str
@@ -44,15 +46,20 @@ class Prompt:
     corrupt: str | list[Any]
     answers: list[Any]
     wrong_answers: list[Any]
+    spans: dict[str, dict[str, list[int]]] | None = None
 
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts, a name for each position, and the positions of named words."""
+    """The prompts, a name for each position, and the positions of named words.
+
+    span_names: of all spans, in order; None if the prompts have none.
+    """
 
     prompts: list[Prompt]
     seq_labels: list[str] | None = None
     word_idxs: dict[str, int] = field(default_factory=dict)
+    span_names: tuple[str, ...] | None = None
 
     def with_bos(self) -> PromptFile:
         """Labels and positions when each prompt has a BOS token in front."""
@@ -68,7 +75,7 @@ def read_prompt_files(paths: Any) -> PromptFile:
     """All prompts of one or more files; labels and word positions are the first one's.
 
     Raises ConfigError for what is no path or list of paths, DataError as
-    `read_prompt_file`.
+    `read_prompt_file`, and for files whose spans have other names.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -80,6 +87,12 @@ def read_prompt_files(paths: Any) -> PromptFile:
     if not paths:
         raise ConfigError("`path` is an empty list; give at least one prompt file.")
     files = [read_prompt_file(path) for path in paths]
+    for path, file in zip(paths, files, strict=True):
+        if file.span_names != files[0].span_names:
+            raise DataError(
+                f"The spans of {path} are named {file.span_names}, and those of {paths[0]} "
+                f"{files[0].span_names}; expected the same names in all files."
+            )
     return replace(files[0], prompts=[p for file in files for p in file.prompts])
 
 
@@ -97,7 +110,9 @@ def read_prompt_file(path: Path | str) -> PromptFile:
     text = _read_text(path)
     found = (_kept if len(text) <= MAX_KEPT else _content)(text, path)
     labels = found.seq_labels and [*found.seq_labels]
-    return PromptFile([*found.prompts], labels, {**found.word_idxs})
+    return replace(
+        found, prompts=[*found.prompts], seq_labels=labels, word_idxs={**found.word_idxs}
+    )
 
 
 def _content(text: str, path: Path) -> PromptFile:
@@ -120,7 +135,8 @@ def _content(text: str, path: Path) -> PromptFile:
         is_text(word) and is_whole(idx) for word, idx in idxs.items()
     ):
         raise DataError(f'{path}: "word_idxs" must map words to positions.')
-    return PromptFile(prompts, labels, idxs)
+    names = _span_names(prompts, content.get("span_names"), str(path))
+    return PromptFile(prompts, labels, idxs, names)
 
 
 _kept = lru_cache(maxsize=4)(_content)
@@ -212,7 +228,7 @@ def _csv_row(cells: dict[str, str], where: str) -> dict[str, Any]:
             row.setdefault(base, []).extend(_csv_answers(cell, f"{where}, {name!r}"))
         elif name in ("clean", "corrupt"):
             row[name] = _list_or_text(cell)
-        elif name in FILE_FIELDS:
+        elif name in (*FILE_FIELDS, "spans"):
             row[name] = parse_json(cell, f"{where}, {name!r}") if cell else None
         else:
             row[name] = cell
@@ -266,7 +282,7 @@ def _prompt(row: Any, where: str) -> Prompt:
     for name in NEEDED:
         if name not in row:
             raise DataError(f"{where} has no field {name!r}; it needs {list(NEEDED)}.")
-    _check_spelling(row, FIELDS, where)
+    _check_spelling(row, (*FIELDS, "spans"), where)
     row = {**row, "wrong_answers": _or_empty(row.get("wrong_answers"))}
     is_text = isinstance(row["clean"], str)
     for name in ("clean", "corrupt"):
@@ -275,7 +291,82 @@ def _prompt(row: Any, where: str) -> Prompt:
         _check_answers(row[name], is_text, f"{where}, field {name!r}")
     if not row["answers"]:
         raise DataError(f"{where}, field 'answers': the list is empty.")
-    return Prompt(where, **{name: row[name] for name in FIELDS})
+    spans = _prompt_spans(row.get("spans"), f"{where}, field 'spans'")
+    return Prompt(where, **{name: row[name] for name in FIELDS}, spans=spans)
+
+
+def _prompt_spans(value: Any, where: str) -> dict[str, dict[str, list[int]]] | None:
+    """Those of both sides, which may have them together. Where they are is looked at later."""
+    if value is None:
+        return None
+    sides = dict.fromkeys(("clean", "corrupt"), value)
+    if isinstance(value, dict) and any(isinstance(of, dict) for of in value.values()):
+        sides = value
+    if set(sides) != {"clean", "corrupt"}:
+        raise DataError(
+            f"{where} has spans of {list(sides)!s:.100}; expected those of 'clean' and "
+            "'corrupt'."
+        )
+    for spans in sides.values():
+        is_form = isinstance(spans, dict) and len(spans) > 0
+        if not is_form or not all(
+            isinstance(span, list) and len(span) == 2 and all(map(is_whole, span))
+            for span in spans.values()
+        ):
+            raise DataError(
+                f"{where}: expected {{name: [its first token, the first token after it]}}; "
+                f"got {spans!r:.100}."
+            )
+    return sides
+
+
+def _span_names(prompts: list[Prompt], listed: Any, where: str) -> tuple[str, ...] | None:
+    """The names of all spans, in order: those that the file lists, or that each prompt has."""
+    if listed is None and not any(prompt.spans for prompt in prompts):
+        return None
+    for prompt in prompts:
+        if prompt.spans is None:
+            raise DataError(
+                f"{prompt.where} has no field 'spans'; expected it in each prompt of a file "
+                "that has spans."
+            )
+    if listed is not None:
+        return _listed_names(prompts, listed, where)
+    first = prompts[0]
+    assert first.spans is not None
+    names = tuple(first.spans["clean"])
+    for place, found in _names_of_sides(prompts):
+        for one, other in ((set(names) - found, "lacks"), (found - set(names), "has")):
+            if one:
+                raise DataError(
+                    f"{place} {other} the span {min(one)!r:.100}, and the first prompt's are "
+                    f'{list(names)!s:.200}. List all of them in the file\'s "span_names", in '
+                    "order, if a prompt may lack some."
+                )
+    return names
+
+
+def _listed_names(prompts: list[Prompt], listed: Any, where: str) -> tuple[str, ...]:
+    is_list = isinstance(listed, list) and len(listed) > 0 and all(map(is_text, listed))
+    if not is_list or len(set(listed)) < len(listed):
+        raise DataError(
+            f'{where}: "span_names" is {listed!r:.200}; expected a list of different texts.'
+        )
+    for place, found in _names_of_sides(prompts):
+        unknown = found - set(listed)
+        if unknown:
+            raise DataError(
+                f'{place} has the span {min(unknown)!r:.100}; the file\'s "span_names" are '
+                f"{listed!s:.200}."
+            )
+    return tuple(listed)
+
+
+def _names_of_sides(prompts: list[Prompt]) -> Iterator[tuple[str, set[str]]]:
+    """(Which prompt and side, for errors; the names of its spans)"""
+    for prompt in prompts:
+        for side, spans in (prompt.spans or {}).items():
+            yield f"{prompt.where}, field 'spans' ({side})", set(spans)
 
 
 def _or_empty(values: Any) -> Any:

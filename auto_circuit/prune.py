@@ -114,7 +114,7 @@ def run_circuits(
             model,
             edges.scores,
             float(render_score_threshold),
-            seq_labels=dataloader.seq_labels,
+            seq_labels=model.position_labels(dataloader.seq_labels),
             display_ipython=True,
             file_path=render_file_path,
         )

@@ -63,14 +63,14 @@ class Choices:
 @checked
 def chosen_task(task: Task, choices: Choices) -> Task:
     """The task with the graph that the choices ask for: nodes or edges, positions or not."""
+    told_apart = choices.token_positions
+    if told_apart is None:
+        told_apart = task.tells_positions_apart
     return replace(
         task,
         factorized=task.factorized and not choices.nodes,
-        token_circuit=(
-            task.token_circuit
-            if choices.token_positions is None
-            else choices.token_positions
-        ),
+        token_circuit=told_apart and not task.span_circuit,
+        span_circuit=told_apart and task.span_circuit,
     )
 
 
@@ -185,7 +185,7 @@ def robustness_rows(
     """
     base, alike = checked_choices(task, choices, shares)
     varied = variations(base)
-    if is_padded(alike):
+    if is_padded(alike) and not task.span_circuit:
         varied = [v for v in varied if not v.choices.token_positions]
     if task.has_latents:
         varied = [v for v in varied if not v.choices.nodes]
@@ -250,13 +250,19 @@ def checked_choices(
             "Robustness is measured for circuits of some shares of the graph: give "
             "`circuit_shares`, for example 0.05."
         )
+    if task.crossing:
+        raise ConfigError(
+            f"The graph of task {task.key!r} has edges through attention (`crossing=True`), "
+            "which graphs of nodes, or with positions all alike, do not have, so its circuits "
+            "cannot be tested there. Set `crossing` to False."
+        )
     told_apart = choices.token_positions
-    base = replace(
-        choices, token_positions=task.token_circuit if told_apart is None else told_apart
-    )
+    if told_apart is None:
+        told_apart = task.tells_positions_apart
+    base = replace(choices, token_positions=told_apart)
     alike = chosen_task(task, replace(base, token_positions=False))
     LOGIT_DIFF_PERCENT_METRIC.check_prompts(alike.test_loader)
-    if base.token_positions and is_padded(alike):
+    if base.token_positions and is_padded(alike) and not task.span_circuit:
         raise ConfigError(
             f"The prompts of task {task.key!r} have different lengths, so positions "
             "cannot be told apart. Set `token_positions` to False (--token-positions "

@@ -2,166 +2,29 @@
 
 Where a graph tells positions apart, each token has edges of its own, and all prompts must have
 the same length. With spans each span has them, and prompts differ in how many tokens a span has.
+What spans are: see `token_spans`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby, pairwise
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch as t
-from jaxtyping import Int, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 
-from auto_circuit.checks import checked, is_whole_number, shown
+from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader
 from auto_circuit.errors import DataError
+from auto_circuit.token_spans import (
+    Spans,
+    Tokens,
+    TokenSpans,
+    check_spans,
+    known_spans,
+    spans_of_labels,
+)
 
-TokenSpans = Mapping[str, tuple[int, int]]
-"""The spans of one prompt: name -> (its first token, the first one after it)."""
-Tokens = tuple[int, ...]
-
-
-@checked
-@dataclass(frozen=True, eq=False)
-class Spans:
-    """The spans of prompts.
-
-    names: of all spans, in the order in which they come.
-    find: the tokens of a prompt, without padding -> where its spans are. The spans cover all
-        tokens, do not overlap, and come in the order of `names`; some may be missing.
-
-    Raises DataError for names that are none, or stand there twice. What `find` gives is looked
-    at whenever a prompt is run.
-    """
-
-    names: tuple[str, ...]
-    find: Callable[[Tokens], TokenSpans]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", tuple(self.names))
-        if not self.names or len(set(self.names)) < len(self.names):
-            raise DataError(
-                f"The names of spans are {shown(self.names)}; expected at least one, and "
-                "no name twice."
-            )
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def positions(
-        self,
-        tokens: Int[Tensor, "batch seq"],
-        attention_mask: Shaped[Tensor, "batch _"] | None = None,
-    ) -> Int[Tensor, "batch seq"]:
-        """The number of each token's span; -1 at padding.
-
-        attention_mask: 0 at padding; it may cover a prefix before the tokens too. Raises
-        DataError for spans that overlap, leave tokens out or come in another order.
-        """
-        rows = tokens.tolist()
-        masks: list[Any] = [[1] * len(row) for row in rows]
-        if attention_mask is not None:
-            masks = attention_mask[:, -tokens.shape[1] :].tolist()
-        found = [self._of_row(row, mask) for row, mask in zip(rows, masks, strict=True)]
-        return t.tensor(found, device=tokens.device)
-
-    def _of_row(self, row: list[int], mask: list[int]) -> list[int]:
-        text = tuple(token for token, is_text in zip(row, mask, strict=True) if is_text)
-        numbers = iter(self.of_prompt(text))
-        return [next(numbers) if is_text else -1 for is_text in mask]
-
-    def of_prompt(self, tokens: Tokens) -> list[int]:
-        """The number of the span of each token of a prompt. Raises DataError."""
-        spans = self.find(tokens)
-        check_spans(spans, len(tokens), self.names)
-        in_order = sorted(spans.items(), key=lambda item: tuple(item[1]))
-        return [
-            self.names.index(name)
-            for name, (start, stop) in in_order
-            for _ in range(start, stop)
-        ]
-
-
-def check_spans(spans: Any, n_tokens: int, names: Sequence[str]) -> None:
-    """Raise DataError unless these are spans of a prompt of so many tokens."""
-    if not isinstance(spans, Mapping):
-        raise DataError(
-            f"The spans of a prompt are {shown(spans)}; expected {{name: (start, stop)}}."
-        )
-    for name, span in spans.items():
-        if name not in names:
-            raise DataError(
-                f"A prompt has a span {shown(name)}; the spans are named {list(names)}."
-            )
-        is_pair = isinstance(span, (tuple, list)) and len(span) == 2
-        if not is_pair or not all(is_whole_number(end) for end in span):
-            raise DataError(
-                f"The span {name!r} is {shown(span)}; expected (its first token, the first "
-                "token after it)."
-            )
-        if not 0 <= span[0] <= span[1] <= n_tokens:
-            raise DataError(
-                f"The span {name!r} is {tuple(span)}, in a prompt of {n_tokens} tokens."
-            )
-    _check_cover(spans, n_tokens, names)
-
-
-def _check_cover(spans: TokenSpans, n_tokens: int, names: Sequence[str]) -> None:
-    filled = {name: span for name, span in spans.items() if span[0] < span[1]}
-    in_order = sorted(filled, key=lambda name: tuple(filled[name]))
-    edges = [(None, (0, 0)), *((name, filled[name]) for name in in_order)]
-    edges.append((None, (n_tokens, n_tokens)))
-    for (first, (_, stop)), (second, (start, _)) in pairwise(edges):
-        if start < stop:
-            raise DataError(
-                f"The spans {first!r} and {second!r} overlap: {filled[first or '']} and "
-                f"{filled[second or '']}. Each token must be in one span."
-            )
-        if start > stop:
-            raise DataError(
-                f"The spans {dict(spans)} leave out the tokens {stop} to {start - 1} of a "
-                f"prompt of {n_tokens}. Each token must be in one span."
-            )
-    if in_order != sorted(in_order, key=list(names).index):
-        raise DataError(
-            f"The spans of a prompt come in the order {in_order}; expected that of all "
-            f"prompts, {list(names)}."
-        )
-
-
-# -------------------------------------------------------------------- where they come from
-
-
-@checked
-def spans_of_labels(seq_labels: Sequence[str]) -> Spans:
-    """The spans of prompts of one length, from a label for each token (`loader.seq_labels`).
-
-    Tokens in a row that have the same label are one span. A label that comes back begins
-    another one, which has a number: "the", "the (2)". Raises DataError for no labels; prompts
-    of another length are refused when they are run.
-    """
-    if isinstance(seq_labels, str) or not seq_labels:
-        raise DataError(
-            f"`seq_labels` is {seq_labels!r}; expected a label for each token."
-        )
-    spans: dict[str, tuple[int, int]] = {}
-    start = 0
-    for label, group in groupby(seq_labels):
-        stop = start + len(list(group))
-        spans[_new_name(label, spans)] = (start, stop)
-        start = stop
-    return Spans(tuple(spans), lambda tokens: spans)
-
-
-def _new_name(label: str, taken: Mapping[str, object]) -> str:
-    name, number = label, 1
-    while name in taken:
-        number += 1
-        name = f"{label} ({number})"
-    return name
+__all__ = ["Spans", "TokenSpans", "check_spans", "spans_of_labels", "spans_of_prompts"]
 
 
 @checked
@@ -178,10 +41,7 @@ def spans_of_prompts(
     Raises DataError for spans that overlap, leave tokens out or come in another order, for
     too few or too many, and for a prompt that has two different ones.
     """
-    by_tokens: dict[Tokens, TokenSpans] = {}
-    every = [spans for of_loader in by_loader.values() for spans in of_loader]
-    if names is None:
-        names = max((list(spans) for spans in every), key=len, default=[])
+    every: list[tuple[Tokens, TokenSpans]] = []
     for loader, of_loader in by_loader.items():
         prompts = list(_prompts(loader))
         if len(prompts) != len(of_loader):
@@ -189,24 +49,11 @@ def spans_of_prompts(
                 f"There are spans of {len(of_loader)} prompts, and the loader has "
                 f"{len(prompts)}; expected those of each, in the loader's order."
             )
-        for sides, spans in zip(prompts, of_loader, strict=True):
-            for tokens in sides:
-                check_spans(spans, len(tokens), names)
-                if dict(by_tokens.setdefault(tokens, spans)) != dict(spans):
-                    raise DataError(
-                        f"A prompt has two different spans: {dict(by_tokens[tokens])} and "
-                        f"{dict(spans)}."
-                    )
-    return Spans(tuple(names), lambda tokens: _known(by_tokens, tokens))
-
-
-def _known(by_tokens: Mapping[Tokens, TokenSpans], tokens: Tokens) -> TokenSpans:
-    if tokens not in by_tokens:
-        raise DataError(
-            f"A prompt of {len(tokens)} tokens is run whose spans nobody has given: "
-            f"{list(tokens[:8])} ... Give those of all loaders to `spans_of_prompts`."
-        )
-    return by_tokens[tokens]
+        pairs = zip(prompts, of_loader, strict=True)
+        every += [(tokens, spans) for sides, spans in pairs for tokens in sides]
+    if names is None:
+        names = max((list(spans) for _, spans in every), key=len, default=[])
+    return known_spans(names, every)
 
 
 def _prompts(loader: PromptDataLoader) -> Iterable[tuple[Tokens, Tokens]]:

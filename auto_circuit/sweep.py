@@ -307,7 +307,9 @@ def _found_circuit(
         n_graph_edges=task.model.n_edges,
         document=circuit_document(task.model, scores, task.key),
         drawing=drawing(
-            task.model, scores, seq_labels=task.test_loader.seq_labels
+            task.model,
+            scores,
+            seq_labels=task.model.position_labels(task.test_loader.seq_labels),
         ).strongest(MAX_DRAWN),
     )
 

@@ -30,6 +30,7 @@ from auto_circuit.metrics.prune_metrics.full_model_outs import FullModelOuts
 from auto_circuit.metrics.prune_metrics.prune_metrics import PruneMetric
 from auto_circuit.origins import CellOrigin, Origin, TaskOrigin
 from auto_circuit.prune_algos.prune_algos import PruneAlgo
+from auto_circuit.result_names import ONLY_IF_GIVEN
 from auto_circuit.store import Cell, CellResult
 from auto_circuit.sweep import (
     FoundCircuit,
@@ -428,7 +429,11 @@ def _short_place(place: Any) -> str:
 
 def task_description(task: Task) -> dict[str, Any]:
     """All of a task that changes a result but its seed: weights and prompts by content."""
-    rest = {f.name: getattr(task, f.name) for f in fields(task)}
+    rest = {
+        f.name: getattr(task, f.name)
+        for f in fields(task)
+        if f.metadata != ONLY_IF_GIVEN or getattr(task, f.name) != f.default
+    }
     rest = {name: described(v) for name, v in rest.items() if name not in NOT_OF_RESULTS}
     if task.autoencoders is not None:
         folders = [p for p in Path(task.autoencoders).glob("*") if p.is_dir()]

@@ -113,6 +113,12 @@ class ExperimentConfig(Choices, NamesResults):
     checkpoint: bool = field(default=False, metadata=ONLY_IF_GIVEN)
     """With `memory_limit`: run blocks again in backward passes, instead of keeping their
     activations?"""
+    spans: bool = field(default=False, metadata=ONLY_IF_GIVEN)
+    """Does each span of the prompts have edges of its own: those that prompt files name, or
+    tokens in a row with one label? See docs/how-to/positions.md."""
+    crossing: bool = field(default=False, metadata=ONLY_IF_GIVEN)
+    """Do graphs also have the edges that lead through attention, from one position or span to
+    another?"""
     out: str | Path = "results"
     """The folder that holds the result folders, and all that was ever computed for them; or an
     address that fsspec knows, such as s3://bucket/results."""
@@ -275,7 +281,10 @@ def _task(key: TaskKey, config: ExperimentConfig) -> Task:
         ungroup=ungroup,
         keep_positions=keep_positions,
         memory_limit=_limit(config) or task.memory_limit,
+        crossing=task.crossing or config.crossing,
     )
+    if config.spans:
+        task = replace(task, token_circuit=False, span_circuit=True)
     return chosen_task(task, config)
 
 

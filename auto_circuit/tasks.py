@@ -44,8 +44,10 @@ from auto_circuit.metrics.official_circuits.circuits.tracr.reverse_official impo
 from auto_circuit.metrics.official_circuits.circuits.tracr.xproportion_official import (
     tracr_xproportion_official_edges,
 )
-from auto_circuit.prompt_files import READERS, Prompt, read_prompt_file
+from auto_circuit.prompt_files import READERS, Prompt, PromptFile, read_prompt_file
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
+from auto_circuit.result_names import ONLY_IF_GIVEN
+from auto_circuit.token_spans import Spans, spans_of_labels
 from auto_circuit.types import AutoencoderInput, Edge, OutputSlice, TaskKey
 from auto_circuit.utils.graph_utils import patchable_model
 from auto_circuit.utils.patchable_model import PatchableModel
@@ -91,6 +93,11 @@ class Task:
     depth: how many heads and MLPs in a row the behaviour needs, if that was measured
         (`path_depth` of `auto_circuit.metrics.path_lengths`). For readers: nothing uses it.
     memory_limit: the most that work on the model may take beside it; see `MemoryLimit`.
+    span_circuit: does each span of the prompts have edges of its own, in the place of each
+        token? The spans are those that the prompt file names; if it names none, tokens in a
+        row with one of its `seq_labels` (see `auto_circuit.spans`).
+    crossing: see `patchable_model`. True: the graph also has the edges that lead through
+        attention from one position, or span, to another.
 
     A subclass may define `init_task` and set there, as in auto-circuit, `self._model`,
     `self._train_loader`, `self._test_loader` and `self._true_edges`; it runs on first use.
@@ -123,6 +130,8 @@ class Task:
     depth: int | None = field(default=None, metadata=FOR_READERS)
     autoencoders: str | Path | None = None
     memory_limit: Limit = None
+    span_circuit: bool = field(default=False, metadata=ONLY_IF_GIVEN)
+    crossing: bool = field(default=False, metadata=ONLY_IF_GIVEN)
 
     def init_task(self) -> None:
         """Load the model, the prompts and the true edges now, not on first use."""
@@ -144,6 +153,7 @@ class Task:
 
     @cached_property
     def _model(self) -> PatchableModel:
+        self.check_positions()
         train_loader, test_loader = self._train_loader, self._test_loader
         model = patchable_model(
             self._graph_model,
@@ -154,9 +164,51 @@ class Task:
             ungroup=self.ungroup,
             keep_positions=self.keep_positions,
             kv_caches=(train_loader.kv_cache, test_loader.kv_cache),
+            spans=self._spans if self.span_circuit else None,
+            crossing=self.crossing,
         )
         model.memory_limit = as_limit(self.memory_limit)
         return model
+
+    @property
+    def tells_positions_apart(self) -> bool:
+        """Does each token position, or each span, have edges of its own?"""
+        return self.token_circuit or self.span_circuit
+
+    def check_positions(self) -> None:
+        """Raise ConfigError if what it says of positions, spans and edges does not fit."""
+        if self.token_circuit and self.span_circuit:
+            raise ConfigError(
+                f"The task {self.key!r} has `token_circuit` and `span_circuit`; expected one: "
+                "edges of their own for each token, or for each span."
+            )
+        lacks = {
+            "token_circuit=True` or `span_circuit=True": self.tells_positions_apart,
+            "factorized=True": self.factorized,
+            "separate_qkv=True": self.separate_qkv,
+        }
+        for what, is_given in lacks.items():
+            if self.crossing and not is_given:
+                raise ConfigError(
+                    f"The task {self.key!r} has `crossing=True`: its edges lead from a head's "
+                    f"keys and values at one position to the head at another. Give it `{what}` "
+                    "too."
+                )
+
+    @property
+    def _spans(self) -> Spans:
+        loader = self._train_loader
+        if loader.spans is not None:
+            return loader.spans
+        return spans_of_labels(loader.seq_labels or [])
+
+    def _check_spans(self, file: PromptFile) -> None:
+        if self.span_circuit and file.span_names is None and file.seq_labels is None:
+            raise DataError(
+                f"The task {self.key!r} has `span_circuit=True`, and its prompt file "
+                f"{self.prompt_path} names no spans: give each prompt a field 'spans', or the "
+                'file "seq_labels" (see docs/how-to/positions.md).'
+            )
 
     @property
     def train_loader(self) -> PromptDataLoader:
@@ -208,7 +260,9 @@ class Task:
         Raises DataError for a file that is not there, is not as it must be, or has too few
         prompts.
         """
+        self.check_positions()
         file = read_prompt_file(self.prompt_path)
+        self._check_spans(file)
         n_train, n_test = self._split_sizes
         missing = missing_prompts(file.prompts, (n_train, n_test))
         if missing is not None:
@@ -325,7 +379,9 @@ class Task:
         split_sizes = self._split_sizes
         check_count("seed", self.seed, at_least=0)
         path = self.prompt_path
-        read_prompt_file(path)  # what is wrong with it is said before the model loads
+        # What is wrong with it is said before the model loads.
+        file = read_prompt_file(path)
+        self._check_spans(file)
         model: Any = self._bare_model
         has_tokenizer = getattr(model, "tokenizer", None) is not None
         return load_datasets_from_json(
@@ -335,7 +391,8 @@ class Task:
             prepend_bos=self.prepend_bos,
             batch_size=batch_sizes,
             train_test_size=split_sizes,
-            return_seq_length=self.token_circuit,
+            return_seq_length=self.token_circuit
+            or (self.span_circuit and file.span_names is None),
             tail_divergence=has_tokenizer and _has_kv_cache(model),
             random_seed=self.seed,
         )
@@ -735,12 +792,14 @@ def task_of_prompts(path: str | Path, model: str | Path | Module = POCKET_MODEL)
         task's key.
     model: a Hugging Face hub name, a local folder or a model.
 
+    If the file names spans, each has edges of its own (`span_circuit`).
     Batches are equal and have at most 64 prompts, so that of n batches up to n - 1 prompts
     may be left out, others with another seed. `dataclasses.replace` changes the task.
 
     Raises DataError for a file that is not there, is not as it must be, or has one prompt.
     """
-    n_prompts = len(read_prompt_file(path).prompts)
+    file = read_prompt_file(path)
+    n_prompts = len(file.prompts)
     if n_prompts < 2:
         raise DataError(
             f"The prompt file {path} has one prompt; expected two or more: half of them are "
@@ -755,4 +814,5 @@ def task_of_prompts(path: str | Path, model: str | Path | Module = POCKET_MODEL)
         token_circuit=False,
         _model_def=model,
         _dataset_name=path,
+        span_circuit=file.span_names is not None,
     )

@@ -819,12 +819,15 @@ def _title(circuit: Drawing) -> dict[str, Any]:
 def _position_labels(
     model: PatchableModel, seq_labels: Sequence[str] | None
 ) -> Sequence[str]:
+    if seq_labels is None and model.spans is not None:
+        return model.spans.names
     if seq_labels is None:
         return [str(seq_idx) for seq_idx in range(model.seq_len or 0)]
     if model.seq_len is not None and len(seq_labels) != model.seq_len:
         raise ConfigError(
             f"`seq_labels` has {len(seq_labels)} labels; the graph has {model.seq_len} "
-            "positions. Use the `seq_labels` of the dataloader that gave its `seq_len`."
+            "positions. Use the `seq_labels` of the dataloader that gave its `seq_len`, or "
+            "none for a graph with spans, which have names."
         )
     return seq_labels
 

@@ -133,6 +133,7 @@ def bootstrap_loader(
         kv_cache=dataloader.kv_cache,
         seq_labels=dataloader.seq_labels,
         word_idxs=dataloader.word_idxs,
+        spans=dataloader.spans,
         batch_size=dataloader.batch_size,
     )
 

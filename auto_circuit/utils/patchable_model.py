@@ -317,6 +317,10 @@ class PatchableModel(Module):
         for edge in edges:
             self.find_edges(edge)
 
+    def position_labels(self, seq_labels: list[str] | None) -> list[str] | None:
+        """A name for each of its positions: of its spans, else those of the tokens."""
+        return list(self.spans.names) if self.spans is not None else seq_labels
+
     def check_no_crossings(self, who: str) -> None:
         """Raise GraphError if the graph has crossing edges, of which `who` knows nothing."""
         if self.crossings:
