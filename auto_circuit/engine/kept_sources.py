@@ -17,6 +17,8 @@ import torch as t
 from jaxtyping import Float
 from torch import Tensor
 
+from auto_circuit import devices
+
 
 @dataclass(frozen=True)
 class KeptSources:
@@ -31,8 +33,11 @@ class KeptSources:
 
     def of(self, srcs: slice) -> slice:
         """The slots of these sources, which are all or none of a slot's."""
-        starts = [slot.start for slot in self.slots]
-        return slice(bisect_left(starts, srcs.start), bisect_left(starts, srcs.stop))
+        first, stop = (
+            bisect_left(self.slots, src, key=lambda slot: slot.start)
+            for src in (srcs.start, srcs.stop)
+        )
+        return slice(first, stop)
 
     def added_up(
         self, srcs: slice, heads: Float[Tensor, "batch seq src d_model"]
@@ -63,11 +68,16 @@ class KeptSources:
     ) -> Float[Tensor, "batch seq row slot"]:
         """The masks of the slots, from those of the sources lo..hi-1; gradients of its own."""
         slots = self.slots[self.of(slice(lo, hi))]
-        picked = weights[..., [slot.start - lo for slot in slots]]
-        is_own = [slot.start in self.own for slot in slots]
-        if not any(is_own):
+        columns = [slot.start - lo for slot in slots]
+        picked = weights.index_select(-1, devices.index_tensor(columns, weights.device))
+        n_own = sum(slot.start in self.own for slot in slots)
+        if not n_own:
             return picked.detach()
-        return t.where(t.tensor(is_own, device=picked.device), picked, picked.detach())
+        n_before = sum(slot.start < self.own.start for slot in slots)
+        # Of slots that begin at the sources 0, 3, 4 and 5, of which 3 and 4 are own: 1, 2, 1.
+        sizes = (n_before, n_own, len(slots) - n_before - n_own)
+        before, own, after = picked.split(sizes, -1)
+        return t.cat([before.detach(), own, after.detach()], -1)
 
 
 def kept_alone(own: range, also: Sequence[int] = ()) -> KeptSources:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch as t
-from jaxtyping import Bool
+from jaxtyping import Shaped
 from torch import Tensor
 
 from auto_circuit import devices
@@ -81,8 +81,7 @@ def dense_works(
     weights: Mapping[EdgeMatrix, Weights], plan: PatchPlan, forward_pass: ForwardPass
 ) -> PassWorks:
     """All edges of all matrices, from the sources that the plan keeps; else all."""
-    # One transfer for all the matrices: a GPU would stop at each.
-    is_used = _together([w.detach().any() for w in weights.values()]).tolist()
+    is_used = any_nonzero(weights.values())
     works = [
         MatrixWork(
             matrix,
@@ -99,9 +98,14 @@ def dense_works(
     return PassWorks(by_port(works), slots, frozenset(slots))
 
 
-def _together(flags: Sequence[Bool[Tensor, ""]]) -> Bool[Tensor, "flag"]:
+def any_nonzero(masks: Iterable[Shaped[Tensor, "..."]]) -> list[bool]:
+    """Of each, whether it has a value that is not zero."""
+    flags = [mask.detach().any() for mask in masks]
+    if not flags:
+        return []
+    # One transfer for all: a GPU would stop at each.
     home = devices.device_of(flags[0])
-    return t.stack([devices.moved(flag, home) for flag in flags])
+    return t.stack([devices.moved(flag, home) for flag in flags]).tolist()
 
 
 def sparse_works(

@@ -51,6 +51,7 @@ from auto_circuit.engine.head_inputs import (
 from auto_circuit.engine.matrix_work import Input, Weights
 from auto_circuit.engine.pass_works import (
     PassWorks,
+    any_nonzero,
     dense_works,
     edges_to_use,
     slots_of,
@@ -669,20 +670,20 @@ class PatchSession:
 
     def _set_attention(self, batch: int, seq: int) -> None:
         """What the masks of crossing edges do in a pass that begins."""
-        forward_pass = self._current_pass()
+        places, masks = [], []
         for port, patches in self._attention.items():
             patches.pairs, patches.patched = {}, {}
             patches.token_masks = self.token_masks
-            if port.block < self._first_block:
-                continue
-            for kind, wrapper in port.wrappers.items():
-                mask = wrapper.mask_weights(batch)
-                # With gradients, edges that do nothing have some too.
-                if not forward_pass.is_dense and not bool(mask.any()):
-                    continue
-                patches.pairs[kind] = self._pairs_at_tokens(
-                    port, wrapper, mask, batch, seq
-                )
+            if port.block >= self._first_block:
+                places += [(port, kind) for kind in port.wrappers]
+                masks += [w.mask_weights(batch) for w in port.wrappers.values()]
+        # With gradients, edges that do nothing have some too.
+        is_dense = self._current_pass().is_dense
+        is_used = [True] * len(masks) if is_dense else any_nonzero(masks)
+        for (port, kind), mask, used in zip(places, masks, is_used, strict=True):
+            if used:
+                pairs = self._pairs_at_tokens(port, port.wrappers[kind], mask, batch, seq)
+                self._attention[port].pairs[kind] = pairs
         if any(patches.pairs for patches in self._attention.values()):
             self._check_patched_run_is_known()
 
