@@ -299,7 +299,7 @@ def _prompt_spans(value: Any, where: str) -> dict[str, dict[str, list[int]]] | N
     """Those of both sides, which may have them together. Where they are is looked at later."""
     if value is None:
         return None
-    sides = dict.fromkeys(("clean", "corrupt"), value)
+    sides: dict[str, Any] = dict.fromkeys(("clean", "corrupt"), value)
     if isinstance(value, dict) and any(isinstance(of, dict) for of in value.values()):
         sides = value
     if set(sides) != {"clean", "corrupt"}:
@@ -308,10 +308,10 @@ def _prompt_spans(value: Any, where: str) -> dict[str, dict[str, list[int]]] | N
             "'corrupt'."
         )
     for spans in sides.values():
-        is_form = isinstance(spans, dict) and len(spans) > 0
-        if not is_form or not all(
+        found = list(spans.values()) if isinstance(spans, dict) else []
+        if not found or not all(
             isinstance(span, list) and len(span) == 2 and all(map(is_whole, span))
-            for span in spans.values()
+            for span in found
         ):
             raise DataError(
                 f"{where}: expected {{name: [its first token, the first token after it]}}; "

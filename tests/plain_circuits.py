@@ -47,7 +47,9 @@ class PlainLlama:
 
         def read(dest: str) -> Tensor:
             total = t.stack(list(run.written.values())).sum(0)
-            for src, own in run.written.items() if other is not None else ():
+            for src, own in run.written.items():
+                if other is None:
+                    break
                 is_patched = [f"{src}->{dest} @ {span}" in patched for span in self.spans]
                 change = other.written[src] - own
                 total = total + t.tensor(is_patched)[:, None] * change
@@ -94,16 +96,16 @@ class PlainLlama:
             query = projected("Q", head)[:, None]
             query = apply_rotary_pos_emb(query, query, *rotary)[0][:, 0] / d_head**0.5
             scores = query @ run.keys[source].mT
-            values, is_value = run.values[source], None
+            values = run.values[source]
+            change, is_value = t.zeros_like(values), t.zeros(())
             if other is not None:
+                change = other.values[source] - values
                 is_key = pairs(f"{source}.K", f"{name} by key")
                 scores = t.where(is_key, query @ other.keys[source].mT, scores)
                 is_value = pairs(f"{source}.V", f"{name} by value")
             later = t.ones(scores.shape[-2:], dtype=t.bool).triu(1)
             pattern = scores.masked_fill(later, -t.inf).softmax(-1)
-            z = pattern @ values
-            if is_value is not None:
-                z = z + (pattern * is_value) @ (other.values[source] - values)
+            z = pattern @ values + (pattern * is_value) @ change
             columns = slice(head * d_head, (head + 1) * d_head)
             found[name] = z @ attention.o_proj.weight[:, columns].T
         return found

@@ -77,15 +77,9 @@ def test_bos_is_a_span_of_its_own(tmp_path: Path) -> None:
 
 def test_a_cached_prefix_is_in_no_span(tmp_path: Path) -> None:
     """A span that is cut has the rest of its tokens; with none it is not there."""
-    rows = [
-        one | {"spans": {"start": [0, 1], "middle": [1, 3], "end": [3, 6]}}
-        for one in name_prompts(3)
-    ]
-    rows = [
-        {**one, **{side: "at the " + one[side] for side in ("clean", "corrupt")}}
-        | {"spans": {"start": [0, 1], "middle": [1, 4], "end": [4, 8]}}
-        for one in rows
-    ]
+    spans = {"start": [0, 1], "middle": [1, 4], "end": [4, 8]}
+    rows: list[Any] = name_prompts(3, "at the {} met {} at the store")
+    rows = [row | {"spans": spans} for row in rows]
     train, _ = load(write_prompts(tmp_path, rows), tail_divergence=True)
     assert train.diverge_idx == 2 and train.spans is not None
     assert train.spans.names == ("middle", "end")
