@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,23 +118,91 @@ def _free_of_container() -> int | None:
 # ---------------------------------------------------------------------- what work takes
 
 
+class OverLimit(Exception):
+    """Work was stopped before it took more memory than its guard allows."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What work took.
+
+    n_bytes: the most that there was at the same time.
+    largest: the most that one call of each operation made.
+    """
+
+    n_bytes: int
+    largest: Mapping[Any, int]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Stops work that is larger than some that was measured.
+
+    most: the bytes that it may take. smaller: what the smaller work took. times: how many
+    times as large this one is; an operation then makes at most so many times as much.
+    """
+
+    most: float
+    smaller: Taken
+    times: float
+
+    def check(self, operation: Any, n_bytes: int) -> None:
+        """Raise OverLimit if the operation, with so much there, could be too much."""
+        largest = self.smaller.largest
+        made = largest.get(operation)
+        if made is None:
+            made = max(largest.values(), default=0)
+        if n_bytes + self.times * made > self.most:
+            raise OverLimit
+
+
 class PeakMemory(TorchDispatchMode):
     """Inside, the most memory that tensors take which are made inside: `n_bytes`.
 
     Each storage counts once, from the operation that makes it until nothing holds it. What a
-    kernel allocates for itself is not seen.
+    kernel allocates for itself is not seen; on CUDA devices, where the allocator counts (with
+    what it adds to fill its blocks), it is seen where it was the most so far.
+
+    guard: stops the work before it takes too much; see `Guard`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, guard: Guard | None = None) -> None:
         super().__init__()
         self.n_bytes = 0
-        self._now = 0
+        self.largest: dict[Any, int] = {}
+        self._guard = guard
+        self._on_cpu = 0
         self._sizes: dict[int, int] = {}
+        self._cuda = _CudaMemory()
+
+    @property
+    def taken(self) -> Taken:
+        """What was taken so far."""
+        return Taken(self.n_bytes, self.largest)
+
+    @property
+    def n_left(self) -> int:
+        """What is still there of it, in bytes."""
+        return self._on_cpu + self._cuda.now
+
+    def __enter__(self) -> PeakMemory:
+        """Begin to count."""
+        self._cuda = _CudaMemory()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        """End to count."""
+        super().__exit__(*args)
+        self.n_bytes = max(self.n_bytes, self._cuda.new_peak())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        before = self.n_left
+        if self._guard is not None:
+            self._guard.check(func, before)
         given = {
             leaf.untyped_storage()._cdata
             for leaf in tree_leaves((args, kwargs))
@@ -144,21 +212,52 @@ class PeakMemory(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.layout == t.strided:
                 self._count(leaf, given)
+        self._cuda.update()
+        now = self.n_left
+        self.n_bytes = max(self.n_bytes, now)
+        self.largest[func] = max(self.largest.get(func, 0), now - before)
         return out
 
     def _count(self, tensor: Tensor, given: set[int]) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         # One that went in, and is not ours, was there before.
-        if key in self._sizes or key in given:
+        if tensor.is_cuda or key in self._sizes or key in given:
             return
         self._sizes[key] = storage.nbytes()
-        self._now += storage.nbytes()
-        self.n_bytes = max(self.n_bytes, self._now)
+        self._on_cpu += storage.nbytes()
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
-        self._now -= self._sizes.pop(key, 0)
+        self._on_cpu -= self._sizes.pop(key, 0)
+
+
+class _CudaMemory:
+    """What CUDA's allocator has given out since this was made, on all devices together.
+
+    now: at the last `update`.
+    """
+
+    def __init__(self) -> None:
+        # A process that has not used CUDA must not begin to.
+        is_used = t.cuda.is_available() and t.cuda.is_initialized()
+        self._devices = range(t.cuda.device_count()) if is_used else range(0)
+        self._first = self._all(t.cuda.memory_allocated)
+        self._first_peaks = self._all(t.cuda.max_memory_allocated)
+        self.now = 0
+
+    def update(self) -> None:
+        if self._devices:
+            self.now = sum(self._all(t.cuda.memory_allocated)) - sum(self._first)
+
+    def new_peak(self) -> int:
+        """The most so far, if it was since then; the user's own statistics stay as they are."""
+        peaks = self._all(t.cuda.max_memory_allocated)
+        rows = zip(peaks, self._first_peaks, self._first, strict=True)
+        return sum(peak - first for peak, before, first in rows if peak > before)
+
+    def _all(self, read: Callable[[int], int]) -> list[int]:
+        return [read(device) for device in self._devices]
 
 
 # ------------------------------------------------------------------------- what fits
@@ -175,59 +274,70 @@ class Sizes:
     n_srcs: int
 
 
-Peak = Callable[[Sizes], int]
-"""Work on so much -> the memory that it took."""
+Peak = Callable[[Sizes, Guard | None], Taken | None]
+"""Work on so much -> what it took; None if it was stopped."""
 
 
-def fitting_sizes(peak: Peak, limit: int, least: Sizes, most: Sizes) -> Sizes:
+def fitting_sizes(
+    peak: Peak, limit: int, least: Sizes, most: Sizes, held: int = 0
+) -> Sizes:
     """The largest pieces whose memory is within a limit; first in sources, then in prompts.
 
-    least, most: between which they are. Raises MemoryLimitError if the least do not fit.
+    least, most: between which they are. held: bytes that are there besides. Raises
+    MemoryLimitError if the least do not fit. No other work is tried that could take more
+    than the limit: it is stopped before.
     """
-    least_peak = peak(least)
-    if least_peak > limit:
-        raise _too_small(least_peak, limit)
-    n_srcs, srcs_peak = _more_srcs(peak, limit * MARGIN, (least, least_peak), most.n_srcs)
+    taken = peak(least, None)
+    assert taken is not None, "nothing guards the least"
+    if held + taken.n_bytes > limit:
+        raise _too_small(held + taken.n_bytes, limit)
+    limits = (peak, limit * MARGIN - held)
+    n_srcs, taken = _more_srcs(*limits, (least, taken), most.n_srcs)
     if n_srcs < most.n_srcs:
         # As many chunks as there must be, all of about one size.
         n_chunks = -(-most.n_srcs // n_srcs)
         return Sizes(1, max(-(-most.n_srcs // n_chunks), least.n_srcs))
-    n_prompts = _more_prompts(peak, limit * MARGIN, n_srcs, srcs_peak, most.n_prompts)
-    return Sizes(n_prompts, n_srcs)
+    return Sizes(_more_prompts(*limits, n_srcs, taken, most.n_prompts), n_srcs)
 
 
 def _more_srcs(
-    peak: Peak, limit: float, smallest: tuple[Sizes, int], most: int
-) -> tuple[int, int]:
-    """(How many sources fit, with one prompt; the memory that they take)"""
-    (least, n_bytes), n = smallest, smallest[0].n_srcs
+    peak: Peak, limit: float, smallest: tuple[Sizes, Taken], most: int
+) -> tuple[int, Taken]:
+    """(How many sources fit, with one prompt; what they take)"""
+    (least, taken), n = smallest, smallest[0].n_srcs
     # A few sources more are little beside a pass; later, half of what is left is used.
-    for_one = 0.05 * n_bytes / least.n_srcs
+    for_one = 0.05 * taken.n_bytes / least.n_srcs
     for _ in range(MAX_TRIES):
-        more = min(n + int((limit - n_bytes) / max(for_one, 1.0)), 3 * n, most)
+        left = limit - taken.n_bytes
+        more = min(n + int(left / max(for_one, 1.0)), 3 * n, most)
         if more <= n:
             break
-        n_more = peak(Sizes(1, more))
-        if n_more > limit:
-            break
-        for_one = 2 * (n_more - n_bytes) / (more - n)
-        n, n_bytes = more, n_more
-    return n, n_bytes
+        of_more = peak(Sizes(1, more), Guard(limit, taken, more / n))
+        if of_more is None or of_more.n_bytes > limit:
+            most = (n + more) // 2
+            continue
+        for_one = 2 * (of_more.n_bytes - taken.n_bytes) / (more - n)
+        n, taken = more, of_more
+    return n, taken
 
 
-def _more_prompts(peak: Peak, limit: float, n_srcs: int, n_bytes: int, most: int) -> int:
-    """How many prompts fit, if one takes `n_bytes`."""
-    n = 1
+def _more_prompts(peak: Peak, limit: float, n_srcs: int, taken: Taken, most: int) -> int:
+    """How many prompts fit, if one takes so much."""
+    n, for_one = 1, 0.0
     for _ in range(MAX_TRIES):
         # At each moment n prompts take a + b n bytes, with a and b at least 0: k times as
-        # many take at most k times as much. (Of the first one, half is there once.)
-        more = min(max(int(n * limit / n_bytes), 2 if n == 1 else 0), most)
-        if more <= n or (n == 1 and 1.5 * n_bytes > limit):
+        # many take at most k times as much. As many more as the last ones let hope for are
+        # tried too, at most twice as many.
+        sure = int(n * limit / taken.n_bytes)
+        hoped = n + int((limit - taken.n_bytes) / for_one) if for_one else 2 * n
+        more = min(max(sure, min(hoped, 2 * n)), most)
+        if more <= n:
             break
-        n_more = peak(Sizes(more, n_srcs))
-        if n_more > limit:
-            break
-        n, n_bytes = more, n_more
+        of_more = peak(Sizes(more, n_srcs), Guard(limit, taken, more / n))
+        if of_more is None or of_more.n_bytes > limit:
+            return max(n, min(sure, most))
+        for_one = (of_more.n_bytes - taken.n_bytes) / (more - n)
+        n, taken = more, of_more
     return n
 
 

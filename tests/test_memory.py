@@ -13,9 +13,12 @@ from auto_circuit import memory
 from auto_circuit.errors import ConfigError, MemoryLimitError
 from auto_circuit.memory import (
     MAX_TRIES,
+    Guard,
     MemoryLimit,
+    OverLimit,
     PeakMemory,
     Sizes,
+    Taken,
     as_limit,
     fitting_sizes,
     free_bytes,
@@ -105,10 +108,23 @@ class Work:
     def __init__(self) -> None:
         self.tried: list[Sizes] = []
 
-    def peak(self, sizes: Sizes) -> int:
-        self.tried.append(sizes)
+    def n_bytes(self, sizes: Sizes) -> int:
         n, s = sizes.n_prompts, sizes.n_srcs
         return max(500 + 10 * n + 3 * n * s, 20 * n + 5 * n * s)
+
+    def peak(self, sizes: Sizes, guard: Guard | None) -> Taken | None:
+        """By ten operations that keep 50 each, and one whose tensor goes with the sizes."""
+        n, s = sizes.n_prompts, sizes.n_srcs
+        large = max(10 * n + 3 * n * s, 20 * n + 5 * n * s - 500)
+        if guard is not None:
+            try:
+                for there in range(0, 500, 50):
+                    guard.check("small", there)
+                guard.check("large", 500)
+            except OverLimit:
+                return None
+        self.tried.append(sizes)
+        return Taken(self.n_bytes(sizes), {"small": 50, "large": large})
 
 
 LEAST, MOST = Sizes(1, 2), Sizes(16, 30)
@@ -119,19 +135,19 @@ def test_the_pieces_fit_and_nothing_larger_is_tried(limit: int) -> None:
     work = Work()
     sizes = fitting_sizes(work.peak, limit, LEAST, MOST)
     assert work.tried[0] == LEAST
-    assert all(Work().peak(tried) <= limit for tried in work.tried)
+    assert all(Work().n_bytes(tried) <= limit for tried in work.tried)
     assert len(work.tried) <= 2 * MAX_TRIES + 1
     # Sources are chunked only where not even one prompt fits with all of them.
     assert sizes.n_srcs == MOST.n_srcs or sizes.n_prompts == 1
     # All the memory that they leave would not do for twice as much.
     n, s = sizes.n_prompts, sizes.n_srcs
     larger = Sizes(2 * n, s) if s == MOST.n_srcs else Sizes(1, min(2 * s + 6, 30))
-    assert sizes == MOST or Work().peak(larger) > 0.85 * limit
+    assert sizes == MOST or Work().n_bytes(larger) > 0.85 * limit
 
 
 def test_chunks_are_of_about_one_size() -> None:
-    def peak(sizes: Sizes) -> int:
-        return 100 * sizes.n_srcs
+    def peak(sizes: Sizes, guard: Guard | None) -> Taken:
+        return Taken(100 * sizes.n_srcs, {})
 
     # 16 fit at a time: two chunks of 15, not of 16 and 14.
     assert fitting_sizes(peak, 1700, LEAST, MOST) == Sizes(1, 15)
@@ -144,8 +160,8 @@ def test_the_error_names_the_least() -> None:
 
 
 def test_shares_and_bytes_are_told_apart() -> None:
-    def peak(sizes: Sizes) -> int:
-        return 10
+    def peak(sizes: Sizes, guard: Guard | None) -> Taken:
+        return Taken(10, {})
 
     limit: Any = as_limit(1)
     with pytest.raises(MemoryLimitError, match="1.0 is all of it"):

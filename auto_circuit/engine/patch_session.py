@@ -193,12 +193,23 @@ class PatchSession:
         if self.forward_pass is not None:
             # Even if someone keeps an output, and by it the pass, alive.
             self.buffers.take_back(self.forward_pass)
+        self._break_circles()
         self.forward_pass = self._works = None
         self._patch_sums.clear()
         self._base_outs.clear()
         self._block_outs.clear()
         self._attention.clear()
         self.token_masks = None
+
+    def _break_circles(self) -> None:
+        """A pass that was not finished holds tensors of its graph, which holds the pass."""
+        if self.forward_pass is not None:
+            self.forward_pass.residuals.clear()
+            self.forward_pass.head_outs.clear()
+        for works in [] if self._works is None else self._works.of_port.values():
+            for work in works:
+                work.carriers.clear()
+                work.delta = None
 
     def _hook(self, module: Module, hook: Hook, is_last: bool = False) -> None:
         """is_last: must it see what all other hooks have made of the output?"""

@@ -17,7 +17,7 @@ from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch, Side
 from auto_circuit.engine.edge_matrices import PatchPlan, SrcPort
 from auto_circuit.errors import ConfigError, DataError
-from auto_circuit.memory import Limit, MemoryLimit, Sizes, fitting_sizes
+from auto_circuit.memory import Guard, Limit, MemoryLimit, Sizes, Taken, fitting_sizes
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, BatchKey
 from auto_circuit.utils.limited_memory import (
@@ -359,15 +359,15 @@ def _recorded_at_once(
     batch = largest_batch(batches)
     held = recorded_bytes(model, batches if holds_all else [batch], patched_in)
 
-    def peak(sizes: Sizes) -> int:
+    def peak(sizes: Sizes, guard: Guard | None) -> Taken | None:
         part = part_of(batch, 0, sizes.n_prompts)
         parts = ablated_parts(model, lambda: [part], patched_in, sizes.n_prompts)
-        return held + measured(model, lambda: [None for _ in parts])
+        return measured(model, lambda: [None for _ in parts], guard)
 
     n_srcs, n_prompts = model.plan.n_srcs, len(batch.clean)
     n_bytes = limit.n_bytes(written.device)
     least, most = Sizes(1, n_srcs), Sizes(n_prompts, n_srcs)
-    return fitting_sizes(peak, n_bytes, least, most).n_prompts
+    return fitting_sizes(peak, n_bytes, least, most, held).n_prompts
 
 
 def _check_side(ablation_type: AblationType, clean_corrupt: Side | None) -> None:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from torch import zeros_like
+from jaxtyping import Float
+from torch import Tensor, zeros, zeros_like
+from torch.utils._pytree import tree_leaves
 
 from auto_circuit.checks import checked
 from auto_circuit.data import Answers, PromptPairBatch
 from auto_circuit.engine.kept_sources import KeptSources
 from auto_circuit.errors import ConfigError
-from auto_circuit.memory import Limit, MemoryLimit, PeakMemory, as_limit
+from auto_circuit.memory import (
+    Guard,
+    Limit,
+    MemoryLimit,
+    OverLimit,
+    PeakMemory,
+    Taken,
+    as_limit,
+)
 from auto_circuit.utils.patchable_model import PatchableModel
+from auto_circuit.utils.torch_state import own_computation
 
 
 @checked
@@ -97,18 +109,65 @@ def parts_of(batch: PromptPairBatch, n_at_once: int | None) -> Iterator[PromptPa
         yield part_of(batch, first, first + n_at_once)
 
 
-def measured(model: PatchableModel, run: Callable[[], object]) -> int:
-    """The memory that a piece of work takes, beside what was there. No gradient stays."""
+def let_go(model: PatchableModel) -> None:
+    """Free what earlier passes left in the model."""
     model.free_buffers()
-    with PeakMemory() as peak:
+    for module in model.wrapped_model.modules():
+        # The attention pattern of the last pass, and with it the graph of that.
+        if vars(module).get("_pattern") is not None:
+            setattr(module, "_pattern", None)  # noqa: B010
+
+
+def measured(
+    model: PatchableModel, run: Callable[[], object], guard: Guard | None = None
+) -> Taken | None:
+    """What a piece of work takes, beside what was there; None if the guard stops it.
+
+    No gradient stays.
+    """
+    let_go(model)
+    peak, older, is_stopped = PeakMemory(guard), _some_graph(), False
+    try:
+        with peak:
+            for mask in model.patch_masks.values():
+                if mask.requires_grad:
+                    mask.grad = zeros_like(mask)  # as it will be after the first piece
+            run()
+    except OverLimit:
+        is_stopped = True
+    finally:
         for mask in model.patch_masks.values():
-            if mask.requires_grad:
-                mask.grad = zeros_like(mask)  # as it will be after the first piece
-        run()
-    for mask in model.patch_masks.values():
-        mask.grad = None
-    model.free_buffers()
-    return peak.n_bytes
+            mask.grad = None
+        let_go(model)
+    if not is_stopped:
+        return peak.taken
+    _let_go_of_graphs(model, older)
+    return None
+
+
+def _some_graph() -> Float[Tensor, ""]:
+    with own_computation(grad=True):
+        return zeros((), requires_grad=True) * 1
+
+
+def _let_go_of_graphs(model: PatchableModel, older: Float[Tensor, ""]) -> None:
+    """Free what a pass that was not finished has saved for its backward pass.
+
+    older: the end of a graph that was made before.
+    """
+    let_go(model)
+    # What a backward pass had still to do when it was stopped lies in torch's queue, the
+    # newest first: another one throws it out on the way to what is older.
+    older.backward()
+    gc.collect()
+
+
+def held_bytes(model: PatchableModel, batch: PromptPairBatch) -> int:
+    """What is there besides such work: prompts, the masks as they were, the scores so far."""
+    masks = sum(mask.nbytes for mask in model.patch_masks.values())
+    # The last batch is there until the next one is.
+    prompts = [leaf for leaf in tree_leaves(vars(batch)) if isinstance(leaf, Tensor)]
+    return 2 * masks + 2 * sum(tensor.nbytes for tensor in prompts)
 
 
 def chunks_of(units: list[range], n_srcs: int) -> list[range]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from auto_circuit.checks import checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
 from auto_circuit.engine.kept_sources import KeptSources, kept_alone, kept_with_sums
-from auto_circuit.memory import Limit, MemoryLimit, Sizes, fitting_sizes
+from auto_circuit.memory import Guard, Limit, MemoryLimit, Sizes, Taken, fitting_sizes
 from auto_circuit.utils.ablation_activations import (
     PatchedIn,
     SrcOuts,
@@ -20,8 +20,10 @@ from auto_circuit.utils.ablation_activations import (
 )
 from auto_circuit.utils.limited_memory import (
     chunks_of,
+    held_bytes,
     keeping,
     largest_batch,
+    let_go,
     limit_of,
     measured,
     part_of,
@@ -112,7 +114,7 @@ def _go_through(
         work(part, outs)
         del outs  # the next ones may be of another size
         # What would lie idle while the next part is recorded, and was not there for the first.
-        model.free_buffers()
+        let_go(model)
 
 
 def _units(model: PatchableModel, passes: Passes) -> list[range]:
@@ -134,7 +136,7 @@ def _sizes(
     batch, n_srcs = largest_batch(loaded_batches(dataloader)), model.plan.n_srcs
     fewest = max(len(unit) for unit in _units(model, passes))
 
-    def peak(sizes: Sizes) -> int:
+    def peak(sizes: Sizes, guard: Guard | None) -> Taken | None:
         part, kept = part_of(batch, 0, sizes.n_prompts), None
         if passes.kept is not None and sizes.n_srcs < n_srcs:
             chunks = chunks_of(_units(model, passes), sizes.n_srcs)
@@ -148,11 +150,12 @@ def _sizes(
                 del outs
 
         with keeping(model, kept, limit.checkpoint):
-            return measured(model, run)
+            return measured(model, run, guard)
 
     n_bytes = limit.n_bytes(model.written.device)
     most = Sizes(len(batch.clean), n_srcs)
-    return fitting_sizes(peak, n_bytes, Sizes(1, fewest), most)
+    held = held_bytes(model, batch)
+    return fitting_sizes(peak, n_bytes, Sizes(1, fewest), most, held)
 
 
 def kept_at(

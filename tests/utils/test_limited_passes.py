@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from itertools import count
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from auto_circuit.data import PromptDataLoader, PromptDataset
 from auto_circuit.errors import ConfigError, GraphError, MemoryLimitError
-from auto_circuit.memory import MemoryLimit, PeakMemory
+from auto_circuit.memory import Guard, MemoryLimit, OverLimit, PeakMemory, Taken
 from auto_circuit.prefix_cache import make_prefix_cache
 from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.activation_magnitude import (
@@ -44,7 +45,7 @@ from auto_circuit.utils.ablation_activations import (
 )
 from auto_circuit.utils.backward_modifiers import gim_backward, relp_backward
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model, train_mask_mode
-from auto_circuit.utils.limited_memory import keeping, memory_limited
+from auto_circuit.utils.limited_memory import keeping, measured, memory_limited
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.micro import micro_loader, micro_model
 from tests.models import MORE_ARCHITECTURES, gpt2, mixtral, olmo, tokens
@@ -142,7 +143,6 @@ ALGORITHMS: dict[str, Callable[..., Found]] = {
     "circuits": circuits,
     "exact effects": exact_effects,
 }
-FAST = ("EAP",)
 
 
 def peak_of(run: Callable[[], object], model: PatchableModel) -> int:
@@ -185,13 +185,8 @@ def check_quarter(
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-        for name in ALGORITHMS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_quarter_of_the_memory_gives_the_same(name: str) -> None:
     # In float64: exact effects and importances are differences of larger numbers.
     check_quarter(ALGORITHMS[name], make(dtype=t.float64), loader())
@@ -226,6 +221,73 @@ def test_a_quarter_with_every_ablation(ablation: AblationType) -> None:
     model = make(dtype=t.float64)
     check_quarter(eap, model, loader())
     check_quarter(eap, model, padded_loader())
+
+
+def least_of(algorithm: Callable[..., Found], *args: Any) -> int:
+    """The smallest limit that works, as the error says."""
+    with pytest.raises(MemoryLimitError, match="takes ([0-9,]+) bytes") as raised:
+        algorithm(*args, None, memory_limit=1000)
+    return int(str(raised.value).split("takes ")[1].split(" ")[0].replace(",", ""))
+
+
+def check_limits(
+    algorithm: Callable[..., Found],
+    model: PatchableModel,
+    prompts: PromptDataLoader,
+    shares: Sequence[float] = (0.5, 0.25),
+) -> None:
+    """No limit is exceeded, also not while it is found out what fits; the same numbers."""
+    found: list[Found] = []
+
+    def peak(**options: Any) -> int:
+        def run() -> None:
+            found.append(algorithm(model, prompts, None, **options))
+
+        return peak_of(run, model)
+
+    whole, least = peak(), least_of(algorithm, model, prompts)
+    for limit in [least, *(int(share * whole) for share in shares)]:
+        limit = max(limit, least)
+        assert peak(memory_limit=limit) <= limit
+        assert_same(found[-1], found[0])
+
+
+def test_no_limit_is_exceeded() -> None:
+    check_limits(ALGORITHMS["EAP"], make(dtype=t.float64), loader(n_prompts=2), [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+def test_no_limit_is_exceeded_on_other_architectures(name: str) -> None:
+    # What experts take depends on the words that come to them.
+    check_limits(ALGORITHMS["EAP"], make(name), loader(n_prompts=4))
+
+
+@pytest.mark.slow
+def test_no_limit_is_exceeded_by_paths_with_positions_or_a_prefix() -> None:
+    prompts = loader(seq_len=SEQ, n_prompts=2)
+    check_limits(ALGORITHMS["IEG"], make(seq_len=SEQ), prompts, [0.6])
+    check_limits(ALGORITHMS["EAP"], *with_prefix(), [0.25])
+
+
+@pytest.mark.parametrize("n_operations", [300, 900])
+def test_work_that_is_stopped_leaves_nothing(n_operations: int) -> None:
+    """In a forward pass, and in a backward pass."""
+    model, smaller = make("llama"), Taken(0, {})
+
+    class Stop(Guard):
+        def check(self, operation: Any, n_bytes: int) -> None:
+            if next(n_done) == n_operations:
+                raise OverLimit
+
+    n_done = count()
+
+    def run() -> None:
+        ALGORITHMS["EAP"](model, loader(n_prompts=2), None)
+
+    with PeakMemory() as peak:
+        assert measured(model, run, Stop(0.0, smaller, 1.0)) is None
+    assert peak.n_left < 100
 
 
 @pytest.mark.slow
@@ -277,9 +339,7 @@ def test_memory_grows_linearly_with_prompts_positions_and_sources() -> None:
 def test_the_least_that_is_named_is_enough() -> None:
     model, prompts = make(), loader(n_prompts=3)
     eap = ALGORITHMS["EAP"]
-    with pytest.raises(MemoryLimitError, match="takes ([0-9,]+) bytes") as raised:
-        eap(model, prompts, None, memory_limit=1000)
-    least = int(str(raised.value).split("takes ")[1].split(" ")[0].replace(",", ""))
+    least = least_of(eap, model, prompts)
     assert_same(eap(model, prompts, None, memory_limit=least), eap(model, prompts, None))
 
 
