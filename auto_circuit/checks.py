@@ -23,7 +23,7 @@ import torch as t
 from jaxtyping import AbstractArray
 from torch import Tensor
 
-from auto_circuit.errors import ConfigError
+from auto_circuit.errors import ConfigError, one_line
 
 E = TypeVar("E", bound=Enum)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -384,7 +384,7 @@ def check_device(name: str, value: Any) -> t.device:
         t.zeros(1, device=device).tolist()
     except Exception as error:  # each kind of device has errors of its own
         raise ConfigError(
-            f"`{name}` is {value!r:.100}, which cannot be used ({str(error):.200}). "
+            f"`{name}` is {value!r:.100}, which cannot be used ({one_line(error):.200}). "
             f"Expected 'cpu'{', or cuda' if t.cuda.is_available() else ''}."
         ) from None
     return device

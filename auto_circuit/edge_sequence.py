@@ -16,7 +16,9 @@ from itertools import accumulate
 from operator import index
 from typing import Any, overload
 
+import numpy as np
 from ordered_set import OrderedSet
+from torch import Tensor
 
 from auto_circuit.errors import GoneError, GraphError, near_matches, nearest_names
 from auto_circuit.types import DestNode, Edge, SrcNode
@@ -201,9 +203,12 @@ class EdgeTable:
     def hint(self, name: str) -> str:
         """For the end of an error's text: what may be meant by a name that no edge has."""
         src_name, arrow, dest_name = name.partition("->")
+        example = self.edge(0).name
         if not arrow:
-            example = self.edge(0).name
             return f' The name of an edge is "source->destination", such as "{example}".'
+        if not src_name or not dest_name:
+            missing = "destination" if src_name else "source"
+            return f' It names no {missing}; an edge is, for example, "{example}".'
         if dest_name in self._crossings_by_name:
             return self._crossing_hint(src_name, self._crossings_by_name[dest_name])
         at = self.positions[0]
@@ -251,8 +256,15 @@ class EdgeSequence(Sequence[Edge], AbstractSet[Edge]):
         """The edge at an index; of a slice, a sequence; of several indices, a list."""
         if isinstance(item, slice):
             return EdgeSequence(self._table, self._places[item])
+        if isinstance(item, (Tensor, np.ndarray)):
+            item = item.tolist()
         if hasattr(item, "__index__"):
             return self._table.edge(self._places[index(item)])
+        if isinstance(item, str) or not isinstance(item, Iterable):
+            raise GraphError(
+                f"Edges are counted from 0 to {len(self) - 1}, and {item!r:.80} is no whole "
+                "number. `model.find_edges(name)` finds an edge by its name."
+            )
         return [self[i] for i in item]
 
     def __iter__(self) -> Iterator[Edge]:

@@ -23,8 +23,7 @@ from auto_circuit.metrics.official_circuits.circuits.ioi_official import (
     ioi_true_edges_mlp_0_only,
 )
 from auto_circuit.metrics.prune_metrics.answer_diff_percent import answer_diff_percent
-from auto_circuit.model_utils.load_model import DeviceMap, load_transformer
-from auto_circuit.model_utils.transformer_lens_sites import switch_on_heads
+from auto_circuit.model_utils.load_model import DeviceMap, load_transformer, show_heads
 from auto_circuit.prompt_files import read_prompt_file
 from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.objectives import FaithfulnessTarget
@@ -76,7 +75,7 @@ def load_tl_model(
     not have it beside `hook_q_input`.)
     """
     model = load_transformer(name, device, dtype, device_map, tokenizer)
-    switch_on_heads(model)
+    show_heads(model)
     return model
 
 

@@ -34,6 +34,13 @@ QUANTISED = ("Linear8bitLt", "Linear4bit")
 """bitsandbytes' linear maps, which are torch's with packed weights."""
 
 
+MORE_THAN_WEIGHTS = (
+    "There linear maps are taken to be their weights, and some may do more, such as LoRA's: "
+    "put adapters into the weights first (`merge_and_unload()`)."
+)
+"""Why a model may compute something else where its heads can be seen."""
+
+
 def is_linear(module: object) -> bool:
     """Does a module compute just `x @ dense_weight.T + bias`?"""
     return type(module) is Linear or type(module).__name__ in QUANTISED

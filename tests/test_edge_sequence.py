@@ -143,6 +143,10 @@ def test_what_is_no_edge_of_the_graph() -> None:
         model.edges.index(edge)
     with pytest.raises(IndexError):
         model.edges[26]
+    for no_number in ("B0.1->B1.0 @ 0", 1.0, None, ["B0.1"]):
+        with pytest.raises(GraphError, match="from 0 to 25.*`model.find_edges"):
+            model.edges[no_number]  # type: ignore[call-overload]
+    assert model.edges[t.tensor([3, 1])] == [model.edges[3], model.edges[1]]  # type: ignore[call-overload]
     assert "B0.1->B1.0 @ 0" not in model.edge_name_dict[0]
     assert "B0.1->B1.0" in model.edge_name_dict[0]
     assert repr(model.edges).startswith("EdgeSequence(26: Resid Start->B0.0 @ 0, ")
@@ -154,6 +158,7 @@ def test_errors_name_what_is_near_without_all_names() -> None:
         ("B0.1->B1.9", "Did you mean 'B0.1->B1."),
         ("B0.1->Resid Ent", "Did you mean 'B0.1->Resid End'"),
         ("B1.0->B0.1", "There are both nodes, but B0.1 does not read B1.0"),
+        ("B0.1->", "It names no destination"),
         ("B0.1 B1.0", 'name of an edge is "source->destination", such as "Resid Start->'),
     ):
         with pytest.raises(GraphError, match="no edge") as error:

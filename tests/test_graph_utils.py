@@ -298,3 +298,8 @@ def test_a_wrapper_keeps_the_mask_of_the_first_example() -> None:
     wrapper.mask.data.copy_(t.tensor([0.2, 0.7])[:, None].expand(2, 5))
     wrapper.set_mask_batch_size(None)
     t.testing.assert_close(wrapper.mask.data, t.full((5,), 0.2))
+
+
+def test_masks_go_to_a_device_that_is_there() -> None:
+    with pytest.raises(ConfigError, match="`device` is 'cuda:99', which cannot be used"):
+        patchable_model(micro_model().wrapped_model, True, device="cuda:99")

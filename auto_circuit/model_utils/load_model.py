@@ -23,6 +23,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.base import (
+    GeneralizedComponent,
+)
 from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_from_module,
 )
@@ -34,14 +37,19 @@ from transformer_lens.model_bridge.sources.transformers.helpers import (
 )
 from transformers import PreTrainedModel
 
-from auto_circuit.checks import check_device
-from auto_circuit.errors import ConfigError, ModelError
+from auto_circuit.checks import check_device, shown
+from auto_circuit.errors import AutoCircuitError, ConfigError, ModelError, near_matches
 from auto_circuit.model_utils.block_facts import (
     check_has_residual_stream,
     check_is_decoder,
 )
 from auto_circuit.model_utils.loaded_bridge import LoadedBridge, as_loaded
+from auto_circuit.model_utils.transformer_lens_sites import (
+    heads_by_weights,
+    switch_on_heads,
+)
 from auto_circuit.weights import (
+    MORE_THAN_WEIGHTS,
     check_not_offloaded,
     has_values,
     input_rounding,
@@ -70,6 +78,10 @@ N_PROBE_TOKENS = 8
 
 DeviceMap = str | Mapping[str, t.device | str | int]
 """What accelerate takes: "auto", "balanced", or module name -> device."""
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Texts that say how accelerate spreads a model."""
+OFFLOADED = ("cpu", "disk")
+"""Where accelerate keeps what it moves to a device when it is needed."""
 
 
 def load_transformer(
@@ -104,6 +116,10 @@ def load_transformer(
         device = check_device("device", device)
     if device_map is not None:
         _check_device_map(device, device_map)
+    if not isinstance(name, (str, Path, Module)):
+        raise ModelError(
+            f"A model is a name, a folder, or a model itself; this is {shown(name)}."
+        )
     if isinstance(name, Module):
         if device_map is not None:
             raise ConfigError(
@@ -144,7 +160,7 @@ def _load(
             # TransformerLens folds the norms of some families wrongly, such as Gemma 2's.
             is_right = _says(model, original.log_probs, what)
             model = model if is_right else boot()
-    except ModelError:
+    except AutoCircuitError:
         raise
     except Exception as error:  # every file format, and the hub, have errors of their own
         raise ModelError(
@@ -180,8 +196,15 @@ def _bridge_of(
     if not isinstance(given, (PreTrainedModel, TransformerBridge)):
         raise ModelError(
             f"A model is a name, a folder, a Hugging Face PreTrainedModel or a "
-            f"TransformerBridge; {what} is none. `patchable_model(..., adapter=...)` takes "
-            "models of other kinds."
+            f"TransformerBridge; {what} is none. {_instead_of(given)}"
+        )
+    if isinstance(given, PreTrainedModel) and any(
+        isinstance(module, GeneralizedComponent) for module in given.modules()
+    ):
+        raise ModelError(
+            f"{what[0].upper()}{what[1:]} is part of a TransformerBridge already, which a "
+            "second one would break. Use that one (`load_tl_model` gave it back), of which "
+            "there can be several graphs; or load the model again."
         )
     if device is not None:
         given.to(device)  # type: ignore[arg-type]
@@ -212,6 +235,36 @@ def _bridge_of(
     return model
 
 
+def show_heads(model: LoadedBridge) -> None:
+    """Let hook points of single heads fire, where there are any.
+
+    Raises ModelError if the model computes something else then.
+    """
+    if heads_by_weights(model) or not has_values(model):
+        switch_on_heads(model)
+        return
+    weight = next(model.parameters())
+    ask = partial(probe_log_probs, model, model.cfg.d_vocab, weight.device)
+    expected = ask()
+    switch_on_heads(model)
+    error = _distance(ask(), expected)
+    if not error <= _tolerance(model, weight.dtype) * _spread(expected):
+        raise ModelError(
+            f"This {model.cfg.architecture} model computes something else where what its "
+            f"heads read and write can be seen: its log-probabilities are off by {error:.2g} "
+            f"(root mean square). {MORE_THAN_WEIGHTS}"
+        )
+
+
+def _instead_of(given: Module) -> str:
+    """What to do with a model of another kind."""
+    if hasattr(given, "_orig_mod"):
+        return "Give what was compiled by `torch.compile`: its `_orig_mod`."
+    if hasattr(given, "merge_and_unload"):
+        return "Put its adapter into the weights: `merge_and_unload()` gives the model."
+    return "`patchable_model(..., adapter=...)` takes models of other kinds."
+
+
 def _cast(model: Module, dtype: t.dtype) -> None:
     """Parameters alone: rotary frequencies stay in float32."""
     for parameter in model.parameters():
@@ -233,8 +286,47 @@ def _check_device_map(device: t.device | str | None, device_map: DeviceMap) -> N
     """Raise ConfigError for a map that cannot be, before anything is loaded."""
     if device is not None:
         raise ConfigError("Give either `device` or `device_map`, not both.")
-    if not isinstance(device_map, str):
-        check_whole_blocks(device_map)
+    if isinstance(device_map, str):
+        if device_map not in DEVICE_MAPS:
+            check_device("device_map", device_map)
+        return
+    is_map = isinstance(device_map, Mapping) and bool(device_map)
+    if not is_map or not all(isinstance(name, str) for name in device_map):
+        raise ConfigError(
+            f"`device_map` is {shown(device_map)}; expected {', '.join(DEVICE_MAPS)}, or a "
+            "dictionary from the names of modules to devices."
+        )
+    check_whole_blocks(device_map)
+    for name, place in device_map.items():
+        if place not in OFFLOADED:
+            check_device(f"device_map[{name!r}]", place)
+
+
+def _check_modules(
+    device_map: Mapping[str, t.device | str | int], model_class: Any, config: Any
+) -> None:
+    """Raise ConfigError for a map with names of no modules, or that leaves some out."""
+    make = getattr(model_class, "from_config", None) or model_class._from_config
+    with t.device("meta"):
+        shapes: Module = make(config)
+    names = [name for name, _ in shapes.named_modules()]
+    weights = [name for name, _ in shapes.named_parameters()]
+    unknown = [name for name in device_map if name not in (*names, *weights)]
+    if unknown:
+        raise ConfigError(
+            f"`device_map` names {unknown[0]!r}, which this {type(shapes).__name__} does not "
+            f"have.{near_matches(unknown[0], names)}"
+        )
+    homeless = [
+        weight
+        for weight in weights
+        if not any(f"{weight}.".startswith(f"{n}." if n else "") for n in device_map)
+    ]
+    if homeless:
+        raise ConfigError(
+            f"`device_map` does not say where {homeless[0]!r} goes ({len(homeless)} weights "
+            'in all are left out). Name their modules, or add "", which is the rest.'
+        )
 
 
 def check_whole_blocks(device_map: Mapping[str, t.device | str | int]) -> None:
@@ -271,6 +363,9 @@ class _Original:
     def from_pretrained(self, name: str, **kwargs: Any) -> Any:
         architecture = determine_architecture_from_hf_config(kwargs["config"])
         model_class = get_hf_model_class_for_architecture(architecture)
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, Mapping):
+            _check_modules(device_map, model_class, kwargs["config"])
         with _quiet():
             loaded: Any = model_class.from_pretrained(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -334,13 +429,8 @@ def check_log_probs(
             f"TransformerLens's output for {what} has the shape {tuple(found.shape)}, the "
             f"original model's {tuple(expected.shape)}."
         )
-    # A word that is never said has a log-probability of -inf in both.
-    distance = t.where(found == expected, 0.0, found - expected)
-    error = float(distance.square().mean().sqrt())
-    spread = float(expected[expected.isfinite()].std())
-    widest = LOG_PROB_TOLERANCES[t.bfloat16]  # also of embeddings in 8 bits
-    tolerance = LOG_PROB_TOLERANCES.get(weight.dtype, widest)
-    if not error <= max(tolerance, input_rounding(model)) * spread:
+    error, spread = _distance(found, expected), _spread(expected)
+    if not error <= _tolerance(model, weight.dtype) * spread:
         raise ModelError(
             f"TransformerLens loads {what} wrong: its log-probabilities are off by "
             f"{error:.2g} (root mean square; they themselves spread by {spread:.2g}), so "
@@ -348,6 +438,21 @@ def check_log_probs(
             "are processed, in others they are not), or another version of "
             "transformer-lens."
         )
+
+
+def _distance(found: Float[Tensor, "..."], expected: Float[Tensor, "..."]) -> float:
+    """Root mean square. A word that is never said has a log-probability of -inf in both."""
+    distance = t.where(found == expected, 0.0, found - expected)
+    return float(distance.square().mean().sqrt())
+
+
+def _spread(expected: Float[Tensor, "..."]) -> float:
+    return float(expected[expected.isfinite()].std())
+
+
+def _tolerance(model: Module, dtype: t.dtype) -> float:
+    widest = LOG_PROB_TOLERANCES[t.bfloat16]  # also of embeddings in 8 bits
+    return max(LOG_PROB_TOLERANCES.get(dtype, widest), input_rounding(model))
 
 
 def _check_dtype(dtype: t.dtype) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from auto_circuit import devices
-from auto_circuit.checks import check_count, check_number, checked
+from auto_circuit.checks import check_count, check_device, check_number, checked
 from auto_circuit.edge_sequence import EdgeSequence
 from auto_circuit.engine.edge_matrices import (
     CrossingPort,
@@ -67,6 +67,7 @@ from auto_circuit.utils.torch_state import (
     own_defaults,
 )
 from auto_circuit.weights import (
+    MORE_THAN_WEIGHTS,
     WeightFingerprint,
     check_not_offloaded,
     has_values,
@@ -147,6 +148,8 @@ def patchable_model(
     n_positions = _n_positions(seq_len, spans)
     if crossing:
         _check_can_cross(factorized, separate_qkv, n_positions)
+    if device is not None and str(device) != "meta":
+        device = check_device("device", device)
     check_not_offloaded(model)
     # TransformerLens takes seconds to import: only when there is a model.
     from auto_circuit.model_utils.adapters import find_adapter
@@ -506,12 +509,14 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
             for port in plan.dest_ports
             if port.heads is not None
         }
-        _probe(model)
+        out = _probe(model)
         are_hooked = bool(model.user_hooks.ids())
         for port, of_port in inputs.items():
             _check_fired_once(port.name, reads[port], model)
             if not are_hooked:
                 _check_heads_read(port, reads[port][0], of_port)
+    if not inputs and isinstance(out, Tensor) and not are_hooked:
+        _check_same_output(model, out)
     for src_port, fired in outs.items():
         _check_fired_once(src_port.wrapper.module_name, fired, model)
     written = [port.outputs(out).movedim(2, 0) for port, (out,) in outs.items()]
@@ -543,11 +548,11 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
     return weights
 
 
-def _probe(model: PatchableModel) -> None:
+def _probe(model: PatchableModel) -> Any:
     """Run the model once. Raises ModelError if it cannot be run like that."""
     tokens = model.adapter.probe_input(model.wrapped_model)
     try:
-        model.wrapped_model(tokens)
+        return model.wrapped_model(tokens)
     except AutoCircuitError:
         raise
     except Exception as error:  # each architecture has errors of its own
@@ -558,6 +563,26 @@ def _probe(model: PatchableModel) -> None:
             f"view: {type(error).__name__}: {one_line(error):.300}. Its architecture is not "
             "supported as it is: it needs a ModelAdapter of its own."
         ) from error
+
+
+def _check_same_output(model: PatchableModel, in_view: Any) -> None:
+    """Raise ModelError if the model is another one where its nodes can be seen.
+
+    Where TransformerLens computes what single heads read and write, it does so from the
+    weights of linear maps, which may compute more than that (adapters).
+    """
+    with unpatched(model):
+        out = _probe(model)
+    wide = t.promote_types(out.dtype, t.float32)
+    distance = (out.to(wide) - in_view.to(wide)).square().mean().sqrt()
+    share = max(_norms_rounding(out.dtype) ** 0.5, input_rounding(model.wrapped_model))
+    limit = share * out.to(wide).square().mean().sqrt()
+    if not distance <= limit:
+        raise ModelError(
+            f"This {type(model.wrapped_model).__name__} computes something else where what "
+            f"its heads read and write can be seen: its outputs are off by {distance:.2g} "
+            f"(root mean square). {MORE_THAN_WEIGHTS}"
+        )
 
 
 def _check_whole_blocks(blocks: Sequence[Module]) -> None:

@@ -31,6 +31,7 @@ from auto_circuit.model_utils.load_model import (
 from auto_circuit.model_utils.transformer_lens_utils import native_bridge
 from auto_circuit.tasks import POCKET_MODEL
 from auto_circuit.utils.graph_utils import patchable_model
+from tests.families import make
 from tests.models import SIZES, gpt2, randomize, tokens
 
 WEIGHT = "transformer.h.1.attn.c_proj.weight"
@@ -287,6 +288,63 @@ def test_a_device_map_that_splits_a_block(split: dict[str, Any]) -> None:
         load_tl_model("no such model is asked for", device_map=split)
     check_whole_blocks({"transformer.h.0": 0, "transformer.h.1": 1, "lm_head": 1})
     check_whole_blocks({"transformer.h.0.attn": 0, "transformer.h.0.mlp": 0, "x.h.1": 1})
+
+
+MAPS: tuple[tuple[Any, str], ...] = (
+    ({"transformers": "cpu", "": "cpu"}, "names 'transformers'.*mean 'transformer'"),
+    (
+        {"transformer.h": "cpu"},
+        r"not say where 'transformer.wte.weight' goes \(\d weights",
+    ),
+    ({"": "no-device"}, r"device_map\[''\].*cannot be used"),
+    ("cpus", "`device_map` is 'cpus', which cannot be used"),
+    ({}, "`device_map` is a dict; expected auto"),
+)
+
+
+@pytest.mark.parametrize(("device_map", "message"), MAPS)
+def test_a_device_map_that_cannot_be(device_map: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_tl_model(POCKET_MODEL, device_map=device_map)
+
+
+def test_a_model_is_part_of_one_bridge() -> None:
+    """A second one would take its modules away from the first."""
+    given = hugging_face_model()
+    load_tl_model(given)
+    with pytest.raises(ModelError, match="part of a TransformerBridge already"):
+        load_tl_model(given)
+
+
+class LowRank(t.nn.Linear):
+    """A linear map that computes more than its weight says, as LoRA's do."""
+
+    def __init__(self, plain: t.nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=False)
+        self.weight = plain.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + input.mean(-1, keepdim=True)
+
+
+def test_heads_whose_linear_maps_do_more_than_their_weights() -> None:
+    """What single heads read and write would be another model's."""
+    for has_switches_on in (True, False):
+        given: Any = make("llama")
+        attention = given.model.layers[0].self_attn
+        attention.v_proj = LowRank(attention.v_proj).requires_grad_(False)
+        with pytest.raises(ModelError, match="something else where.*merge_and_unload"):
+            if has_switches_on:
+                load_tl_model(given)
+            else:
+                patchable_model(load_transformer(given), True, separate_qkv=True)
+
+
+def test_what_was_compiled_has_the_model_in_it() -> None:
+    compiled: Any = t.nn.Module()  # `torch.compile` itself takes seconds to import
+    compiled._orig_mod = hugging_face_model()
+    with pytest.raises(ModelError, match="torch.compile.*_orig_mod"):
+        load_tl_model(compiled)
 
 
 def test_arguments_that_do_not_go_together() -> None:
