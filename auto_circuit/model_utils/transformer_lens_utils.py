@@ -411,9 +411,17 @@ TRIED = (
         "MPT",
     ),
     *("Pythia (GPT-NeoX)", "Falcon", "Phi 1, 2 and 3", "StableLM", "Cohere 1 and 2"),
-    *("Llama", "Mistral", "Mixtral", "Qwen 2 and 3 (also MoE)", "Gemma 1, 2 and 3"),
+    *(
+        "Llama (also 4)",
+        "Mistral (also NeMo)",
+        "Ministral 3",
+        "Mixtral",
+        "Qwen 2 and 3 (also MoE)",
+        "Gemma 1, 2 and 3",
+    ),
+    *("VaultGemma", "FlexOlmo", "ModernBERT decoder", "Jais 2", "MiniMax M2"),
     *("OLMo 1, 2, 3 and OLMoE", "Granite (also MoE)", "Starcoder 2", "SmolLM 3"),
-    *("GLM and GLM-4", "EXAONE 4", "Ernie 4.5", "Apertus", "Nemotron", "Arcee"),
+    *("GLM, GLM-4 and 4.5", "EXAONE 4", "Ernie 4.5", "Apertus", "Nemotron", "Arcee"),
     *("Seed-OSS", "GPT-OSS", "Hunyuan"),
 )
 """Architectures that were tried, and whose graphs are right."""
