@@ -30,7 +30,7 @@ from auto_circuit.ranking import circuit_mask, desc_prune_scores, score_tensors
 from auto_circuit.types import MeasurementRow, Measurements, PruneScores
 from auto_circuit.utils.edge_counts import coarse_edge_counts
 
-VERSION = 1
+VERSION = 2
 
 # ------------------------------------------------------------------------------ prompts
 
@@ -94,6 +94,23 @@ class DestinationView:
     first_source: int
 
 
+@dataclass(frozen=True)
+class CrossingView:
+    """A head that reads keys (or values) of other positions: the ends of its edges there.
+
+    source, name: as in "A0.3.V[4]->A0.3 by value @ 5", without the positions.
+    source_node, node: the drawn nodes that are read, and that read.
+    module, head: where its scores are: `scores[module][head, pair]`.
+    """
+
+    source: str
+    name: str
+    source_node: int
+    node: int
+    module: str
+    head: int
+
+
 @dataclass(frozen=True, eq=False)
 class GraphView:
     """A graph: its nodes, and its edges in the order of `PatchableModel.edges`.
@@ -104,6 +121,9 @@ class GraphView:
     n_positions: how many positions have edges of their own; None: they are not told apart.
     position_labels: a name for each. first_token: the prompts' token at the first of them.
     true_edges: the indices of the true edges; None if none are known.
+    crossings, pairs: the edges that lead through attention, which come after all others:
+        those of each head, in its order, at each pair (to, from) of positions: [pair 2].
+    span_texts: where positions are spans, what is in them in the first prompt.
     separate_qkv: are the queries, keys and values of a head destinations of their own?
     """
 
@@ -117,14 +137,49 @@ class GraphView:
     first_token: int
     true_edges: np.ndarray | None
     separate_qkv: bool
+    crossings: tuple[CrossingView, ...] = ()
+    pairs: np.ndarray | None = None
+    span_texts: tuple[str, ...] | None = None
 
     @property
     def n_edges(self) -> int:
         """How many edges there are, counted at each position."""
+        return self.n_from_sources + len(self.crossings) * self.n_pairs
+
+    @property
+    def n_from_sources(self) -> int:
+        """How many edges come from sources: all but those through attention."""
         return len(self.src) * (self.n_positions or 1)
+
+    @property
+    def n_pairs(self) -> int:
+        """How many pairs of positions a head's edges through attention join."""
+        return 0 if self.pairs is None else len(self.pairs)
+
+    def crossing(self, edge: int | np.integer) -> tuple[CrossingView, int, int] | None:
+        """(The head, to, from) of an edge through attention; None for others."""
+        place = int(edge) - self.n_from_sources
+        if place < 0 or self.pairs is None:
+            return None
+        head, pair = divmod(place, self.n_pairs)
+        to, come_from = self.pairs[pair].tolist()
+        return self.crossings[head], to, come_from
+
+    def drawn_ends(self, edge: int | np.integer) -> tuple[int, int]:
+        """The drawn nodes that an edge joins, at whichever positions."""
+        crossing = self.crossing(edge)
+        if crossing is not None:
+            return crossing[0].source_node, crossing[0].node
+        place = int(edge) % len(self.src)
+        src, dest = self.sources[self.src[place]], self.destinations[self.dest[place]]
+        return src.node, dest.node
 
     def edge_name(self, edge: int | np.integer) -> str:
         """The library's name of an edge, such as "A0.1->MLP 2 @ 3"."""
+        crossing = self.crossing(edge)
+        if crossing is not None:
+            head, to, come_from = crossing
+            return f"{head.source}[{come_from}]->{head.name} @ {to}"
         position, place = divmod(int(edge), len(self.src))
         src, dest = self.sources[self.src[place]], self.destinations[self.dest[place]]
         at = "" if self.n_positions is None else f" @ {position}"
@@ -152,7 +207,17 @@ class GraphView:
                     f"(module {dest.module!r}) expected {list(expected)} of them."
                 )
             rows.append(row.cpu().double())
-        return t.cat(rows, dim=-1).flatten()
+        from_sources = t.cat(rows, dim=-1).flatten()
+        return t.cat([from_sources, *(self._of_head(scores, h) for h in self.crossings)])
+
+    def _of_head(self, scores: PruneScores, head: CrossingView) -> Float[Tensor, "pair"]:
+        of_module = scores.get(head.module)
+        if of_module is None or of_module.shape[1:] != (self.n_pairs,):
+            raise GraphError(
+                f"The scores do not fit the graph: of the heads of {head.module!r} expected "
+                f"{self.n_pairs} each."
+            )
+        return of_module[head.head].cpu().double()
 
 
 # --------------------------------------------------------- what the model does on a prompt

@@ -70,10 +70,7 @@ def _strongest(
     """Of the edges between two drawn nodes (at any position) the score of the strongest."""
     found: dict[tuple[int, int], float] = {}
     for edge in edges:
-        place = edge % len(graph.src)
-        src = graph.sources[graph.src[place]].node
-        dest = graph.destinations[graph.dest[place]].node
-        found.setdefault((src, dest), float(algorithm.scores[edge]))
+        found.setdefault(graph.drawn_ends(edge), float(algorithm.scores[edge]))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from auto_circuit.data import PromptDataLoader, PromptPair, Side, collate_fn
 from auto_circuit.explorer.data import (
     VERSION,
     AttentionView,
+    CrossingView,
     DestinationView,
     EffectsView,
     GraphView,
@@ -31,7 +32,7 @@ from auto_circuit.explorer.model_view import (
     effects_view,
 )
 from auto_circuit.tasks import Task
-from auto_circuit.types import DestNode, Node, SrcNode
+from auto_circuit.types import DestNode, Edge, Node, SrcNode
 from auto_circuit.utils.patchable_model import PatchableModel
 
 MAX_PATTERN_BYTES = 2_000_000
@@ -52,7 +53,7 @@ def task_view(task: Task, n_prompts: int = N_PROMPTS) -> TaskView:
     loader = task.test_loader if task.test_loader.n_prompts else task.train_loader
     pairs = [loader.prompt_dataset[place] for place in loader.places[:n_prompts]]
     texts = _Texts.of(model, loader)
-    graph = graph_view(task, loader)
+    graph = graph_view(task, loader, texts)
     attention = effects = None
     notes: list[str] = []
     if pairs:
@@ -76,7 +77,7 @@ def task_view(task: Task, n_prompts: int = N_PROMPTS) -> TaskView:
 # -------------------------------------------------------------------------------- graph
 
 
-def graph_view(task: Task, loader: PromptDataLoader) -> GraphView:
+def graph_view(task: Task, loader: PromptDataLoader, texts: _Texts) -> GraphView:
     """The graph of a task's model, with the true edges."""
     model = task.model
     srcs = list(model.srcs)
@@ -90,7 +91,11 @@ def graph_view(task: Task, loader: PromptDataLoader) -> GraphView:
         for src in range(len(srcs))[model.wrapper(dest.module_name).in_srcs]  # type: ignore[index]
     ]
     src, dest = np.array(pairs, dtype=np.uint16).reshape(-1, 2).T.copy()
-    labels = loader.seq_labels if model.seq_len is not None else None
+    labels = None
+    if model.seq_len is not None:
+        labels = model.position_labels(loader.seq_labels)
+    crossings = tuple(_crossing(dest, drawn) for dest in model.crossings)
+    pairs = [] if not crossings else _pairs_of(model)
     return GraphView(
         nodes=tuple(drawn.nodes),
         sources=sources,
@@ -102,7 +107,46 @@ def graph_view(task: Task, loader: PromptDataLoader) -> GraphView:
         first_token=loader.diverge_idx,
         true_edges=_true_edges(task, (src, dest), (srcs, dests)),
         separate_qkv=bool(model.separate_qkv),
+        crossings=crossings,
+        pairs=np.array(pairs, dtype=np.uint16) if crossings else None,
+        span_texts=_span_texts(model, loader, texts),
     )
+
+
+def _crossing(dest: DestNode, drawn: _Drawn) -> CrossingView:
+    """What a head reads across positions; it is drawn as the head, and what it reads as that."""
+    assert dest.crossing is not None and dest.head_idx is not None
+    read = dest.crossing.srcs[0]
+    name = read.name.partition("[")[0]
+    return CrossingView(
+        source=name,
+        name=dest.name,
+        source_node=drawn.add(replace(read, name=name)),
+        node=drawn.add(dest),
+        module=dest.module_name,
+        head=dest.head_idx,
+    )
+
+
+def _pairs_of(model: PatchableModel) -> list[tuple[int, int]]:
+    crossing = model.crossings[0].crossing
+    assert crossing is not None
+    return crossing.pairs()
+
+
+def _span_texts(
+    model: PatchableModel, loader: PromptDataLoader, texts: _Texts
+) -> tuple[str, ...] | None:
+    """What is in each span of the first prompt; None if positions are no spans."""
+    if model.spans is None or not loader.n_prompts:
+        return None
+    pair = loader.prompt_dataset[loader.places[0]]
+    tokens, mask = _sides(pair)["clean"]
+    ids = (tokens if mask is None else tokens[mask > 0]).tolist()
+    words: list[list[str]] = [[] for _ in model.spans.names]
+    for token, span in zip(ids, model.spans.of_prompt(tuple(ids)), strict=True):
+        words[span].append(texts.word(token))
+    return tuple("".join(of_span) for of_span in words)
 
 
 def _destination(dest: DestNode, drawn: _Drawn) -> DestinationView:
@@ -168,10 +212,22 @@ def _true_edges(
         for place, (src, dest) in enumerate(zip(*edges, strict=True))
     }
     found = [
-        (edge.seq_idx or 0) * len(places) + places[edge.src.name, edge.dest.name]
+        (
+            _place_of_crossing(edge, task.model, len(places))
+            if edge.is_crossing
+            else (edge.seq_idx or 0) * len(places) + places[edge.src.name, edge.dest.name]
+        )
         for edge in known
     ]
     return np.array(sorted(found), dtype=np.uint32)
+
+
+def _place_of_crossing(edge: Edge, model: PatchableModel, n_at_one: int) -> int:
+    """Edges through attention come after all others, head by head."""
+    pairs, heads = _pairs_of(model), [dest.name for dest in model.crossings]
+    pair = pairs.index((edge.seq_idx or 0, edge.src.src_idx))
+    first = n_at_one * (model.seq_len or 1)
+    return first + heads.index(edge.dest.name) * len(pairs) + pair
 
 
 # ------------------------------------------------------------------------------ prompts

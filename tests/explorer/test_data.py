@@ -135,6 +135,47 @@ def test_scores_are_in_the_order_of_the_edges(task: Task, view: TaskView) -> Non
     assert flat.tolist() == expected and len(set(expected)) > 100
 
 
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+def test_edges_through_attention_come_after_all_others(name: str, tmp_path: Path) -> None:
+    """They join the drawn heads at two positions, and have their own scores."""
+    task = replace(
+        id_task(tmp_path, "gpt2", token_circuit=True),
+        _model_def=ARCHITECTURES[name](),
+        crossing=True,
+    )
+    graph, edges = task_view(task).graph, {repr(e): e for e in task.model.edges}
+    names = [graph.edge_name(edge) for edge in range(graph.n_edges)]
+    assert sorted(names) == sorted(edges)
+    scores = random_scores(task)
+    expected = [float(edges[one].prune_score(scores)) for one in names]
+    assert graph.flat_scores(scores).tolist() == expected
+    for place in range(graph.n_from_sources, graph.n_edges, 7):
+        edge, crossing = edges[names[place]], graph.crossing(place)
+        assert crossing is not None and edge.is_crossing
+        head, to, come_from = crossing
+        assert (to, come_from) == (edge.seq_idx, edge.src.src_idx)
+        assert graph.nodes[head.node].name == f"A{head.name[1:].split()[0]}"
+        assert graph.drawn_ends(place) == (head.source_node, head.node)
+    read = graph.nodes[graph.crossings[0].source_node].name
+    assert read == ("A0.0" if name == "gpt2" else "A0.0.K")
+    assert graph.crossing(0) is None
+    with pytest.raises(GraphError, match="of the heads of"):
+        graph.flat_scores({**scores, graph.crossings[0].module: t.ones(4, 1)})
+
+
+def test_spans_are_named_and_show_their_words(tmp_path: Path) -> None:
+    labels = ["start", "start", *["rest"] * (N_TOKENS - 2)]
+    task = replace(
+        id_task(tmp_path, "gpt2"),
+        span_circuit=True,
+        _dataset_name=prompt_file(tmp_path, seq_labels=labels),
+    )
+    graph = task_view(task).graph
+    assert graph.position_labels == ("start", "rest") and graph.n_positions == 2
+    assert graph.span_texts is not None and len(graph.span_texts) == 2
+    assert all(graph.span_texts)
+
+
 @pytest.mark.parametrize("change", ["missing", "too many", "too few heads", "flat"])
 def test_scores_of_another_graph(task: Task, view: TaskView, change: str) -> None:
     scores = random_scores(task)

@@ -14,7 +14,11 @@ export class Task {
     this.src = arrayOf(graph.src);
     this.dest = arrayOf(graph.dest);
     this.nPositions = graph.n_positions;
-    this.nEdges = this.src.length * (this.nPositions ?? 1);
+    // Edges through attention come after those from sources, head by head.
+    this.crossings = graph.crossings;
+    this.pairs = arrayOf(graph.pairs) ?? [];
+    this.nFromSources = this.src.length * (this.nPositions ?? 1);
+    this.nEdges = this.nFromSources + (this.crossings.length * this.pairs.length) / 2;
     const known = arrayOf(graph.true_edges);
     this.known = known && new Set(known);
     this.algorithms = data.algorithms.map((algorithm) => new Algorithm(algorithm));
@@ -22,22 +26,45 @@ export class Task {
     this.attentionOfNode = new Map((data.attention?.nodes ?? []).map((n, i) => [n, i]));
   }
 
+  /** Of an edge through attention: its head, where that is, and where it reads. */
+  crossing(edge) {
+    const place = edge - this.nFromSources;
+    if (place < 0) return null;
+    const nPairs = this.pairs.length / 2;
+    const pair = 2 * (place % nPairs);
+    const head = this.crossings[Math.floor(place / nPairs)];
+    return { head, to: this.pairs[pair], from: this.pairs[pair + 1] };
+  }
+
+  /** Where an edge ends. */
   position(edge) {
-    return this.nPositions === null ? null : Math.floor(edge / this.src.length);
+    if (this.nPositions === null) return null;
+    return this.crossing(edge)?.to ?? Math.floor(edge / this.src.length);
+  }
+
+  /** Where it begins: at another position only if it leads through attention. */
+  start(edge) {
+    return this.crossing(edge)?.from ?? this.position(edge);
   }
 
   source(edge) {
-    return this.sources[this.src[edge % this.src.length]];
+    const crossing = this.crossing(edge);
+    if (crossing === null) return this.sources[this.src[edge % this.src.length]];
+    const { head, from } = crossing;
+    return { name: `${head.source}[${from}]`, node: head.source_node };
   }
 
   destination(edge) {
-    return this.destinations[this.dest[edge % this.src.length]];
+    const crossing = this.crossing(edge);
+    return crossing?.head ?? this.destinations[this.dest[edge % this.src.length]];
   }
 
   /** The drawn nodes that an edge joins. */
   ends(edge) {
-    const at = this.position(edge);
-    return [this.key(this.source(edge).node, at), this.key(this.destination(edge).node, at)];
+    return [
+      this.key(this.source(edge).node, this.start(edge)),
+      this.key(this.destination(edge).node, this.position(edge)),
+    ];
   }
 
   edgeName(edge) {
@@ -72,6 +99,8 @@ export class Task {
   }
 
   token(position, side = "clean") {
+    const texts = this.data.graph.span_texts;
+    if (texts) return texts[position] ?? null;
     const tokens = this.data.prompts[0]?.[side].tokens ?? [];
     return tokens[position + this.data.graph.first_token] ?? null;
   }
@@ -83,9 +112,12 @@ export class Task {
     const into = [];
     const out = [];
     for (const edge of algorithm.order) {
-      if (at !== null && this.position(edge) !== at) continue;
-      if (this.source(edge).node === node) out.push(edge);
-      if (this.destination(edge).node === node) into.push(edge);
+      if (this.source(edge).node === node && (at === null || this.start(edge) === at)) {
+        out.push(edge);
+      }
+      if (this.destination(edge).node === node && (at === null || this.position(edge) === at)) {
+        into.push(edge);
+      }
     }
     return { into, out };
   }
