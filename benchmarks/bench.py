@@ -93,7 +93,7 @@ Run = Callable[[], object]
 ONE_PERCENT, N_SIZES, N_POINTS, N_STEPS, N_EDGES = 0.01, 5, 5, 5, 60
 N_WARM_UPS, N_SETTLED = 2, 2
 """Passes in a context before it is settled, and those that are timed then."""
-QUICK_ROUNDS, QUICK_PROMPTS = 3, 2
+QUICK_ROUNDS, QUICK_PROMPTS = 2, 2
 """With `--quick`: rounds at most, and prompts under a memory limit."""
 Row = dict[str, str | float | None]
 SMALL: dict[str, Any] = {

@@ -107,6 +107,7 @@ class DestPort:
     component: Module | None = None
     block: int = 0
     bypassed: tuple[Bypassed, ...] = ()
+    by_token: bool = False
 
     @property
     def srcs(self) -> slice:

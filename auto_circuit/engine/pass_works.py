@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch as t
 from jaxtyping import Shaped
 from torch import Tensor
@@ -192,12 +193,13 @@ def used_edges(
     home = devices.device_of(flags[0])
     here = [devices.moved(flag, home).flatten(1) for flag in flags]
     parts = t.cat(here, 1).cpu().split([flag.shape[1] for flag in here], 1)
-    used = [part.view(flag.shape) for part, flag in zip(parts, flags, strict=True)]
+    # As arrays: hundreds of small questions, each of which takes torch longer.
+    used = [p.view(flag.shape).numpy() for p, flag in zip(parts, flags, strict=True)]
     patched, unpatched = (
         {
             matrix: UsedEdges(
-                (flag[i].any(0).nonzero().flatten() + matrix.lo).tolist(),
-                flag[i].any(1).nonzero().flatten().tolist(),
+                (np.flatnonzero(flag[i].any(0)) + matrix.lo).tolist(),
+                np.flatnonzero(flag[i].any(1)).tolist(),
                 on_patched_base=bool(i),
             )
             for matrix, flag in zip(weights, used, strict=True)

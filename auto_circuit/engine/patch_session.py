@@ -168,7 +168,8 @@ class PatchSession:
             if port.heads is not None:
                 self._stand_in(port)
             elif not port.additive:
-                self._hook(port.module, partial(self._read, port))
+                read = self._read_by_token if port.by_token else self._read
+                self._hook(port.module, partial(read, port))
             if port.component is not None:
                 self._remember(port, port.component)
         for crossing_port in self.plan.crossings:
@@ -606,16 +607,16 @@ class PatchSession:
 
     # --------------------------------------------------------------- destinations
 
-    def _read(
-        self, port: DestPort, x: Input | Float[Tensor, "token d_model"]
-    ) -> Input | Float[Tensor, "token d_model"] | None:
+    def _read_by_token(
+        self, port: DestPort, x: Float[Tensor, "token d_model"]
+    ) -> Float[Tensor, "token d_model"] | None:
+        diff = self._current_pass().diff
+        assert diff is not None
+        out = self._read(port, x.unflatten(0, diff.shape[:2]))
+        return None if out is None else out.flatten(0, 1)
+
+    def _read(self, port: DestPort, x: Input) -> Input | None:
         works = self._current_works()
-        if x.ndim == 2:
-            # OPT's MLPs see each token alone: [token d_model].
-            diff = self._current_pass().diff
-            assert diff is not None
-            out = self._read(port, x.unflatten(0, diff.shape[:2]))
-            return None if out is None else out.flatten(0, 1)
         _needs_grad(self._current_pass(), x)
         out = x
         if port in works.patched_base:

@@ -144,6 +144,7 @@ class Port:
         depends on nothing else.
     block: which of the adapter's `blocks` it is in.
     bypassed: the modules that the model runs between the residual stream and its heads.
+    by_token: does the module give each token alone, [token d_model] (OPT's MLPs)?
     """
 
     dest_modules: tuple[str, ...]
@@ -154,6 +155,7 @@ class Port:
     component: Module | None = None
     block: int = 0
     bypassed: tuple[Bypassed, ...] = ()
+    by_token: bool = False
 
 
 class AttentionReader(ABC):

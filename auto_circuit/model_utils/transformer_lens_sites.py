@@ -346,8 +346,10 @@ def _port(model: TransformerBridge, name: str) -> Port:
     if hook != "hook_mlp_in":
         return Port((name,), hook_point(model, name))
     owner: Any = model.get_submodule(block)
-    shown = owner.get_submodule(class_of(owner).mlp_input)
-    return Port((name,), shown, component=whole_mlp(owner))
+    facts = class_of(owner)
+    shown = owner.get_submodule(facts.mlp_input)
+    by_token = facts.mlp_by_token
+    return Port((name,), shown, component=whole_mlp(owner), by_token=by_token)
 
 
 def _weights_port(

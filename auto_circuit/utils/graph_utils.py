@@ -415,6 +415,7 @@ def _make_plan(
                 component=port.component,
                 block=port.block,
                 bypassed=port.bypassed,
+                by_token=port.by_token,
             )
         )
     src_ports = tuple(
@@ -529,7 +530,7 @@ def _check_graph(model: PatchableModel) -> WeightFingerprint:
         _check_fired_once(port.name, fired, model)
         if not port.additive:
             (read,) = fired
-            if read.ndim == 2:  # of each token alone
+            if port.by_token:
                 read = read.unflatten(0, sources.shape[1:3])
             here = devices.moved(sources, devices.device_of(read))
             model.constants[port.name] = _constant_at(port, read, here, eps)
