@@ -46,6 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     only_starts_workers = starts_workers and not hasattr(config, "workerinput")
     if only_starts_workers or not config.getoption("jaxtyping_packages", None):
         return
+    import_module("tests.typechecked").check_quickly()
     for name in IMPORTED_FIRST:
         import_module(name)
     gc.disable()  # what is collected stays
