@@ -43,6 +43,8 @@ after = (
 )
 assert before == after
 assert not [task for task in auto_circuit.tasks.TASKS if "_model" in task.__dict__]
+auto_circuit.tasks.find_task("Tracr reverse Token Circuit").model
+assert not {"jax", "haiku", "tracr"} & {*sys.modules}
 """
 
 

@@ -134,8 +134,8 @@ SWEEP_IN_A_NOTEBOOK = """
 from auto_circuit.runner import run_experiment
 from auto_circuit.sweep_config import ExperimentConfig
 run_experiment(ExperimentConfig(
-    tasks=("Pocket IOI",), algos=("EAP", "ACDC quick"), metrics=("Logit Diff Percent",),
-    circuit_sizes=(0, 100, 1519), n_seeds=1, out=OUT))
+    tasks=("Pocket Llama IOI",), algos=("EAP", "ACDC quick"),
+    metrics=("Logit Diff Percent",), circuit_sizes=(0, 100), n_seeds=1, out=OUT))
 print("done")
 """
 

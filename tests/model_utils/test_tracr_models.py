@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -233,12 +231,3 @@ def test_loading_draws_no_random_numbers_and_needs_no_gradients() -> None:
     assert t.equal(t.get_rng_state(), state)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
-
-
-def test_loading_imports_neither_jax_nor_tracr() -> None:
-    program = (
-        "import sys; from auto_circuit.model_utils.tracr_model_utils import *; "
-        "get_tracr_model('reverse'); "
-        "assert not {'jax', 'haiku', 'tracr'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=REPO)

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,12 @@ def test_the_same_scores_in_every_process() -> None:
     assert found[0] == found[1]
 
 
+@cache
+def shared_graph(name: str) -> PatchableModel:
+    """For tests that look whether its state is the same after each algorithm."""
+    return GRAPHS[name]()
+
+
 LOOKS_AT_NO_PROMPTS = ("Official Circuit", "Random")
 
 
@@ -222,9 +228,11 @@ def test_no_prompts(algo: PruneAlgo) -> None:
         return
     rows = t.zeros(0, 5, dtype=t.long)
     loader = PromptDataLoader(PromptDataset(rows, rows, [], []), None, 0)
+    model = shared_graph("gpt2")
+    before = state_snapshot(model)
     with pytest.raises(AutoCircuitError, match="no prompts"):
-        model = GRAPHS["gpt2"]()
         algo.func(model, loader, list(model.edges)[:3])
+    assert state_snapshot(model) == before
 
 
 @on_all_algos
@@ -233,7 +241,7 @@ def test_masks_of_single_examples(algo: PruneAlgo) -> None:
 
     They fit the batch, so that without the refusal there would be wrong scores, and no error.
     """
-    model = GRAPHS["small"]()
+    model = shared_graph("small")
     before = state_snapshot(model)
     with set_mask_batch_size(model, 2):
         if algo.key in LOOKS_AT_NO_PROMPTS:
