@@ -187,8 +187,13 @@ class DrivenExplorer:
         assert float(jaccard[1]) == pytest.approx(both / union, rel=0.006, abs=1e-9)
 
 
-def drive(browser: Any, path: Path, width: int, packages: Path) -> None:
-    """All that a report of the default sweep lets its reader do."""
+def drive(
+    browser: Any, path: Path, width: int, packages: Path, nodes: dict[str, str]
+) -> None:
+    """All that a report of the default sweep lets its reader do.
+
+    nodes: {task: a node of its circuits to search for}, of the tasks to be explored.
+    """
     report = OpenedReport(browser, path, width)
     report.read()
     report.check()
@@ -200,7 +205,7 @@ def drive(browser: Any, path: Path, width: int, packages: Path) -> None:
         for text in report.column("Area")
     ]
     assert areas == sorted(areas, reverse=True) and len(set(areas)) > 10
-    for task, node in (("Pocket IOI", "A1.2"), ("Pocket Greaterthan", "MLP 0")):
+    for task, node in nodes.items():
         explorer = DrivenExplorer(report, task, "EAP")
         explorer.slide()
         explorer.search(node)

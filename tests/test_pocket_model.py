@@ -100,8 +100,17 @@ def test_the_other_models_do_every_task(task: Task) -> None:
     assert sum(right) / len(right) > 0.95
 
 
-@by_key([*POCKET_TASKS, *INDUCTION_TASKS])
+DEPTH_PAGE = REPO / "docs" / "how-to" / "depth.md"
+OF_DEPTHS, _, OF_SIZES = DEPTH_PAGE.read_text().partition("\n## How large they are\n")
+SIZES = re.compile(r"^\| `(.+?)` \| (\d+) \| (-?\d+) \|((?: \d+ \|)+)$", re.M)
+LEFT_BY_CORRUPT_PROMPTS = {
+    key: int(percent) for key, _, percent, _ in SIZES.findall(OF_SIZES)
+}
+
+
+@by_key([*POCKET_TASKS, *OTHER_TASKS])
 def test_corrupt_prompts_do_not_have_the_answer(task: Task) -> None:
+    """But those of the Llama's Greaterthan, of which the documentation says why."""
     (batch,) = task.test_loader
     diffs = {}
     for side in ("clean", "corrupt"):
@@ -110,14 +119,15 @@ def test_corrupt_prompts_do_not_have_the_answer(task: Task) -> None:
             logits = task.model(tokens, **kwargs)[task.model.out_slice]
         diffs[side] = float(batch_avg_answer_diff(logits, batch))
     assert diffs["clean"] > 2.0
-    assert diffs["corrupt"] < 0.5 * diffs["clean"]
+    percent = 100 * diffs["corrupt"] / diffs["clean"]
+    assert percent == pytest.approx(LEFT_BY_CORRUPT_PROMPTS[task.key], abs=1)
+    assert percent < 50 or task.key == "Pocket Llama Greaterthan"
 
 
 DEPTHS = re.compile(r"^\| `(.+?)` \|((?: -?\d+ \|)+) (\d+) \|$", re.M)
-DEPTH_PAGE = REPO / "docs" / "how-to" / "depth.md"
 MEASURED = {
     key: ([int(percent) for percent in percents.split("|")[:-1]], int(depth))
-    for key, percents, depth in DEPTHS.findall(DEPTH_PAGE.read_text())
+    for key, percents, depth in DEPTHS.findall(OF_DEPTHS)
 }
 
 

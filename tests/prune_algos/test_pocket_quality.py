@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch as t
 
+from auto_circuit.circuits import circuit_of_scores
 from auto_circuit.metrics.prune_metrics.answer_diff_percent import (
     measure_answer_diff_percent,
 )
@@ -25,7 +26,9 @@ from auto_circuit.prune_algos.prune_algos import find_prune_algo
 from auto_circuit.prune_algos.subnetwork_probing import subnetwork_probing_prune_scores
 from auto_circuit.ranking import flat_prune_scores
 from auto_circuit.tasks import (
+    POCKET_GEMMA_TASKS,
     POCKET_IOI_TASK,
+    POCKET_LLAMA_TASKS,
     POCKET_TASKS,
     Task,
 )
@@ -73,24 +76,30 @@ def test_subnetwork_probing_finds_a_small_circuit() -> None:
         task.model,
         task.train_loader,
         None,
-        circuit_size=32,
+        circuit_size=30,
         tree_optimisation=True,
         **PROBING,
     )
     assert small_circuit(scores) >= 80
 
 
-def test_tree_probing_finds_a_small_circuit() -> None:
-    task = MANY_PROMPTS_TASK
-    scores = circuit_probing_prune_scores(
-        task.model,
-        task.train_loader,
-        None,
-        circuit_sizes=(30,),
-        tree_optimisation=True,
-        **PROBING,
+def test_tree_probing_finds_the_same_circuit() -> None:
+    """Of one size it is that training, whose first epochs are enough to see it."""
+    model, loader = MANY_PROMPTS_TASK.model, MANY_PROMPTS_TASK.train_loader
+    start = find_prune_algo("EAP-IG inputs").func(model, loader, None)
+    options = {**PROBING, "epochs": 2, "tree_optimisation": True, "warm_start": start}
+    trained = subnetwork_probing_prune_scores(
+        model, loader, None, circuit_size=30, **options
     )
-    assert small_circuit(scores) >= 80
+    found = circuit_probing_prune_scores(
+        model, loader, None, circuit_sizes=(30,), **options
+    )
+    expected, at_first = (
+        circuit_of_scores(model, scores, 30) for scores in (trained, start)
+    )
+    for name, in_circuit in expected.items():
+        assert t.equal(found[name], in_circuit.to(found[name]))
+    assert any(not t.equal(expected[name], at_first[name]) for name in expected)
 
 
 def test_edge_pruning_finds_a_small_circuit_of_the_sparsity_asked_for() -> None:
@@ -182,7 +191,7 @@ def test_modified_gradients_are_near_the_exact_effects() -> None:
         found[name] = t.stack([edge.prune_score(scores) for edge in edges]).double()
     best = t.cat([ours.abs().topk(50).indices for ours in found.values()]).unique()
     chosen = [edges[i] for i in best]
-    effects = edge_effects(task.model, task.train_loader, chosen)
+    effects = edge_effects(task.model, task.train_loader, chosen, edges_at_once=16)
     exact = t.tensor([effects[edge] for edge in chosen]).double()
     correlation = {
         name: float(t.corrcoef(t.stack([ours[best], exact]))[0, 1])
@@ -194,7 +203,28 @@ def test_modified_gradients_are_near_the_exact_effects() -> None:
     task.free()
 
 
-@pytest.mark.parametrize("task", POCKET_TASKS, ids=lambda task: task.key)
+WITHOUT_POSITIONS = [
+    task for task in (*POCKET_LLAMA_TASKS, *POCKET_GEMMA_TASKS) if not task.token_circuit
+]
+LARGEST = "Spearman, largest"
+NOT_AHEAD = {
+    "Pocket Llama Induction": {
+        ("EAP-IG inputs", LARGEST),
+        ("EAP-IG activations", LARGEST),
+    },
+    "Pocket Gemma Induction": {("EAP-IG activations", LARGEST)},
+    "Pocket Gemma Greaterthan": {
+        ("EAP-IG inputs", LARGEST),
+        ("EAP-IG sources", "Pearson"),
+    },
+}
+"""Where EAP is as near: it knows the order of induction's large effects (0.95 and 0.84), though
+not how large they are, and all of the Gemma's Greaterthan (0.82 to 0.88)."""
+
+
+@pytest.mark.parametrize(
+    "task", [*POCKET_TASKS, *WITHOUT_POSITIONS], ids=lambda task: task.key
+)
 def test_integrated_gradients_are_nearer_to_the_exact_effects(task: Task) -> None:
     """The order of the large effects, which make the circuit; and that of all effects.
 
@@ -217,27 +247,32 @@ def test_integrated_gradients_are_nearer_to_the_exact_effects(task: Task) -> Non
     largest = [estimates[n].abs().topk(60).indices.tolist() for n in FINDERS]
     idxs = sorted({*sample, *sum(largest, [])})
     some = [edges[idx] for idx in idxs]
-    effects = edge_effects(one_batch.model, one_batch.train_loader, some)
+    effects = edge_effects(
+        one_batch.model, one_batch.train_loader, some, edges_at_once=16
+    )
     table = pd.DataFrame(
         {name: values[idxs] for name, values in estimates.items()}, index=idxs
     )
     table["exact"] = [effects[edge] for edge in some]
-    large = table.loc[table["exact"].abs().nlargest(100).index]
+    n_large = min(100, len(edges) // 4)
+    large = table.loc[table["exact"].abs().nlargest(n_large).index]
     of_all = table.loc[sample]
     found = pd.DataFrame(
         {
             "Spearman": of_all.rank().corr()["exact"],
             "Pearson": of_all.corr()["exact"],
-            "Spearman, 100 largest": large.rank().corr()["exact"],
+            LARGEST: large.rank().corr()["exact"],
         }
     ).drop("exact")
     print(f"{task.key}: correlation with the exact effects of {len(sample)} edges")
     print(found.to_string(float_format="%.3f"))
     better = found > found.loc["EAP"]
-    for name in GRADIENT_METHODS:
-        if name.startswith("EAP-IG"):
-            assert better.loc[name, "Spearman, 100 largest"]
-    assert better.loc["EAP-IG sources", "Pearson"]
-    # Of all 51,646 edges of the docstring task: 0.826, and 0.821 for EAP.
-    assert better.loc["EAP-IG sources", "Spearman"]
+    # Spearman, of all 51,646 edges of the docstring task: 0.826, and 0.821 for EAP.
+    expected = {("EAP-IG sources", "Pearson"), ("EAP-IG sources", "Spearman")}
+    expected |= {(n, LARGEST) for n in GRADIENT_METHODS if n.startswith("EAP-IG")}
+    assert len(expected) == 5
+    for name, column in expected - NOT_AHEAD.get(task.key, set()):
+        assert better.loc[name, column], (name, column)
+    if task in WITHOUT_POSITIONS:  # the sizes of effects, of which EAP knows less there
+        assert found.loc["EAP-IG inputs", "Pearson"] > 0.9 > found.loc["EAP", "Pearson"]
     one_batch.free()
