@@ -75,6 +75,11 @@ Root mean square, as a share of their standard deviation.
 
 N_PROBE_TOKENS = 8
 
+BRIDGE = "_auto_circuit_bridge"
+"""Where a Hugging Face model has the bridge that was made of it, and changed its modules.
+
+A second bridge around these would be another graph.
+"""
 
 DeviceMap = str | Mapping[str, t.device | str | int]
 """What accelerate takes: "auto", "balanced", or module name -> device."""
@@ -95,7 +100,7 @@ def load_transformer(
 
     name: a Hugging Face hub name, or a local folder in Hugging Face format; or the model
         itself, a PreTrainedModel or a TransformerBridge. It becomes (a part of) what is
-        returned, and its weights stay as they are.
+        returned, the same in each call, and its weights stay as they are.
     device: None: the CPU, or where the given model is.
     dtype: None: float32, or the given model's. In float32 the weights of a name are
         processed as auto-circuit does (layer norm folded, writing weights and unembedding
@@ -198,13 +203,14 @@ def _bridge_of(
             f"A model is a name, a folder, a Hugging Face PreTrainedModel or a "
             f"TransformerBridge; {what} is none. {_instead_of(given)}"
         )
-    if isinstance(given, PreTrainedModel) and any(
+    bridge = given if isinstance(given, TransformerBridge) else vars(given).get(BRIDGE)
+    if bridge is None and any(
         isinstance(module, GeneralizedComponent) for module in given.modules()
     ):
         raise ModelError(
             f"{what[0].upper()}{what[1:]} is part of a TransformerBridge already, which a "
-            "second one would break. Use that one (`load_tl_model` gave it back), of which "
-            "there can be several graphs; or load the model again."
+            "second one would break. Give that one, of which there can be several graphs; "
+            "or load the model again."
         )
     if device is not None:
         given.to(device)  # type: ignore[arg-type]
@@ -214,10 +220,10 @@ def _bridge_of(
     if isinstance(given, PreTrainedModel):
         check_has_residual_stream(given)
     given.eval().requires_grad_(False)
-    if isinstance(given, TransformerBridge):
+    if bridge is not None:
         if tokenizer is not None:
-            given.tokenizer = tokenizer
-        return as_loaded(given)
+            bridge.tokenizer = tokenizer
+        return as_loaded(bridge.eval())
     try:
         log_probs = _said_by(given) if has_values(given) else None
         bridge = build_bridge_from_module(
@@ -232,6 +238,7 @@ def _bridge_of(
     model = as_loaded(bridge.eval())
     if log_probs is not None:
         check_log_probs(model, log_probs, what)
+    vars(given)[BRIDGE] = model  # not by setattr: no part of it
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from auto_circuit.model_utils.load_model import (
 from auto_circuit.model_utils.transformer_lens_utils import native_bridge
 from auto_circuit.tasks import POCKET_MODEL
 from auto_circuit.utils.graph_utils import patchable_model
-from tests.families import make
+from tests.families import bridge_of, make
 from tests.models import SIZES, gpt2, randomize, tokens
 
 WEIGHT = "transformer.h.1.attn.c_proj.weight"
@@ -232,6 +233,25 @@ def test_a_hugging_face_model_with_its_tokenizer() -> None:
     t.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_a_model_that_was_loaded_before_is_the_same(name: str) -> None:
+    model = make(name, t.float32)
+    first = load_tl_model(model)
+    n_edges = patchable_model(first, True, separate_qkv=True).n_edges
+    n_weights = len(model.state_dict())
+    assert load_tl_model(model) is first
+    assert patchable_model(first, True, separate_qkv=True).n_edges == n_edges
+    assert len(model.state_dict()) == n_weights
+    copy = load_tl_model(deepcopy(model), dtype=t.bfloat16)
+    assert copy is not first and next(copy.parameters()).dtype == t.bfloat16
+    assert next(first.parameters()).dtype == t.float32
+    assert patchable_model(copy, True, separate_qkv=True).n_edges == n_edges
+    bridged = make(name, t.float32)
+    bridge_of(bridged)
+    with pytest.raises(ModelError, match="is part of a TransformerBridge already"):
+        load_tl_model(bridged)
+
+
 def test_a_model_whose_bridge_says_something_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -306,14 +326,6 @@ MAPS: tuple[tuple[Any, str], ...] = (
 def test_a_device_map_that_cannot_be(device_map: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_tl_model(POCKET_MODEL, device_map=device_map)
-
-
-def test_a_model_is_part_of_one_bridge() -> None:
-    """A second one would take its modules away from the first."""
-    given = hugging_face_model()
-    load_tl_model(given)
-    with pytest.raises(ModelError, match="part of a TransformerBridge already"):
-        load_tl_model(given)
 
 
 class LowRank(t.nn.Linear):
