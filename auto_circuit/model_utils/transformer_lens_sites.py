@@ -30,6 +30,7 @@ from transformer_lens.model_bridge.generalized_components import (
     PositionEmbeddingsAttentionBridge,
 )
 
+from auto_circuit import devices
 from auto_circuit.errors import ModelError
 from auto_circuit.model_utils.block_facts import (
     by_position,
@@ -679,5 +680,13 @@ def _without_zero_bias(model: TransformerBridge) -> Iterator[None]:
     if bias is None or bias.is_meta or bias.any():
         yield
         return
-    with replaced_forward(linear, lambda x: t.nn.functional.linear(x, linear.weight)):
+    with replaced_forward(linear, partial(_without_bias, linear)):
         yield
+
+
+def _without_bias(
+    linear: Any, x: Float[Tensor, "... d_model"]
+) -> Float[Tensor, "... vocab"]:
+    # What accelerate does to bring inputs to a module's device, it does in its forward.
+    here = devices.moved(x, devices.device_of(linear.weight))
+    return t.nn.functional.linear(here, linear.weight)
