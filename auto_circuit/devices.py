@@ -27,5 +27,5 @@ def index_tensor(idxs: Sequence[int], device: t.device) -> Int[Tensor, "index"]:
     """
     if device.type != "cuda":
         return t.tensor(idxs, dtype=t.int64, device=device)
-    pinned = t.tensor(idxs, dtype=t.int64, pin_memory=True)
+    pinned = t.tensor(idxs, dtype=t.int64, device="cpu", pin_memory=True)
     return pinned.to(device, non_blocking=True)
