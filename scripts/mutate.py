@@ -1481,7 +1481,7 @@ EXPERIMENT: tuple[Fault, ...] = (
         "    if False:\n",
         LOADED),
     fault("a model that is loaded wrong is taken", LOADING,
-        "if not error <= max(tolerance, input_rounding(model)) * spread:",
+        "if not error <= _tolerance(model, weight.dtype) * spread:",
         "if False:",
         LOADED),
     fault("four bits lose their gradients in the first pass", "weights.py",

@@ -463,6 +463,26 @@ def test_what_cannot_be_done_is_refused() -> None:
             return self.inner.decode(latents) ** 2
 
     refused(ConfigError, "Expected a linear `decode`", [Placed(Squared(good), RESID)])
+
+    class Odd:
+        def __init__(self, encoded: Any, decoded: Any) -> None:
+            self.encode, self.decode = lambda x: encoded(good.encode(x)), decoded
+
+    for encoded, decoded, message in (
+        (lambda z: z, lambda z: (good.decode(z),), r"`decode` of a Odd gives a tuple"),
+        (lambda z: z, lambda z: good.decode(z)[:, :5], r"expected a Tensor \[9, 32\]"),
+        (
+            lambda z: z,
+            lambda z: 1 / 0,
+            r"`decode` of a Odd cannot take.*division by zero",
+        ),
+        (lambda z: z.reshape(-1, 7), good.decode, r"expected a Tensor \[1, 2, latents\]"),
+        (lambda z: z.numpy(), good.decode, "`encode` of a Odd gives a ndarray"),
+        (lambda z: z / 0, good.decode, "`encode` of a Odd gives NaN or infinity"),
+    ):
+        refused(ConfigError, message, [Placed(Odd(encoded, decoded), RESID)])
+    damaged = replace(good, decoder_bias=good.decoder_bias / 0)
+    refused(ModelError, "is damaged: its decoder_bias", [damaged])
     bridge = gpt2()
     bridge.blocks[0].mlp.original_component.act = t.nn.Tanh()
     inner = bridge.blocks[0].mlp.original_component

@@ -378,26 +378,38 @@ def _latents(
     """The latents that are nodes, and which of all they are."""
     like = next(model.parameters()).new_zeros(width)
     autoencoder = item.autoencoder
+    d_out = width if item.hook_name_out is None else model.cfg.d_model
     if not isinstance(autoencoder, Autoencoder):
         n_latents = _n_latents(item, like)
         idxs = checked_latents(n_latents, kept)
-        return WholeLatents(autoencoder, idxs, like), idxs
+        return WholeLatents(autoencoder, idxs, like, d_out), idxs
     if autoencoder.d_in != width:
         raise ConfigError(
             f"The autoencoder of {item.hook_name!r} encodes {autoencoder.d_in} numbers, of "
             f"which this model has {width} there: it is another model's."
         )
-    d_out = width if item.hook_name_out is None else model.cfg.d_model
     if autoencoder.d_out != d_out:
         raise ConfigError(
             f"The autoencoder of {item.hook_name!r} decodes to {autoencoder.d_out} numbers, "
             f"of which this model has {d_out} there: it is another model's."
         )
+    _check_finite(item)
     idxs = checked_latents(autoencoder.n_latents, kept)
     autoencoder = autoencoder.to(like.device, like.dtype)
     if autoencoder.is_separable:
         return RowLatents(autoencoder.rows(idxs)), idxs
-    return WholeLatents(autoencoder, idxs, like), idxs
+    return WholeLatents(autoencoder, idxs, like, d_out), idxs
+
+
+def _check_finite(item: Placed) -> None:
+    """Raise ModelError if an autoencoder of ours has weights that are no numbers."""
+    weights = {name: w for name, w in vars(item.autoencoder).items() if t.is_tensor(w)}
+    damaged = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if damaged:
+        raise ModelError(
+            f"The autoencoder of {item.hook_name!r} is damaged: its {' and '.join(damaged)} "
+            "hold NaN or infinity."
+        )
 
 
 def _n_latents(item: Placed, like: Float[Tensor, "d_in"]) -> int:

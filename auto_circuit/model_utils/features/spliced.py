@@ -8,19 +8,20 @@ residual stream. Since the error is kept, the model's outputs are the bare model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch as t
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Identity, Module, ModuleList
 from transformer_lens.model_bridge import TransformerBridge
 
-from auto_circuit.checks import checked
+from auto_circuit.checks import checked, is_whole_number
 from auto_circuit.errors import ConfigError, ModelError
 from auto_circuit.model_utils.features.places import Neurons, make_splice, placed
 from auto_circuit.model_utils.features.splices import Parts, Splice
@@ -123,7 +124,7 @@ def spliced(
             "one or more, and as many. Without any use the model itself."
         )
     splices = [
-        make_splice(model, item, None if idxs is None else list(idxs))
+        make_splice(model, item, None if idxs is None else _whole_numbers(idxs))
         for item, idxs in zip(items, kept, strict=True)
     ]
     _check_places(splices)
@@ -131,6 +132,19 @@ def spliced(
     result = SplicedTransformer(model, splices)
     _check_by_numbers(result)
     return result
+
+
+def _whole_numbers(idxs: Any) -> list[int]:
+    """The latents of one autoencoder. Raises ConfigError for what is no list of numbers."""
+    found = idxs.tolist() if isinstance(idxs, (Tensor, np.ndarray)) else idxs
+    if not isinstance(found, Iterable) or not all(
+        map(is_whole_number, found := [*found])
+    ):
+        raise ConfigError(
+            f"`latents` has {idxs!r:.80} for one of the autoencoders; expected a list of "
+            "whole numbers for each."
+        )
+    return [int(idx) for idx in found]
 
 
 def _check_bridge(model: Any) -> None:

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Identity, Linear, Module, ModuleList, Parameter
 
-from auto_circuit.errors import ConfigError
+from auto_circuit.checks import shown
+from auto_circuit.errors import ConfigError, one_line
 from auto_circuit.model_utils.features.autoencoder import Autoencoder
 from auto_circuit.model_utils.model_adapter import Norm
 
@@ -93,7 +94,9 @@ class WholeLatents(Latents):
     Raises ConfigError if decoding is not linear: latents then write no parts of a sum.
     """
 
-    def __init__(self, autoencoder: Any, kept: Sequence[int], like: Encoded) -> None:
+    def __init__(
+        self, autoencoder: Any, kept: Sequence[int], like: Encoded, d_out: int
+    ) -> None:
         super().__init__()
         self.linears = ModuleList()
         self.kept = list(kept)
@@ -102,7 +105,7 @@ class WholeLatents(Latents):
         if is_ours:
             directions = autoencoder.decoder_weight[self.kept]
         else:
-            directions = linear_directions(autoencoder, self.kept, like)
+            directions = linear_directions(autoencoder, self.kept, like, d_out)
         self.register_buffer("_directions", directions.to(like))
 
     @property
@@ -214,40 +217,63 @@ class BareNorm(Module):
         return (centred / self.norm.scale(centred)).to(x.dtype)
 
 
-def linear_directions(autoencoder: Any, kept: Sequence[int], like: Encoded) -> Directions:
+def linear_directions(
+    autoencoder: Any, kept: Sequence[int], like: Encoded, d_out: int
+) -> Directions:
     """What each latent decodes to, of anything with `encode` and `decode`.
 
-    like: an activation, [d_in]. Raises ConfigError if the parts do not add up.
+    like: an activation, [d_in]. Raises ConfigError if it gives other shapes than expected, no
+    numbers, or parts that do not add up.
     """
     with t.no_grad():
-        latents = autoencoder.encode(like.unsqueeze(0))
-        if latents.ndim != 2 or latents.shape[0] != 1:
-            raise ConfigError(
-                f"`encode` of a {type(autoencoder).__name__} gives the shape "
-                f"{tuple(latents.shape)} for [1, {len(like)}]; expected [1, latents]."
-            )
-        alone = t.zeros(len(kept), latents.shape[1], dtype=like.dtype, device=like.device)
-        unknown = [idx for idx in kept if not 0 <= idx < latents.shape[1]]
-        if unknown:
-            raise ConfigError(
-                f"There are no latents {unknown[:5]}; the autoencoder has "
-                f"{latents.shape[1]}, from 0 on."
-            )
+        latents = _called(autoencoder, "encode", like.expand(1, 2, -1), (1, 2, None))
+        n_latents = latents.shape[-1]
+        # What it decodes is of the type of what it gives, such as half precision.
+        dtype = latents.dtype if latents.is_floating_point() else like.dtype
+        alone = t.zeros(len(kept), n_latents, dtype=dtype, device=latents.device)
         alone[range(len(kept)), list(kept)] = 1.0
-        nothing = autoencoder.decode(t.zeros_like(alone[:1]))
-        directions = autoencoder.decode(alone) - nothing
-        amounts = t.arange(1.0, len(kept) + 1, dtype=like.dtype, device=like.device)
-        together = autoencoder.decode((amounts.unsqueeze(-1) * alone).sum(0, True))
-        expected = amounts @ directions
+        amounts = t.arange(1.0, len(kept) + 1, dtype=dtype, device=latents.device)
+        all_of_them = (amounts.unsqueeze(-1) * alone).sum(0, True)
+        inputs = t.cat([t.zeros_like(alone[:1]), all_of_them, alone])
+        decoded = _called(autoencoder, "decode", inputs, (len(inputs), d_out))
+        decoded = decoded.to(t.promote_types(dtype, t.float32))
+        nothing, together, directions = decoded[0], decoded[1], decoded[2:] - decoded[0]
+        expected = amounts.to(decoded.dtype) @ directions
         error = (together - nothing - expected).abs().max()
         scale = expected.abs().max() + together.abs().max()
-    if not error <= 1e3 * t.finfo(like.dtype).eps * scale:
+    if not error <= 1e3 * t.finfo(dtype).eps * scale:
         raise ConfigError(
             f"What a {type(autoencoder).__name__} decodes two latents to is not the sum of "
             f"what it decodes each to (they differ by {error:.1e}), so that latents cannot "
             "be sources. Expected a linear `decode`."
         )
     return directions
+
+
+def _called(
+    autoencoder: Any, name: str, given: Tensor, shape: tuple[int | None, ...]
+) -> Float[Tensor, "..."]:
+    """What somebody else's `encode` or `decode` gives. Raises ConfigError for what is odd."""
+    what = f"`{name}` of a {type(autoencoder).__name__}"
+    try:
+        out = getattr(autoencoder, name)(given)
+    except Exception as error:
+        raise ConfigError(
+            f"{what} cannot take {list(given.shape)} ({given.dtype}): {one_line(error):.200}"
+        ) from error
+    gives = shown(out) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+    is_right = isinstance(out, Tensor) and len(out.shape) == len(shape)
+    if not is_right or any(
+        b not in (None, a) for a, b in zip(out.shape, shape, strict=True)
+    ):
+        wanted = ["latents" if size is None else size for size in shape]
+        raise ConfigError(
+            f"{what} gives {gives} for {list(given.shape)}; expected a Tensor "
+            f"[{', '.join(map(str, wanted))}]."
+        )
+    if not out.isfinite().all():
+        raise ConfigError(f"{what} gives NaN or infinity.")
+    return out
 
 
 @dataclass(frozen=True, eq=False)
