@@ -501,7 +501,7 @@ def test_a_view_comes_back_from_json(task: Task, view: TaskView) -> None:
 
 def test_what_is_no_view(view: TaskView) -> None:
     data = view.as_data()
-    with pytest.raises(DataError, match="view of version 99, and version 1 is read"):
+    with pytest.raises(DataError, match="view of version 99, and version 2 is read"):
         TaskView.of_data({**data, "version": 99})
     for damaged in (
         [],
