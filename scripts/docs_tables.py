@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -136,19 +136,37 @@ ARCHITECTURES = Path(__file__).parents[1] / "docs" / "architectures.json"
 NOT_SUPPORTED = "not supported, because "
 
 
-def architecture_checks() -> str:
-    """Architecture x check: what the tests found."""
+OF_EDGES = (
+    *("edges", "masks", "single edges", "whole attention", "ungrouped"),
+    *("crossing edges", "MIB"),
+)
+"""The checks of what is in a graph, and of single edges; the others are of whole runs."""
+Found = dict[str, Any]
+
+
+def architecture_edges() -> str:
+    """Architecture x check of its graph: what the tests found."""
+    return _checks(lambda check: check in OF_EDGES)
+
+
+def architecture_runs() -> str:
+    """Architecture x check of runs with many edges patched."""
+    return _checks(lambda check: check not in OF_EDGES)
+
+
+def _checks(is_shown: Callable[[str], bool]) -> str:
     found = json.loads(ARCHITECTURES.read_text())
-    reasons = _reasons(found)
+    shown, reasons = [c for c in found["columns"] if is_shown(c)], _reasons(found)
     rows = (
-        [found["titles"][name], *(_checked(cell, reasons) for cell in cells.values())]
+        [found["titles"][name], *(_checked(cells[check], reasons) for check in shown)]
         for name, cells in found["families"].items()
+        if not _is_refused(cells)
     )
-    return table(["family", *found["columns"].values()], rows)
+    return table(["family", *(found["columns"][check] for check in shown)], rows)
 
 
 def architecture_reasons() -> str:
-    """Why a cell of that table has no number."""
+    """Why a cell of those tables has no number."""
     reasons = _reasons(json.loads(ARCHITECTURES.read_text()))
     return table(
         ["", "not supported, because"],
@@ -156,8 +174,26 @@ def architecture_reasons() -> str:
     )
 
 
-def _reasons(found: dict[str, Any]) -> list[str]:
-    cells = [cell for row in found["families"].values() for cell in row.values()]
+def architectures_refused() -> str:
+    """Families without a graph, and why."""
+    found = json.loads(ARCHITECTURES.read_text())
+    return table(
+        ["family", "not supported, because"],
+        (
+            [found["titles"][name], cells["edges"].removeprefix(NOT_SUPPORTED)]
+            for name, cells in found["families"].items()
+            if _is_refused(cells)
+        ),
+    )
+
+
+def _is_refused(cells: Found) -> bool:
+    return isinstance(cells["edges"], str)
+
+
+def _reasons(found: Found) -> list[str]:
+    rows = [row for row in found["families"].values() if not _is_refused(row)]
+    cells = [cell for row in rows for cell in row.values()]
     texts = [cell.removeprefix(NOT_SUPPORTED) for cell in cells if isinstance(cell, str)]
     return list(dict.fromkeys(texts))
 
@@ -172,8 +208,10 @@ def _checked(cell: float | str, reasons: list[str]) -> str:
 TABLES = {
     "algorithms": algorithms,
     "architectures": architectures,
-    "architecture_checks": architecture_checks,
+    "architecture_edges": architecture_edges,
     "architecture_reasons": architecture_reasons,
+    "architecture_runs": architecture_runs,
+    "architectures_refused": architectures_refused,
     "metrics": metrics,
     "number_algorithms": number_algorithms,
     "tasks": tasks,

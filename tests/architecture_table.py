@@ -13,7 +13,7 @@ import random
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +27,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from auto_circuit.circuit_files import load_mib_circuit, save_mib_circuit
 from auto_circuit.errors import AutoCircuitError
 from auto_circuit.experiment_utils import load_tl_model
+from auto_circuit.model_utils.transformer_lens_utils import WHOLE_ATTENTION_ADAPTER
 from auto_circuit.prefix_cache import make_prefix_cache
 from auto_circuit.spans import spans_of_labels
 from auto_circuit.types import Edge, PruneScores
@@ -49,10 +50,11 @@ from tests.plain_patching import (
     edge_scores,
     in_float64,
     patch_each_edge,
+    ungrouped,
 )
 
 PATH = Path(__file__).parents[1] / "docs" / "architectures.json"
-SEQ, N_EDGES, N_CROSSINGS, PREFIX, PADDING = 6, 60, 20, 2, 3
+SEQ, N_EDGES, N_FEWER, N_CROSSINGS, PREFIX, PADDING = 6, 60, 12, 20, 2, 3
 CLEAN, CORRUPT = tokens(1, SEQ, seed=1), tokens(1, SEQ, seed=2)
 STEP = 1e-5
 """Of finite differences."""
@@ -142,17 +144,48 @@ def masks(of: Subject) -> float:
 
 def single_edges(of: Subject) -> float:
     """60 edges, each alone, against hooks on the plain model; of what they change."""
-    n_edges = min(N_EDGES, of.model.n_edges)
-    chosen = random.Random(0).sample(list(of.model.edges), n_edges)
+    chosen = some_edges(list(of.model.edges), N_EDGES)
+    return edges_off(of.model, of.patch, of.plain, chosen)
+
+
+def some_edges(edges: Sequence[Edge], n_edges: int) -> list[Edge]:
+    return random.Random(0).sample(edges, min(n_edges, len(edges)))
+
+
+def edges_off(
+    model: PatchableModel, patch: Tensor, plain: PlainModel, chosen: Sequence[Edge]
+) -> float:
     names = [(edge.src.name, edge.dest.name) for edge in chosen]
-    plain = of.plain.logits(CLEAN)
-    expected = patch_each_edge(of.plain, CLEAN, CORRUPT, names) - plain
+    before = plain.logits(CLEAN)
+    expected = patch_each_edge(plain, CLEAN, CORRUPT, names) - before
     found = []
     for edge in chosen:
-        with t.no_grad(), patch_mode(of.model, of.patch, [edge]):
-            found.append(of.model(CLEAN)[0] - plain[0])
+        with t.no_grad(), patch_mode(model, patch, [edge]):
+            found.append(model(CLEAN)[0] - before[0])
     assert expected.abs().amax((1, 2)).median() > 1e-3
     return off(t.stack(found), expected)
+
+
+def ungrouped_edges(of: Subject) -> float:
+    """12 edges into keys and values of single query heads, against a plain model of which
+    every query head has its own.
+    """
+    inner: Any = of.model.wrapped_model
+    model = patchable_model(inner, True, None, None, True, ungroup=True)
+    into = [edge for edge in model.edges if edge.dest.head_input in ("key", "value")]
+    chosen = some_edges(into, N_FEWER)
+    return edges_off(model, of.patch, ungrouped(of.plain), chosen)
+
+
+def whole_attention(of: Subject) -> float:
+    """12 edges of attention layers as sources, alone."""
+    inner: Any = of.model.wrapped_model
+    model = patchable_model(
+        inner, True, None, separate_qkv=True, adapter=WHOLE_ATTENTION_ADAPTER
+    )
+    layers = [edge for edge in model.edges if re.fullmatch(r"A\d+", edge.src.name)]
+    chosen = some_edges(layers, N_FEWER)
+    return edges_off(model, src_ablations(model, CORRUPT), of.plain, chosen)
 
 
 def crossing_edges(of: Subject) -> float:
@@ -354,6 +387,8 @@ CHECKS = {
     "edges": Check("builds: edges", edges),
     "masks": Check("masks 0, 1", masks, EXACT),
     "single edges": Check("60 single edges", single_edges, EXACT),
+    "whole attention": Check("whole attention: 12 edges", whole_attention, EXACT),
+    "ungrouped": Check("ungrouped: 12 edges", ungrouped_edges, EXACT),
     "crossing edges": Check("20 crossing edges", crossing_edges, EXACT),
     "gradients": Check("gradients", gradients, 1e-6),
     "left padding": Check("left padding", left_padding, EXACT),

@@ -205,6 +205,12 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "llama": Family("Llama 2 and 3", LLAMA),
+    "llama3": Family("Llama 3.1 to 3.3", LLAMA),
+    "llama4": Family(
+        "Llama 4", replace(MOE, mlp_in="feed_forward", mlp_out="feed_forward")
+    ),
+    "mistral_nemo": Family("Mistral NeMo", LLAMA),
+    "ministral3": Family("Ministral 3", LLAMA),
     "mistral": Family("Mistral", LLAMA),
     "mixtral": Family("Mixtral", MOE),
     "qwen2": Family("Qwen 2 and 2.5", LLAMA),
@@ -213,11 +219,23 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family("Qwen 3 MoE", MOE),
     "gemma": Family("Gemma 1", LLAMA),
     "gemma2": Family("Gemma 2", BOTH_NORMS),
+    "vaultgemma": Family(
+        "VaultGemma", replace(LLAMA, mlp_norm="pre_feedforward_layernorm")
+    ),
     "gemma3": Family("Gemma 3", BOTH_NORMS),
+    "gemma3_images": Family(
+        "Gemma 3 with images: its text model",
+        replace(
+            BOTH_NORMS,
+            blocks="model.language_model.layers",
+            end="model.language_model.norm",
+        ),
+    ),
     "olmo": Family("OLMo 1", LLAMA),
     "olmo2": Family("OLMo 2", POST_NORMS),
     "olmo3": Family("OLMo 3", POST_NORMS),
     "olmoe": Family("OLMoE", MOE),
+    "flex_olmo": Family("FlexOlmo", replace(POST_NORMS, activation=None, gated=())),
     "starcoder2": Family(
         "StarCoder 2", replace(UNGATED, activation="mlp.act", down="mlp.c_proj")
     ),
@@ -229,6 +247,22 @@ FAMILIES: dict[str, Family] = {
             FUSED_GATE,
             attn_post_norm="post_self_attn_layernorm",
             mlp_post_norm="post_mlp_layernorm",
+        ),
+    ),
+    "glm4_moe": Family("GLM-4.5 (MoE)", MOE),
+    "minimax_m2": Family("MiniMax M2", MOE),
+    "jais2": Family("Jais 2", UNGATED),
+    "modernbert_decoder": Family(
+        "ModernBERT decoder",
+        Plan(
+            end="model.final_norm",
+            attn_norm="attn_norm",
+            qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+            output="attn.Wo",
+            mlp_norm="mlp_norm",
+            activation="mlp.act",
+            gated=(),
+            down="mlp.Wo",
         ),
     ),
     "ernie4_5": Family("Ernie 4.5", LLAMA),

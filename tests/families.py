@@ -132,6 +132,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "llama": ("Llama", _GROUPED),
+    "llama3": (
+        "Llama",
+        _GROUPED
+        | {
+            "rope_parameters": {
+                **{"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0},
+                **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+                "original_max_position_embeddings": 8,
+            }
+        },
+    ),
+    "mistral_nemo": ("Mistral", _GROUPED | {"head_dim": 12, "sliding_window": None}),
+    "ministral3": ("Ministral3", _GEMMA),
     "mistral": ("Mistral", _GROUPED | {"sliding_window": 4}),
     "mixtral": ("Mixtral", _GROUPED | {"num_local_experts": 4, "sliding_window": None}),
     "qwen2": ("Qwen2", _GROUPED),
@@ -144,16 +157,50 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", _EXPERTS | {"moe_intermediate_size": D_MLP, "head_dim": 8}),
     "gemma": ("Gemma", _GEMMA),
     "gemma2": ("Gemma2", _GEMMA | {"sliding_window": 4, "query_pre_attn_scalar": 8}),
+    "vaultgemma": (
+        "VaultGemma",
+        _GEMMA | {"sliding_window": 4, "query_pre_attn_scalar": 8},
+    ),
     "gemma3": ("Gemma3", _GEMMA | {"sliding_window": 4, "query_pre_attn_scalar": 8}),
+    "gemma3_images": (
+        "Gemma3Images",
+        {
+            "text_config": _GEMMA | {"sliding_window": 4, "query_pre_attn_scalar": 8},
+            "vision_config": {
+                **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
+                **{"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+            },
+            "mm_tokens_per_image": 4,
+        },
+    ),
     "olmo": ("Olmo", _GROUPED),
     "olmo2": ("Olmo2", _GROUPED),
     "olmo3": ("Olmo3", _GROUPED | {"sliding_window": 4}),
     "olmoe": ("Olmoe", _EXPERTS),
+    "flex_olmo": ("FlexOlmo", _EXPERTS),
     "starcoder2": ("Starcoder2", _GROUPED),
     "smollm3": ("SmolLM3", _GROUPED | {"no_rope_layers": [1, 0]}),
     "glm": ("Glm", _GEMMA),
     "glm4": ("Glm4", _GEMMA),
     "ernie4_5": ("Ernie4_5", _GEMMA),
+    "glm4_moe": (
+        "Glm4Moe",
+        _GEMMA
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+        | {"moe_intermediate_size": D_MLP, "n_group": 1, "topk_group": 1},
+    ),
+    "minimax_m2": (
+        "MiniMaxM2",
+        _GEMMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "llama4": (
+        "Llama4",
+        _GEMMA
+        | {"num_local_experts": 4, "intermediate_size_mlp": D_MLP}
+        | {"attention_chunk_size": 8, "use_cache": False},
+    ),
+    "jais2": ("Jais2", _GROUPED),
+    "modernbert_decoder": ("ModernBertDecoder", _SIZES | {"local_attention": 4}),
     "apertus": ("Apertus", _GROUPED),
     "nemotron": ("Nemotron", _GROUPED),
     "arcee": ("Arcee", _GROUPED),
@@ -248,7 +295,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Architectures that no graph of the library is right for."""
 
+_CONFIGS = {
+    "Gemma3": "Gemma3TextConfig",
+    "Gemma3Images": "Gemma3Config",
+    "Llama4": "Llama4TextConfig",
+}
 _CLASSES = {
+    "Gemma3Images": "Gemma3ForConditionalGeneration",
     "GPT2": "GPT2LMHeadModel",
     "T5": "T5ForConditionalGeneration",
     "MT5": "MT5ForConditionalGeneration",
@@ -265,17 +318,15 @@ def make(name: str, dtype: t.dtype = t.float32, **others: Any) -> PreTrainedMode
     others: of its configuration, instead of or besides those of `FAMILIES`.
     """
     kind, options = (FAMILIES | REFUSED)[name]
-    config = getattr(transformers, _config_name(kind))(**(options | others))
+    config = getattr(transformers, _CONFIGS.get(kind, f"{kind}Config"))(
+        **(options | others)
+    )
     config._experts_implementation = "eager"  # the default one knows no float64
     model_class = getattr(transformers, _CLASSES.get(kind, f"{kind}ForCausalLM"))
     model: Any = model_class._from_config(config, attn_implementation="eager")
     randomize(model)
     model.config.architectures = [type(model).__name__]
     return model.to(dtype).eval().requires_grad_(False)  # type: ignore[no-any-return]
-
-
-def _config_name(kind: str) -> str:
-    return "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
 
 
 def randomize(model: t.nn.Module, seed: int = 0) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from unittest import mock
 
@@ -106,7 +107,7 @@ class PlainModel:
 
     @property
     def sizes(self) -> Sizes:
-        config: Any = self.model.config
+        config: Any = self.model.config.get_text_config()
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or getattr(
             config, "num_kv_heads", heads
@@ -151,6 +152,43 @@ class PlainModel:
         n_heads = self.sizes.heads if part == 0 else self.sizes.kv_heads
         starts = [self.plan.stripe(part, head, self.sizes) for head in range(n_heads)]
         return [slice(start * width, (start + 1) * width) for start in starts]
+
+
+def ungrouped(plain: PlainModel) -> PlainModel:
+    """A model that computes the same, in which every query head has its own key and value."""
+    n_heads, group = plain.sizes.heads, plain.sizes.heads // plain.sizes.kv_heads
+    if group == 1:
+        return plain
+    config = deepcopy(plain.model.config)
+    of_text = config.get_text_config()
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if hasattr(of_text, name):
+            setattr(of_text, name, n_heads)
+    if getattr(config, "multi_query", False):
+        config.multi_query = False
+    model_class: Any = type(plain.model)
+    model = model_class._from_config(config, attn_implementation="eager")
+    is_bigcode = config.model_type == "gpt_bigcode"
+    plan = replace(plain.plan, stripe=head_by_head) if is_bigcode else plain.plan
+    wide = PlainModel(model.to(next(plain.model.parameters()).dtype).eval(), plan)
+    of_heads = {wide.qkv(b, part) for b in range(plain.n_blocks) for part in range(3)}
+    for new, old in zip(model.modules(), plain.model.modules(), strict=True):
+        if new not in of_heads:
+            new._parameters, new._buffers = old._parameters, old._buffers
+    for block in range(plain.n_blocks):
+        for part in range(3):
+            new, old = (model.qkv(block, part) for model in (wide, plain))
+            for head, rows in enumerate(wide.stripes(block, part)):
+                was = plain.stripes(block, part)[head if part == 0 else head // group]
+                for weight_name, _ in old.named_parameters(recurse=False):
+                    _rows(new, weight_name)[rows] = _rows(old, weight_name)[was]
+    return wide
+
+
+def _rows(linear: Any, name: str) -> Tensor:
+    """Weights, or biases, as [output, ...]: a view."""
+    weight = getattr(linear, name).data
+    return weight.T if type(linear).__name__ == "Conv1D" and weight.ndim == 2 else weight
 
 
 @contextmanager

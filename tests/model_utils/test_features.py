@@ -287,7 +287,7 @@ def only(place: Place, kept: list[int]) -> Place:
 
 
 @pytest.mark.parametrize(
-    "place", slow_but("transcoder", of=("resid", "transcoder", "neurons"))
+    "place", slow_but("transcoder", of=("resid", "mid", "transcoder", "neurons"))
 )
 def test_gradients_of_masks_are_finite_differences(place: str) -> None:
     bridge = gpt2().to(t.float64)
