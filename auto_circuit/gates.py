@@ -24,7 +24,8 @@ def sample_hard_concrete(
     batch_size: int,
     mask_expanded: bool = False,
     generator: t.Generator | None = None,
-) -> Float[Tensor, "batch *edges"]:
+    rows: slice | None = None,
+) -> Float[Tensor, "row *edges"]:
     """Random masks in [0, 1] from mask logits, an independent one per batch element.
 
     The hard concrete distribution: a binary concrete (temperature 2/3) stretched to
@@ -34,6 +35,7 @@ def sample_hard_concrete(
     mask_expanded: does `mask` have the leading batch dimension already? Then the result
         has its shape, else `[batch_size, *mask.shape]`.
     generator: where the randomness comes from; the global generator if None.
+    rows: the batch elements that are wanted; the randomness is that of the whole batch.
 
     Raises GraphError if an expanded mask has another batch size.
     """
@@ -45,6 +47,9 @@ def sample_hard_concrete(
     shape = mask.shape if mask_expanded else (batch_size, *mask.shape)
     logits = at_least_float32(mask)
     noise = t.rand(shape, generator=generator, device=mask.device, dtype=logits.dtype)
+    if rows is not None:
+        noise = noise[rows]
+        logits = logits[rows] if mask_expanded else logits
     noise = noise.clamp(_MIN_NOISE, 1 - _MIN_NOISE)
     concrete = t.sigmoid((t.logit(noise) + logits) / HARD_CONCRETE_TEMP)
     return _stretch(concrete).to(mask.dtype)

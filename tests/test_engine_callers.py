@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from auto_circuit.data import PromptDataLoader, PromptDataset
+from auto_circuit.errors import MemoryLimitError
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
@@ -285,6 +286,18 @@ def with_loader(algo: Callable[..., PruneScores], **options: Any) -> Any:
     return lambda model: algo(model, loader(), None, **options)
 
 
+def in_its_least(algo: Callable[..., PruneScores]) -> Any:
+    """The same in the smallest memory limit that does."""
+
+    def run(model: PatchableModel) -> PruneScores:
+        with pytest.raises(MemoryLimitError) as raised:
+            algo(model, memory_limit=1000)
+        least = str(raised.value).split("takes ")[1].split(" ")[0]
+        return algo(model, memory_limit=int(least.replace(",", "")))
+
+    return run
+
+
 # name: (what an algorithm gives, what it should give)
 Caller = Callable[[PatchableModel], PruneScores]
 CALLERS: dict[str, tuple[Caller, Caller]] = {
@@ -310,6 +323,19 @@ CALLERS: dict[str, tuple[Caller, Caller]] = {
             partial(prompt_scores_at, value=value),
         )
         for value in (0.0, 0.5)
+    },
+    "PEAP, limited": (
+        in_its_least(
+            lambda model, **limit: with_loader(peap_prune_scores, **limit)(model)
+        ),
+        lambda model: mean_at(model, [0.0]),
+    ),
+    **{
+        f"mask at {value}, limited": (
+            in_its_least(partial(mask_gradient, mask_val=value)),
+            partial(mean_at, values=[value]),
+        )
+        for value in (0.0, 0.3)
     },
     "HISP": (
         with_loader(head_importance_prune_scores, normalize=False),
@@ -362,6 +388,9 @@ LONG = [
     ("olmo", False, "plain"),
 ]
 
+# A pass for each source and prompt.
+LIMITED = [("gpt2", True, "gim"), ("llama", False, "relp"), ("gemma2", True, "plain")]
+
 
 def cases() -> Iterator[tuple[str, bool, str, str]]:
     for name in [name for name in MODELS if name != "plain norms"]:
@@ -371,6 +400,11 @@ def cases() -> Iterator[tuple[str, bool, str, str]]:
         for is_folded, modifier in kinds:
             for caller in CALLERS:
                 is_long = caller in ("EAP-IG activations", "EAP-IG sources")
+                is_limited = caller.endswith("limited")
+                if is_limited and (name, is_folded, modifier) in LIMITED:
+                    yield name, is_folded, modifier, caller
+                if is_limited:
+                    continue
                 # Compared with finite differences, which are better.
                 is_known = modifier == "plain" and caller.startswith(("EAP ", "mask"))
                 if not is_known and (not is_long or (name, is_folded, modifier) in LONG):

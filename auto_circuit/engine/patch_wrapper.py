@@ -87,6 +87,8 @@ class PatchWrapperImpl(PatchWrapper):
         self.dropout_p = 0.0
         self.generator: t.Generator | None = None
         self.mask_batch_size: int | None = None
+        # (How many examples randomness is drawn for, those of them that a pass has.)
+        self.drawn: tuple[int, slice] | None = None
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
@@ -169,14 +171,15 @@ class PatchWrapperImpl(PatchWrapper):
         weights = self.mask
         has_batch = self.mask_batch_size is not None
         if self.mask_fn == "hard_concrete":
+            n_drawn, rows = self.drawn or (batch_size, None)
             weights = sample_hard_concrete(
-                weights, batch_size, has_batch, generator=self.generator
+                weights, n_drawn, has_batch, self.generator, rows
             )
             has_batch = True
         elif self.mask_fn == "sigmoid":
             weights = t.sigmoid(weights)
         if self.dropout_p > 0.0 and self.training:
-            weights = weights * self._dropout_factors(weights)
+            weights = weights * self._dropout_factors(weights, has_batch)
         # A mask [5 src] of 5 heads becomes [1 1 5 src]; one [7 src] of 7 positions of an MLP
         # becomes [1 7 1 src]; with a mask for each of 3 examples it is [3 7 1 src].
         if not has_batch:
@@ -187,14 +190,19 @@ class PatchWrapperImpl(PatchWrapper):
             weights = weights.unsqueeze(-2)
         return weights
 
-    def _dropout_factors(self, weights: Mask) -> Mask:
+    def _dropout_factors(self, weights: Mask, has_batch: bool) -> Mask:
+        shape, rows = weights.shape, None
+        if has_batch and self.drawn is not None:
+            n_drawn, rows = self.drawn
+            shape = t.Size([n_drawn, *shape[1:]])
         # Not torch's dropout: that one draws from the caller's global generator.
         noise = t.rand(
-            weights.shape,
+            shape,
             generator=self.generator,
             device=weights.device,
             dtype=weights.dtype,
         )
+        noise = noise if rows is None else noise[rows]
         return (noise >= self.dropout_p).to(weights.dtype) / (1 - self.dropout_p)
 
     def extra_repr(self) -> str:

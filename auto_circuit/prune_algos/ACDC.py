@@ -29,9 +29,10 @@ from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.algo_config import AlgoConfig, bound, makes_config
 from auto_circuit.prune_algos.mask_training import (
     TrainingBatch,
+    prompts_at_once,
     training_batches,
 )
-from auto_circuit.prune_algos.one_by_one import edges_from_the_end, trial
+from auto_circuit.prune_algos.one_by_one import Trial, edges_from_the_end, trial
 from auto_circuit.prune_algos.prune_algo import MSE_USE, AlgoNotes, PruneAlgo
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import (
@@ -153,7 +154,8 @@ def acdc(
     watchers: Sequence[AfterTrial] = (),
 ) -> PruneScores:
     """What `acdc_prune_scores` does, from a config. watchers: what looks at every trial."""
-    (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
+    n_at_once = prompts_in_a_trial(model, dataloader, config.faithfulness_target)
+    batch = first_batch(model, dataloader, n_at_once)
     scores = model.new_prune_scores(math.inf)
     thresholds = config.thresholds
     for threshold in tqdm(reversed(thresholds), total=len(thresholds), leave=False):
@@ -186,10 +188,37 @@ def removed_edges(
     check_thresholds([threshold])
     check_count("edges_at_once", edges_at_once)
     model.check_edges(edges or ())
-    (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
+    n_at_once = prompts_in_a_trial(model, dataloader, faithfulness_target)
+    batch = first_batch(model, dataloader, n_at_once)
     return take_edges_out(
         model, batch, threshold, faithfulness_target, edges_at_once, edges
     )
+
+
+@checked
+def prompts_in_a_trial(
+    model: PatchableModel, dataloader: PromptDataLoader, target: AcdcTarget = "kl_div"
+) -> int | None:
+    """How many of the first batch's prompts ACDC may run at a time; see `prompts_at_once`."""
+
+    def try_out(batch: TrainingBatch) -> None:
+        with trial(model, batch, 1) as circuits:
+            _distances(circuits, None, target)
+            if batch.parts is None:
+                _distances(circuits, edges_from_the_end(model.edges)[-1], target)
+
+    resample = AblationType.RESAMPLE
+    return prompts_at_once(model, [dataloader], resample, "clean", try_out, 1)
+
+
+@checked
+def first_batch(
+    model: PatchableModel, dataloader: PromptDataLoader, n_at_once: int | None
+) -> TrainingBatch:
+    """The batch that ACDC looks at, in parts of so many prompts."""
+    resample = AblationType.RESAMPLE
+    (batch,) = training_batches(model, dataloader, resample, "clean", 1, n_at_once)
+    return batch
 
 
 @checked
@@ -213,8 +242,10 @@ def take_edges_out(
     edges = model.edges if edges is None else edges
     removed: list[Edge] = []
     waiting = edges_from_the_end(edges)
+    if batch.parts is not None:
+        edges_at_once = 1
     with trial(model, batch, edges_at_once, edges if only_edges else None) as circuits:
-        distance = _distance(circuits.before, batch.clean_outputs, target)
+        ((distance, _),) = _distances(circuits, None, target)
         # Stays when it is full: it says how many edges are tested per second.
         progress = tqdm(total=len(waiting), desc=f"ACDC {threshold:.0e}", unit=" edges")
         while waiting:
@@ -222,10 +253,9 @@ def take_edges_out(
             tried = waiting[:edges_at_once]
             for i, edge in enumerate(tried):
                 circuits.patch(edge, slice(i, None), 1.0)
-            outputs = circuits.outputs(first=tried[-1])
+            found = _distances(circuits, tried[-1], target, bool(watchers))
             n_done = 0
-            for edge, of_circuit in zip(tried, outputs, strict=False):
-                without = _distance(of_circuit, batch.clean_outputs, target)
+            for edge, (without, of_circuit) in zip(tried, found, strict=False):
                 for watch in watchers:
                     watch([*removed, edge], of_circuit)
                 n_done += 1
@@ -303,6 +333,23 @@ def _drawing(
             )
 
     return draw
+
+
+def _distances(
+    circuits: Trial, first: Edge | None, target: AcdcTarget, keeps_outputs: bool = False
+) -> list[tuple[float, Tensor]]:
+    """(The distance, the outputs if they are kept) of each circuit; see `Trial.by_part`."""
+    n_prompts = len(circuits.batch.batch.clean)
+    totals: list[float] = []
+    kept: list[Tensor] = []
+    for outputs, clean_outputs in circuits.by_part(first):
+        # Means over prompts, which weigh as many as they are of.
+        share = len(clean_outputs) / n_prompts
+        distances = [share * _distance(out, clean_outputs, target) for out in outputs]
+        before = totals or [0.0] * len(distances)
+        totals = [a + b for a, b in zip(before, distances, strict=True)]
+        kept.append(outputs if keeps_outputs else outputs[:, :0])
+    return list(zip(totals, t.cat(kept, 1), strict=True))
 
 
 def _distance(outputs: Tensor, clean_outputs: Tensor, target: AcdcTarget) -> float:

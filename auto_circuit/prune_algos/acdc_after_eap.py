@@ -18,14 +18,18 @@ from dataclasses import dataclass, replace
 from auto_circuit.checks import check_count, checked
 from auto_circuit.circuits import circuit_of_scores
 from auto_circuit.data import PromptDataLoader
-from auto_circuit.prune_algos.ACDC import check_thresholds, take_edges_out
+from auto_circuit.prune_algos.ACDC import (
+    check_thresholds,
+    first_batch,
+    prompts_in_a_trial,
+    take_edges_out,
+)
 from auto_circuit.prune_algos.algo_config import AlgoConfig, bound, takes_options
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
-from auto_circuit.prune_algos.mask_training import training_batches
 from auto_circuit.prune_algos.prune_algo import AlgoNotes, PruneAlgo
-from auto_circuit.types import AblationType, Edge, PruneScores
+from auto_circuit.types import Edge, PruneScores
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state
 
@@ -76,11 +80,12 @@ def acdc_after_eap_prune_scores(
     Raises ConfigError for fewer than 1 candidate, and without thresholds above 0. Not in
     auto-circuit.
     """
+    n_at_once = prompts_in_a_trial(model, dataloader)
     if model.n_edges <= max(config.n_candidates, config.all_edges_up_to):
         candidates = list(model.edges)
     else:
         candidates = _best_edges(model, dataloader, config.n_candidates)
-    (batch,) = training_batches(model, dataloader, AblationType.RESAMPLE, "clean", 1)
+    batch = first_batch(model, dataloader, n_at_once)
     scores = model.new_prune_scores()
     for edge in candidates:
         edge.set_prune_score(scores, math.inf)

@@ -31,11 +31,12 @@ from auto_circuit.prune_algos.mask_training import (
     MaskTraining,
     TrainingBatch,
     TrainingStep,
+    batch_faithfulness,
     check_training,
     circuit_logits,
-    circuit_outputs,
     first_logits,
     mask_optimizer,
+    prompts_at_once,
     rate_decay,
     scores_from_masks,
     set_circuit_logits,
@@ -46,7 +47,6 @@ from auto_circuit.prune_algos.mask_training import (
 from auto_circuit.prune_algos.objectives import (
     FaithfulnessTarget,
     check_objective,
-    faithfulness_loss,
 )
 from auto_circuit.prune_algos.prune_algo import AlgoNotes, PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
@@ -127,9 +127,21 @@ def train_edge_pruning(
     the learning rate is 0.2, not 0.8, with which they close before they are needed.
     """
     check_objective(dataloader, config.faithfulness_target)
-    batches = training_batches(model, dataloader, config.ablation_type, "clean")
+    device, ablation = next(model.wrapped_model.parameters()).device, config.ablation_type
+
+    def try_out(batch: TrainingBatch) -> None:
+        noise = seeded_generator(config.seed, device)
+        with (
+            train_mask_mode(model, notes=False) as masks,
+            mask_fn_mode(model, "hard_concrete", 0.0, noise),
+            batch.patches(model),
+        ):
+            loss = batch_faithfulness(model, batch, config.faithfulness_target)
+            (loss + _expected_edges(masks)).backward()
+
+    n_at_once = prompts_at_once(model, [dataloader], ablation, "clean", try_out)
     first = first_logits(model, dataloader, config.warm_start, INIT_LOGIT, INIT_LOGIT)
-    device = next(model.wrapped_model.parameters()).device
+    batches = training_batches(model, dataloader, ablation, "clean", None, n_at_once)
     generator = seeded_generator(config.seed, device)
     multipliers = t.zeros(2, device=device, requires_grad=True)
     steps: list[TrainingStep] = []
@@ -144,7 +156,7 @@ def train_edge_pruning(
         optimizers = [optimizer, _ascent(multipliers, config.multiplier_learning_rate)]
         decay = rate_decay(optimizer, 0.1, config.n_steps)
         for step, batch in all_steps:
-            faithfulness = _faithfulness(model, batch, config.faithfulness_target)
+            faithfulness = batch_faithfulness(model, batch, config.faithfulness_target)
             n_edges = _expected_edges(masks)
             sparsity = 1 - n_edges / model.n_edges
             first_sparsity = sparsity.item() if step == 0 else first_sparsity
@@ -161,13 +173,6 @@ def train_edge_pruning(
 def _ascent(multipliers: Tensor, learning_rate: int | float) -> t.optim.Adam:
     """The multipliers climb while the gates descend."""
     return t.optim.Adam([multipliers], lr=learning_rate, maximize=True)
-
-
-def _faithfulness(
-    model: PatchableModel, batch: TrainingBatch, target: FaithfulnessTarget
-) -> Tensor:
-    outputs = circuit_outputs(model, batch)
-    return faithfulness_loss(target, outputs, batch.batch, batch.clean_outputs)
 
 
 def _expected_edges(masks: Mapping[str, Parameter]) -> Tensor:

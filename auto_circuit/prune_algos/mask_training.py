@@ -13,7 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -25,8 +31,10 @@ from torch.nn import Parameter
 
 from auto_circuit.checks import check_count, check_number, check_seed, checked
 from auto_circuit.data import PromptDataLoader, PromptPairBatch
-from auto_circuit.errors import MemoryLimitError, TrainingError
+from auto_circuit.errors import TrainingError
+from auto_circuit.memory import Guard, Sizes, Taken, fitting_sizes
 from auto_circuit.prompt_encoding import OTHER_SIDE
+from auto_circuit.prune_algos.objectives import FaithfulnessTarget, faithfulness_loss
 from auto_circuit.prune_algos.prune_algo import PruneAlgo
 from auto_circuit.ranking import desc_prune_scores
 from auto_circuit.types import AblationType, PruneScores
@@ -37,12 +45,23 @@ from auto_circuit.utils.ablation_activations import (
     SrcOuts,
     ablated_parts,
     ablation_side,
+    check_patched_in,
     iter_src_ablations,
     loaded_batches,
     recorded_bytes,
+    src_ablations,
+    to_try,
 )
-from auto_circuit.utils.graph_utils import patch_mode, set_all_masks, train_mask_mode
-from auto_circuit.utils.limited_memory import largest_batch, measured
+from auto_circuit.utils.graph_utils import patch_mode
+from auto_circuit.utils.limited_memory import (
+    drawn_together,
+    held_bytes,
+    largest_batch,
+    let_go,
+    measured,
+    part_of,
+    parts_of,
+)
 from auto_circuit.utils.patchable_model import PatchableModel, unpatched
 
 PatchedEdges = Literal["circuit", "others"]
@@ -52,13 +71,24 @@ activations), or all others (clean prompts, the circuit's edges left alone)."""
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """A batch, what is patched into it, and the full model's outputs on its clean side."""
+    """A batch, what is patched into it, and the full model's outputs on its clean side.
+
+    parts: gives some of its prompts at a time, with what is patched into them, which then
+        does not stay in memory (`patch_src_outs` is None).
+    """
 
     batch: PromptPairBatch
     inputs: Tensor
     kwargs: dict[str, Any]
-    patch_src_outs: SrcOuts
+    patch_src_outs: SrcOuts | None
     clean_outputs: Float[Tensor, "batch *pos vocab"]
+    parts: Callable[[], Iterator[TrainingBatch]] | None = None
+
+    def patches(self, model: PatchableModel) -> AbstractContextManager[None]:
+        """Inside, passes are patched; those of parts, in contexts of their own."""
+        if self.patch_src_outs is None:
+            return nullcontext()
+        return patch_mode(model, self.patch_src_outs)
 
 
 @dataclass(frozen=True)
@@ -92,62 +122,129 @@ def training_batches(
     ablation_type: AblationType,
     input_side: Side,
     max_batches: int | None = None,
+    n_at_once: int | None = None,
 ) -> list[TrainingBatch]:
     """A loader's (first) batches, ready to be trained on; they are held in memory.
 
     The input is one side of the prompts; what is patched in comes from the other side, or
-    from where the ablation type says.
+    from where the ablation type says. n_at_once: it is made anew for so many prompts at a
+    time, whenever they are run (`prompts_at_once`); only the outputs are held.
     """
-    patch_side = ablation_side(ablation_type, OTHER_SIDE[input_side])
-    _check_fits(model, dataloader, (ablation_type, patch_side), max_batches)
+    patched_in = _patched_in(ablation_type, input_side)
+    if n_at_once is not None:
+        check_patched_in(model, dataloader, patched_in)
+        mean = None
+        if ablation_type.mean_over_dataset:
+            mean = src_ablations(model, dataloader, ablation_type)[:, :1]
+        return [
+            _in_parts(model, batch, patched_in, input_side, n_at_once, mean)
+            for batch in islice(loaded_batches(dataloader), max_batches)
+        ]
     ready = []
-    all_outs = iter_src_ablations(model, dataloader, ablation_type, patch_side)
+    all_outs = iter_src_ablations(model, dataloader, *patched_in)
     for batch, outs in islice(all_outs, max_batches):
-        clean, clean_kwargs = batch.model_input("clean")
-        with unpatched(model, grad=False):
-            clean_outputs = model.sliced(clean, **clean_kwargs).clone()
-        inputs, kwargs = batch.model_input(input_side)
         # The activations share memory from batch to batch; a mean is the same for all.
         own = outs.clone() if ablation_type in PER_BATCH_ABLATIONS else outs
+        clean_outputs = _clean_outputs(model, batch)
+        inputs, kwargs = batch.model_input(input_side)
         ready.append(TrainingBatch(batch, inputs, kwargs, own, clean_outputs))
     return ready
 
 
-def _check_fits(
+def _patched_in(ablation_type: AblationType, input_side: Side) -> PatchedIn:
+    return ablation_type, ablation_side(ablation_type, OTHER_SIDE[input_side])
+
+
+def _clean_outputs(
+    model: PatchableModel, batch: PromptPairBatch
+) -> Float[Tensor, "batch *pos vocab"]:
+    clean, kwargs = batch.model_input("clean")
+    with unpatched(model, grad=False):
+        return model.sliced(clean, **kwargs).clone()
+
+
+def _in_parts(
     model: PatchableModel,
-    dataloader: PromptDataLoader,
+    batch: PromptPairBatch,
     patched_in: PatchedIn,
-    max_batches: int | None,
-) -> None:
-    """Raise MemoryLimitError unless all batches and a step fit in the model's limit.
+    input_side: Side,
+    n_at_once: int,
+    mean: Float[Tensor, "src 1 _ d_model"] | None,
+) -> TrainingBatch:
+    outputs = [_clean_outputs(model, part) for part in parts_of(batch, n_at_once)]
+    clean_outputs = t.cat(outputs)
 
-    A step is not cut into pieces: gates are drawn for a whole batch.
+    def parts() -> Iterator[TrainingBatch]:
+        first = 0
+        for part, outs in ablated_parts(
+            model, lambda: [batch], patched_in, n_at_once, mean
+        ):
+            inputs, kwargs = part.model_input(input_side)
+            of_part = clean_outputs[first : first + len(inputs)]
+            yield TrainingBatch(part, inputs, kwargs, outs, of_part)
+            first += len(part.clean)
+            del outs
+            let_go(model)
+
+    inputs, kwargs = batch.model_input(input_side)
+    return TrainingBatch(batch, inputs, kwargs, None, clean_outputs, parts)
+
+
+@checked
+def prompts_at_once(
+    model: PatchableModel,
+    loaders: Sequence[PromptDataLoader],
+    ablation_type: AblationType,
+    input_side: Side,
+    try_out: Callable[[TrainingBatch], object],
+    max_batches: int | None = None,
+) -> int | None:
+    """How many prompts of a batch may be run at a time in the model's limit.
+
+    None: whole batches, with all that is patched into them held in memory. try_out: runs a
+    batch once, and leaves nothing behind. Raises MemoryLimitError if not even one prompt fits.
     """
-    limit = model.memory_limit
-    if limit is None or model.written is None:
-        return
-    batches = list(islice(loaded_batches(dataloader), max_batches))
-    held = recorded_bytes(model, batches, patched_in)
-    n_bytes = limit.n_bytes(model.written.device)
-
-    def step(batch: PromptPairBatch, outs: SrcOuts) -> None:
-        with train_mask_mode(model, notes=False), patch_mode(model, outs):
-            set_all_masks(model, 0.5)
-            tokens, kwargs = batch.model_input("clean")
-            model.sliced(tokens, **kwargs).sum().backward()
-
-    def run() -> None:
-        for batch, outs in ablated_parts(model, lambda: [largest], patched_in):
-            step(batch, outs)
-
+    limit, written = model.memory_limit, model.written
+    if limit is None or written is None:
+        return None
+    patched_in = _patched_in(ablation_type, input_side)
+    loaded = (islice(loaded_batches(loader), max_batches) for loader in loaders)
+    batches = [batch for of_loader in loaded for batch in of_loader]
     largest = largest_batch(batches)
-    least = held if held > n_bytes else held + measured(model, run)
-    if least > n_bytes:
-        raise MemoryLimitError(
-            f"`memory_limit` is {n_bytes:,} bytes, but a training holds the activations of "
-            f"all its {len(batches)} batches, and does a step of one: {least:,} bytes. Give at "
-            "least that much, or fewer or smaller batches."
-        )
+    outputs = _clean_outputs(model, part_of(largest, 0, 1)).nbytes
+    # Masks' gradients, what an optimizer remembers of them, and what a step makes of them.
+    masks = 8 * sum(mask.nbytes for mask in model.patch_masks.values())
+    held = held_bytes(model, largest) + masks
+    held += outputs * sum(len(batch.clean) for batch in batches)
+    n_bytes, n_srcs = limit.n_bytes(written.device), model.plan.n_srcs
+    found: dict[int, Taken] = {}
+
+    def peak(sizes: Sizes, guard: Guard | None) -> Taken | None:
+        n = sizes.n_prompts
+        part = to_try(largest, patched_in, n)[0]
+
+        def run() -> None:
+            try_out(_in_parts(model, part, patched_in, input_side, n, None))
+
+        taken = measured(model, run, guard)
+        if taken is not None:
+            found[n] = taken
+        return taken
+
+    most = Sizes(len(largest.clean), n_srcs)
+    n = fitting_sizes(peak, n_bytes, Sizes(1, n_srcs), most, held).n_prompts
+    if n < most.n_prompts:
+        return n
+    left = n_bytes - held - recorded_bytes(model, batches, patched_in)
+
+    def run_whole() -> None:
+        for batch, outs in ablated_parts(model, lambda: [largest], patched_in):
+            outputs = _clean_outputs(model, batch)
+            inputs, kwargs = batch.model_input(input_side)
+            try_out(TrainingBatch(batch, inputs, kwargs, outs, outputs))
+
+    whole = measured(model, run_whole, Guard(left, found[n], 1.0))
+    return n if whole is None or whole.n_bytes > left else None
 
 
 @contextmanager
@@ -179,7 +276,7 @@ def _training_steps(
             batch = batches[step % len(batches)]
             if batch is not open_batch:
                 stack.close()
-                stack.enter_context(patch_mode(model, batch.patch_src_outs))
+                stack.enter_context(batch.patches(model))
                 open_batch = batch
             yield step, batch
             if after_epoch is not None and (step + 1) % len(batches) == 0:
@@ -281,6 +378,35 @@ def circuit_outputs(
     return model.sliced(batch.inputs, **batch.kwargs)
 
 
+@checked
+def batch_faithfulness(
+    model: PatchableModel, batch: TrainingBatch, target: FaithfulnessTarget
+) -> Float[Tensor, ""]:
+    """How unlike the full model the circuit is on a batch; see `faithfulness_loss`.
+
+    Of a batch in parts the gradient is in the masks already: it is that of each part, added up.
+    """
+    if batch.parts is None:
+        outputs = circuit_outputs(model, batch)
+        return faithfulness_loss(target, outputs, batch.batch, batch.clean_outputs)
+    n_prompts, first, losses = len(batch.inputs), 0, []
+    generator = next(iter(model.dest_wrappers)).generator
+    state = None if generator is None else generator.get_state()
+    for part in batch.parts():
+        rows = slice(first, first + len(part.inputs))
+        if generator is not None and state is not None:
+            generator.set_state(state)
+        with drawn_together(model, n_prompts, rows), part.patches(model):
+            # A mean over the batch's prompts is that of its parts, by their sizes.
+            share = len(part.inputs) / n_prompts
+            loss = batch_faithfulness(model, part, target) * share
+            if loss.requires_grad:
+                loss.backward()
+        losses.append(loss.detach())
+        first = rows.stop
+    return t.stack(losses).sum()
+
+
 @dataclass(frozen=True, eq=False)
 class Losses:
     """What a step lowers (the sum of the first two), and the expected size of its circuit."""
@@ -305,11 +431,11 @@ def take_step(
     parts = (loss, losses.faithfulness, losses.penalty, losses.n_edges)
     # Before the backward pass, which a GPU may still be at when the next step begins.
     record = TrainingStep(step, *(float(value.detach()) for value in parts))
-    for optimizer in optimizers:
-        optimizer.zero_grad()
     loss.backward()
     for optimizer in optimizers:
         optimizer.step()
+        # At the end: the gradients of the next batch may come part by part, before its step.
+        optimizer.zero_grad()
     return record
 
 

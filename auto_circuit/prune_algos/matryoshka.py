@@ -24,10 +24,12 @@ from auto_circuit.data import PromptDataLoader
 from auto_circuit.prune_algos.algo_config import AlgoConfig, bound, takes_options
 from auto_circuit.prune_algos.mask_training import (
     MaskTraining,
+    TrainingBatch,
     TrainingStep,
+    batch_faithfulness,
     check_finite,
     check_training,
-    circuit_outputs,
+    prompts_at_once,
     scores_from_logits,
     training_batches,
     training_steps,
@@ -35,11 +37,10 @@ from auto_circuit.prune_algos.mask_training import (
 from auto_circuit.prune_algos.objectives import (
     FaithfulnessTarget,
     check_objective,
-    faithfulness_loss,
 )
 from auto_circuit.prune_algos.prune_algo import AlgoNotes, PruneAlgo
 from auto_circuit.types import AblationType, Edge, PruneScores
-from auto_circuit.utils.graph_utils import train_mask_mode
+from auto_circuit.utils.graph_utils import set_all_masks, train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state
 
@@ -102,7 +103,17 @@ def train_matryoshka(
     Raises ConfigError for options out of range, TrainingError if the loss becomes NaN.
     """
     check_objective(dataloader, config.faithfulness_target)
-    batches = training_batches(model, dataloader, config.ablation_type, "clean")
+
+    def try_out(batch: TrainingBatch) -> None:
+        with train_mask_mode(model, notes=False), batch.patches(model):
+            set_all_masks(model, 0.5)
+            loss = batch_faithfulness(model, batch, config.faithfulness_target)
+            if loss.requires_grad:
+                loss.backward()
+
+    ablation = config.ablation_type
+    n_at_once = prompts_at_once(model, [dataloader], ablation, "clean", try_out)
+    batches = training_batches(model, dataloader, ablation, "clean", None, n_at_once)
     generator = seeded_generator(config.seed)
     steps = []
     with (
@@ -118,12 +129,10 @@ def train_matryoshka(
             for mask, shares in zip(masks.values(), kept.split(lengths), strict=True):
                 mask.data.copy_(1 - shares.view_as(mask))
                 mask.grad = None
-            outputs = circuit_outputs(model, batch)
-            loss = faithfulness_loss(
-                config.faithfulness_target, outputs, batch.batch, batch.clean_outputs
-            )
+            loss = batch_faithfulness(model, batch, config.faithfulness_target)
             check_finite(loss, step, config.learning_rate)
-            loss.backward()
+            if loss.requires_grad:  # else it went backwards part by part
+                loss.backward()
             grad = t.cat([-_gradient(mask).flatten() for mask in masks.values()])
             scores.grad = soft_top_k_gradient(kept, grad.to(scores), config.temperature)
             optimizer.step()

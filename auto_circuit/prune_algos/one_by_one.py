@@ -45,13 +45,14 @@ class Trial:
     Edges must be patched from late layers to early ones (`edges_from_the_end`): layers
     before the first are not run again.
 
-    before: the outputs before any edge was tried.
+    before: the outputs before any edge was tried; None if the batch comes in parts, with
+        one circuit at a time, in whole passes.
     """
 
     model: PatchableModel
     batch: TrainingBatch
     n_circuits: int
-    before: Float[Tensor, "batch *seq vocab"]
+    before: Float[Tensor, "batch *seq vocab"] | None = None
 
     def patch(self, edge: Edge, circuits: slice, share: float) -> None:
         """Patch an edge (1) or leave it intact (0) in some of the circuits."""
@@ -69,6 +70,22 @@ class Trial:
             outs = circuit_outputs(self.model, self.batch)
         return outs.unflatten(0, (self.n_circuits, -1))
 
+    def by_part(
+        self, first: Edge | None
+    ) -> Iterator[tuple[Float[Tensor, "circuit _ *seq vocab"], Float[Tensor, "..."]]]:
+        """(The circuits' outputs, the full model's) of all prompts, part by part.
+
+        first: see `outputs`; None: before any edge was tried.
+        """
+        if self.batch.parts is None:
+            assert self.before is not None
+            outs = self.before[None] if first is None else self.outputs(first)
+            yield outs, self.batch.clean_outputs[: outs.shape[1]]
+            return
+        for part in self.batch.parts():
+            with part.patches(self.model):
+                yield circuit_outputs(self.model, part)[None], part.clean_outputs
+
 
 @contextmanager
 def trial(
@@ -83,7 +100,13 @@ def trial(
     Raises ConfigError unless there is at least one circuit.
     """
     check_count("n_circuits", n_circuits)
+    if batch.parts is not None:
+        with own_computation(grad=False), preserved_masks(model):
+            _leave_alone(model, intact)
+            yield Trial(model, batch, 1)
+        return
     repeated = _repeated(batch, n_circuits)
+    assert repeated.patch_src_outs is not None
     with (
         own_computation(grad=False),
         # One circuit needs no masks for each example.
@@ -91,16 +114,21 @@ def trial(
         preserved_masks(model),
         patch_mode(model, repeated.patch_src_outs, keeps_layers=True),
     ):
-        set_all_masks(model, 0.0 if intact is None else 1.0)
-        for edge in intact or ():
-            edge.patch_mask(model).data[(..., *edge.patch_idx)] = 0.0
+        _leave_alone(model, intact)
         before = circuit_outputs(model, repeated)[: len(batch.inputs)]
         yield Trial(model, repeated, n_circuits, before)
 
 
+def _leave_alone(model: PatchableModel, intact: Collection[Edge] | None) -> None:
+    """Patch all edges but these; none if None."""
+    set_all_masks(model, 0.0 if intact is None else 1.0)
+    for edge in intact or ():
+        edge.patch_mask(model).data[(..., *edge.patch_idx)] = 0.0
+
+
 def _repeated(batch: TrainingBatch, times: int) -> TrainingBatch:
     """The batch, several times one after the other."""
-    if times == 1:
+    if times == 1 or batch.patch_src_outs is None:
         return batch
 
     def repeat(x: Tensor) -> Tensor:

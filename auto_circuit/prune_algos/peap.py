@@ -29,13 +29,13 @@ from auto_circuit.utils.ablation_activations import (
     Side,
     SrcOuts,
     ablation_side,
-    iter_src_ablations,
 )
 from auto_circuit.utils.graph_utils import (
     patch_mode,
     set_all_masks,
     train_mask_mode,
 )
+from auto_circuit.utils.limited_passes import Passes, each_batch
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state
 
@@ -101,15 +101,20 @@ def peap_prune_scores(
         name: zeros.to(t.promote_types(zeros.dtype, t.float32))
         for name, zeros in model.new_prune_scores().items()
     }
-    n_prompts = 0
-    batches = iter_src_ablations(model, dataloader, config.ablation_type, side)
+
+    def add(batch: PromptPairBatch, patch_src_outs: SrcOuts) -> None:
+        for name, of_batch in _batch_sums(model, batch, patch_src_outs, config):
+            scores[name] += of_batch
+
+    def try_out(batch: PromptPairBatch, patch_src_outs: SrcOuts) -> None:
+        _batch_sums(model, batch, patch_src_outs, config)
+
+    passes = Passes(add, try_out)
     with train_mask_mode(model, notes=False):
         set_all_masks(model, 0.0)
-        for batch, patch_src_outs in batches:
-            n_prompts += len(batch.clean)
-            for name, of_batch in _batch_sums(model, batch, patch_src_outs, config):
-                scores[name] += of_batch
-    return {name: total / n_prompts for name, total in scores.items()}
+        patched_in = config.ablation_type, side
+        each_batch(model, dataloader, patched_in, passes, config.memory_limit)
+    return {name: total / dataloader.n_prompts for name, total in scores.items()}
 
 
 def _batch_sums(

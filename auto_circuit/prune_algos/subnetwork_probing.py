@@ -46,10 +46,11 @@ from auto_circuit.prune_algos.mask_training import (
     PatchedEdges,
     TrainingBatch,
     TrainingStep,
+    batch_faithfulness,
     circuit_logits,
-    circuit_outputs,
     first_logits,
     mask_optimizer,
+    prompts_at_once,
     rate_decay,
     scores_from_masks,
     set_circuit_logits,
@@ -60,13 +61,12 @@ from auto_circuit.prune_algos.mask_training import (
 from auto_circuit.prune_algos.objectives import (
     FaithfulnessTarget,
     check_objective,
-    faithfulness_loss,
 )
 from auto_circuit.prune_algos.prune_algo import MSE_USE, AlgoNotes, PruneAlgo
 from auto_circuit.published_names import published_name as __getattr__  # noqa: F401
 from auto_circuit.types import AblationType, Edge, MaskFn, PruneScores
 from auto_circuit.utils.ablation_activations import Side
-from auto_circuit.utils.graph_utils import mask_fn_mode, patch_mode, train_mask_mode
+from auto_circuit.utils.graph_utils import mask_fn_mode, train_mask_mode
 from auto_circuit.utils.patchable_model import PatchableModel
 from auto_circuit.utils.torch_state import in_own_state, own_computation
 
@@ -301,14 +301,16 @@ def train_subnetwork(
         check_objective(loader or (), config.faithfulness_target)
     avoided = model.circuit_prune_scores(edges=config.avoid_edges or (), bool=True)
     objective = _Objective(model, config, list(avoided.values()))
-    batches = objective.training_batches(dataloader)
+    loaders = [dataloader, validation_dataloader]
+    n_at_once = objective.prompts_at_once([o for o in loaders if o is not None])
     first = first_logits(
         model, dataloader, config.warm_start, config.first_logit, abs(config.first_logit)
     )
+    batches = objective.training_batches(dataloader, n_at_once)
     validation = (
         []
         if validation_dataloader is None
-        else objective.training_batches(validation_dataloader)
+        else objective.training_batches(validation_dataloader, n_at_once)
     )
     device = next(model.wrapped_model.parameters()).device
     generator = seeded_generator(config.seed, device)
@@ -359,15 +361,30 @@ class _Objective:
     config: SubnetworkProbingConfig
     avoided: Sequence[Tensor]
 
-    def training_batches(self, dataloader: PromptDataLoader) -> list[TrainingBatch]:
-        return training_batches(
-            self.model, dataloader, self.config.ablation_type, self.config.input_side
-        )
+    def prompts_at_once(self, loaders: Sequence[PromptDataLoader]) -> int | None:
+        config, device = self.config, next(self.model.wrapped_model.parameters()).device
+
+        def try_out(batch: TrainingBatch) -> None:
+            noise = seeded_generator(config.seed, device)
+            with (
+                train_mask_mode(self.model, notes=False) as masks,
+                mask_fn_mode(self.model, config.mask_fn, float(config.dropout_p), noise),
+                batch.patches(self.model),
+            ):
+                losses = self.losses(batch, masks, 1.0)
+                (losses.faithfulness + losses.penalty).backward()
+
+        rest = config.ablation_type, config.input_side
+        return prompts_at_once(self.model, loaders, *rest, try_out)
+
+    def training_batches(
+        self, dataloader: PromptDataLoader, n_at_once: int | None
+    ) -> list[TrainingBatch]:
+        rest = self.config.ablation_type, self.config.input_side
+        return training_batches(self.model, dataloader, *rest, None, n_at_once)
 
     def faithfulness(self, batch: TrainingBatch) -> Tensor:
-        outputs = circuit_outputs(self.model, batch)
-        target = self.config.faithfulness_target
-        return faithfulness_loss(target, outputs, batch.batch, batch.clean_outputs)
+        return batch_faithfulness(self.model, batch, self.config.faithfulness_target)
 
     def losses(
         self, batch: TrainingBatch, masks: Mapping[str, Parameter], progress: float
@@ -399,7 +416,7 @@ class _Objective:
         for batch in batches:
             with (
                 own_computation(grad=False),
-                patch_mode(self.model, batch.patch_src_outs),
+                batch.patches(self.model),
             ):
                 losses.append(float(self.faithfulness(batch)))
         return fmean(losses)

@@ -256,14 +256,16 @@ def ablated_parts(
     batches: Callable[[], Iterable[PromptPairBatch]],
     patched_in: PatchedIn,
     n_at_once: int | None = None,
+    mean: Float[Tensor, "src 1 _ d_model"] | None = None,
 ) -> Iterator[tuple[PromptPairBatch, SrcOuts]]:
     """Each batch, so many prompts at a time, with what is patched into them.
 
-    batches: gives all batches, whenever it is called. The activations share memory.
+    batches: gives all batches, whenever it is called. mean: that of a data set, if it is
+    known. The activations share memory.
     """
     ablation_type, side = patched_in
-    mean = outs = None
-    if ablation_type.mean_over_dataset:
+    outs = None
+    if ablation_type.mean_over_dataset and mean is None:
         mean = _dataset_mean(model, batches(), ablation_type, n_at_once)
     for batch in batches():
         if ablation_type in BATCH_MEANS and n_at_once is not None:
@@ -280,6 +282,16 @@ def ablated_parts(
             outs = record_src_outs(model, tokens, kwargs, reuse=outs)
             mask = kwargs.get("attention_mask")
             yield part, _ablate_batch(model, tokens, outs, ablation_type, mask, mean)
+
+
+def to_try(
+    batch: PromptPairBatch, patched_in: PatchedIn, n_at_once: int
+) -> list[PromptPairBatch]:
+    """Prompts that show what so many at a time take: two parts where a mean is added up."""
+    if patched_in[0].mean_over_dataset:
+        return [part_of(batch, 0, n_at_once)] * 2
+    n_prompts = 2 * n_at_once if patched_in[0] in BATCH_MEANS else n_at_once
+    return [part_of(batch, 0, n_prompts)]
 
 
 def _repeated(
@@ -360,8 +372,8 @@ def _recorded_at_once(
     held = recorded_bytes(model, batches if holds_all else [batch], patched_in)
 
     def peak(sizes: Sizes, guard: Guard | None) -> Taken | None:
-        part = part_of(batch, 0, sizes.n_prompts)
-        parts = ablated_parts(model, lambda: [part], patched_in, sizes.n_prompts)
+        tried = to_try(batch, patched_in, sizes.n_prompts)
+        parts = ablated_parts(model, lambda: tried, patched_in, sizes.n_prompts)
         return measured(model, lambda: [None for _ in parts], guard)
 
     n_srcs, n_prompts = model.plan.n_srcs, len(batch.clean)

@@ -170,6 +170,19 @@ def held_bytes(model: PatchableModel, batch: PromptPairBatch) -> int:
     return 2 * masks + 2 * sum(tensor.nbytes for tensor in prompts)
 
 
+@contextmanager
+def drawn_together(model: PatchableModel, n_prompts: int, rows: slice) -> Iterator[None]:
+    """Inside, a pass has some of so many prompts, whose gates are drawn together."""
+    wrappers = list(model.dest_wrappers)
+    try:
+        for wrapper in wrappers:
+            wrapper.drawn = n_prompts, rows
+        yield
+    finally:
+        for wrapper in wrappers:
+            wrapper.drawn = None
+
+
 def chunks_of(units: list[range], n_srcs: int) -> list[range]:
     """Sources that are taken together: as many whole units as fit in `n_srcs`, at least one."""
     # Units 0..1, 1..5, 5..6 (a module's heads), at most 5 sources: 0..5 and 5..6.

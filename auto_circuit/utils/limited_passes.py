@@ -17,6 +17,7 @@ from auto_circuit.utils.ablation_activations import (
     check_patched_in,
     iter_src_ablations,
     loaded_batches,
+    to_try,
 )
 from auto_circuit.utils.limited_memory import (
     chunks_of,
@@ -26,7 +27,6 @@ from auto_circuit.utils.limited_memory import (
     let_go,
     limit_of,
     measured,
-    part_of,
 )
 from auto_circuit.utils.patchable_model import PatchableModel
 
@@ -137,14 +137,14 @@ def _sizes(
     fewest = max(len(unit) for unit in _units(model, passes))
 
     def peak(sizes: Sizes, guard: Guard | None) -> Taken | None:
-        part, kept = part_of(batch, 0, sizes.n_prompts), None
+        tried, kept = to_try(batch, patched_in, sizes.n_prompts), None
         if passes.kept is not None and sizes.n_srcs < n_srcs:
             chunks = chunks_of(_units(model, passes), sizes.n_srcs)
             # The first of the largest: the more destinations are after it, the more work.
             kept = max(map(passes.kept, chunks), key=lambda kept: len(kept.slots))
 
         def run() -> None:
-            parts = ablated_parts(model, lambda: [part], patched_in, sizes.n_prompts)
+            parts = ablated_parts(model, lambda: tried, patched_in, sizes.n_prompts)
             for prompts, outs in parts:
                 passes.try_out(prompts, outs)
                 del outs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,7 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from auto_circuit import devices
-from auto_circuit.errors import ModelError
+from auto_circuit.data import PromptDataLoader, PromptDataset
+from auto_circuit.errors import MemoryLimitError, ModelError
+from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
 from auto_circuit.types import PruneScores
 from auto_circuit.utils.ablation_activations import src_ablations
 from auto_circuit.utils.graph_utils import (
@@ -186,6 +189,34 @@ def test_two_devices_give_the_numbers_of_one(
             for name, grad in of_one.items():
                 assert float(grad.abs().max()) > 1e-5
                 t.testing.assert_close(of_two[name], grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_memory_limit_on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the least: a prompt and a source at a time.
+
+    At masks of 0 the passes keep no other source, and some matrices are empty: those have
+    no address, by which alone devices are told apart here.
+    """
+    answers = [t.tensor([1])] * 2, [t.tensor([2])] * 2
+    prompts = PromptDataLoader(
+        PromptDataset(CLEAN, CORRUPT, *answers), None, 0, batch_size=2
+    )
+    options: Any = {"grad_function": "logit", "answer_function": "avg_diff"}
+    scores = partial(mask_gradient_prune_scores, **options, mask_val=0.4)
+    expected = scores(
+        patchable_model(llama(), True, "last_seq", separate_qkv=True), prompts, None
+    )
+    bridge = llama()
+    with two_devices(bridge, monkeypatch):
+        two = patchable_model(bridge, True, "last_seq", separate_qkv=True)
+        with pytest.raises(MemoryLimitError) as raised:
+            scores(two, prompts, None, memory_limit=100)
+        least = int(str(raised.value).split("takes ")[1].split(" ")[0].replace(",", ""))
+        found = scores(two, prompts, None, memory_limit=least)
+    for name, of_one in expected.items():
+        assert float(of_one.abs().max()) > 1e-5
+        t.testing.assert_close(found[name], of_one, atol=1e-6, rtol=1e-4)
 
 
 def test_the_made_up_devices_are_kept_apart() -> None:

@@ -388,7 +388,9 @@ def test_a_training_that_diverges_stops(
         n_calls += 1
         return circuit_outputs(*args) * (math.nan if n_calls == 3 else 1.0)
 
-    monkeypatch.setattr(sys.modules[train.__module__], "circuit_outputs", diverging)
+    monkeypatch.setattr(
+        sys.modules[circuit_outputs.__module__], "circuit_outputs", diverging
+    )
     with pytest.raises(
         TrainingError, match="is nan at step 2: .*Lower the learning rate"
     ):

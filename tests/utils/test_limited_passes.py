@@ -20,12 +20,16 @@ from auto_circuit.errors import ConfigError, GraphError, MemoryLimitError
 from auto_circuit.memory import Guard, MemoryLimit, OverLimit, PeakMemory, Taken
 from auto_circuit.prefix_cache import make_prefix_cache
 from auto_circuit.prune import run_circuits
+from auto_circuit.prune_algos.ACDC import removed_edges
+from auto_circuit.prune_algos.acdc_after_eap import acdc_after_eap_prune_scores
 from auto_circuit.prune_algos.activation_magnitude import (
     activation_magnitude_prune_scores,
 )
+from auto_circuit.prune_algos.circuit_probing import circuit_probing_prune_scores
 from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
+from auto_circuit.prune_algos.edge_pruning import edge_pruning_prune_scores
 from auto_circuit.prune_algos.exact_edge_patching import single_edge_effects
 from auto_circuit.prune_algos.head_importance import head_importance_prune_scores
 from auto_circuit.prune_algos.integrated_gradients import (
@@ -34,6 +38,8 @@ from auto_circuit.prune_algos.integrated_gradients import (
     input_integrated_gradients_prune_scores,
 )
 from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
+from auto_circuit.prune_algos.matryoshka import matryoshka_prune_scores
+from auto_circuit.prune_algos.peap import peap_prune_scores
 from auto_circuit.prune_algos.prompt_scores import mask_gradient_prompt_scores
 from auto_circuit.prune_algos.random_edges import random_prune_scores
 from auto_circuit.prune_algos.subnetwork_probing import subnetwork_probing_prune_scores
@@ -374,9 +380,73 @@ def test_a_models_own_limit_holds_for_all_that_is_done_with_it() -> None:
         assert model.memory_limit == MemoryLimit(limit)
         assert peak_of(lambda: algorithm(model, prompts, None), model) <= limit
         assert_same(algorithm(model, prompts, None), expected)
-        with pytest.raises(MemoryLimitError, match="a training holds"):
-            subnetwork_probing_prune_scores(model, prompts, None, epochs=1)
     assert model.memory_limit is None
+
+
+# ----------------------------------------------------- trainings, and one edge by another
+
+
+def removed(model: PatchableModel, prompts: PromptDataLoader, _: None) -> Found:
+    some = list(model.edges)[::12]
+    found = removed_edges(model, prompts, 1e-3, edges_at_once=3, edges=some)
+    return {"removed": t.tensor([float(edge in found) for edge in some])}
+
+
+STEPWISE: dict[str, Callable[..., Found]] = {
+    "probing": partial(
+        subnetwork_probing_prune_scores, epochs=2, circuit_size=20, dropout_p=0.2
+    ),
+    "probing of means": partial(
+        subnetwork_probing_prune_scores,
+        epochs=2,
+        mask_fn="sigmoid",
+        tree_optimisation=True,
+        ablation_type=AblationType.TOKENWISE_MEAN_CORRUPT,
+    ),
+    "circuit probing": partial(
+        circuit_probing_prune_scores, epochs=2, circuit_sizes=(10, 30)
+    ),
+    "Edge Pruning": partial(edge_pruning_prune_scores, n_steps=3),
+    "Matryoshka": partial(matryoshka_prune_scores, n_steps=3),
+    "ACDC": removed,
+    "ACDC after EAP": partial(
+        acdc_after_eap_prune_scores, n_candidates=10, thresholds=[1e-3]
+    ),
+}
+
+
+@pytest.mark.slow
+def test_edges_through_attention_keep_to_a_limit() -> None:
+    bridge = gpt2().to(t.float64)
+    model = patchable_model(
+        bridge, True, "last_seq", SEQ, separate_qkv=True, crossing=True
+    )
+    prompts = loader(seq_len=SEQ, n_prompts=4)
+    for algorithm in (peap_prune_scores, ALGORITHMS["EAP"]):
+        check_limits(algorithm, model, prompts, [0.5])
+
+
+def in_limit(algorithm: Callable[..., Found]) -> Callable[..., Found]:
+    """The same with the model's own limit."""
+
+    def run(model: Any, prompts: Any, _: None, memory_limit: int | None = None) -> Found:
+        with memory_limited(model, memory_limit):
+            return algorithm(model, prompts, None)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "Matryoshka" else pytest.mark.slow)
+        for name in STEPWISE
+    ],
+)
+def test_trainings_and_acdc_keep_to_a_limit(name: str) -> None:
+    """Batches of three and of two, cut in parts: the same gates, drawn as for the whole."""
+    prompts = loader(3, n_prompts=5)
+    check_limits(in_limit(STEPWISE[name]), make(dtype=t.float64), prompts, [])
 
 
 # ---------------------------------------------------------------- blocks that run again
