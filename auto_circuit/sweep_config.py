@@ -236,6 +236,7 @@ def check_config(config: ExperimentConfig) -> Plan:
     _check_not_empty(config)
     _check_prompt_files(config)
     _check_circuits_are_known(tasks, algos)
+    _check_crossings(tasks, algos)
     _check_prompts(tasks, algos, metrics, config)
     if config.device is not None:
         check_device("device", config.device)
@@ -259,6 +260,18 @@ def _check_prompts(
                 algo.check_prompts(train)
             for metric in metrics:
                 metric.check_prompts(test)
+
+
+def _check_crossings(tasks: Sequence[Task], algos: Sequence[PruneAlgo]) -> None:
+    """Do all algorithms score edges through attention, if a graph has them?"""
+    unknown = [algo.short_name for algo in algos if not algo.scores_crossings]
+    for task in tasks:
+        if task.crossing and unknown:
+            raise ConfigError(
+                f"The graph of task {task.key!r} has edges through attention (`crossing`), "
+                f"of which these algorithms know nothing: {', '.join(unknown)}. Leave them "
+                "out of `algos`, or set `crossing` to False."
+            )
 
 
 def is_prompt_file(task: TaskKey) -> bool:

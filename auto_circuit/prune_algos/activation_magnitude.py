@@ -78,6 +78,7 @@ ACT_MAG_PRUNE_ALGO = PruneAlgo(
     name="Activation Magnitude",
     _short_name="Act Mag",
     func=activation_magnitude_prune_scores,
+    scores_crossings=False,
     notes=AlgoNotes(
         idea="The mean |activation| of the edge's source, whatever the task",
         paper="none: a baseline",

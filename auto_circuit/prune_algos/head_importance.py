@@ -248,6 +248,7 @@ HEAD_IMPORTANCE_PRUNE_ALGO = PruneAlgo(
     _short_name="HISP",
     func=bound(head_importance_prune_scores, HeadImportanceConfig()),
     needs_wrong_answers=True,
+    scores_crossings=False,
     notes=AlgoNotes(
         idea="The weaker of the importances of the edge's two nodes",
         paper="Michel et al. 2019, arXiv 1905.10650",

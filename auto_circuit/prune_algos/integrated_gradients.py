@@ -177,7 +177,9 @@ def activation_integrated_gradients_prune_scores(
     destination while the source is interpolated: all of its edges at once, and nothing
     before it changed. Unit: the answer function's; positive: patching the edge lowers
     it. With many samples a source's scores add up to the effect of patching all of its
-    edges (completeness).
+    edges (completeness). The source of an edge through attention are a head's values, or
+    keys, at a position: those of all heads and positions of a block move together, or, with
+    `share_passes=False`, one after another.
 
     config: see `ActivationIntegratedGradientsConfig`; its options may be given one by one
         too.
@@ -187,22 +189,23 @@ def activation_integrated_gradients_prune_scores(
     adds up the scores of all edges on every sublayer's path.
     """
     points = config.points()
-    model.check_no_crossings("A path of activations")
     check_objective(dataloader, config.answer_function)
     side = ablation_side(config.ablation_type, config.clean_corrupt)
     scores = model.new_prune_scores()
     moving = _moving_together(model, config.share_passes)
+    across = _moving_across(model, config.share_passes)
 
     def take_gradients(
         batch: PromptPairBatch, patch_src_outs: SrcOuts, trying: bool = False
     ) -> None:
         with patch_mode(model, patch_src_outs):
-            for srcs in _kept(model, moving)[: 1 if trying else None]:
+            kept = [_edges_of(model, srcs) for srcs in _kept(model, moving)]
+            for edges in [*across, *kept][: 1 if trying else None]:
                 for point in points[: 2 if trying else None]:
-                    _patch_sources(model, srcs, 1 - point)
+                    _patch_alone(model, edges, 1 - point)
                     config.clean_loss_sum(model, batch).backward()
                 if not trying:
-                    _take_gradients(model, srcs, scores)
+                    _take_gradients(model, edges, scores)
 
     passes = Passes(
         work=take_gradients,
@@ -304,31 +307,72 @@ def _kept(model: PatchableModel, moving: Sequence[slice]) -> list[slice]:
     return [srcs for srcs in cut if srcs.start < srcs.stop]
 
 
-def _columns(model: PatchableModel, srcs: slice) -> dict[str, slice]:
-    """Destination module name -> where these sources are in its mask, if it reads them."""
-    columns = {}
+EdgesOfModules = dict[str, Any]
+"""Destination module name -> which entries of its mask, as an index."""
+
+
+def _edges_of(model: PatchableModel, srcs: slice) -> EdgesOfModules:
+    """The edges of these sources."""
+    entries: EdgesOfModules = {}
     for wrapper in model.dest_wrappers:
-        assert wrapper.in_srcs is not None
         read = wrapper.in_srcs
+        if read is None:  # it reads no sources, but other positions
+            continue
         lo, hi = max(srcs.start, read.start), min(srcs.stop, read.stop)
         if lo < hi:
-            columns[wrapper.module_name] = slice(lo - read.start, hi - read.start)
-    return columns
+            columns = slice(lo - read.start, hi - read.start)
+            entries[wrapper.module_name] = (..., columns)
+    return entries
 
 
-def _patch_sources(model: PatchableModel, srcs: slice, share: float) -> None:
-    """Patch all edges of these sources by this share, and no others."""
+def _moving_across(model: PatchableModel, share_passes: bool) -> list[EdgesOfModules]:
+    """The edges of keys, or of values, that are interpolated in the same passes."""
+    if share_passes:
+        return [
+            {name: ...} for name in dict.fromkeys(d.module_name for d in model.crossings)
+        ]
+    heads: dict[tuple[str, str], list[int]] = {}
+    for dest in model.crossings:
+        assert dest.crossing is not None and dest.head_idx is not None
+        # Several heads may share their keys.
+        read = dest.module_name, dest.crossing.srcs[0].name
+        heads.setdefault(read, []).append(dest.head_idx)
+    pairs = [] if not model.crossings else _pairs(model)
+    return [
+        {module: (t.tensor(readers)[:, None], t.tensor(of_position))}
+        for (module, _), readers in heads.items()
+        for of_position in pairs
+    ]
+
+
+def _pairs(model: PatchableModel) -> list[list[int]]:
+    """For each position the numbers of the pairs in which it is read."""
+    crossing = model.crossings[0].crossing
+    assert crossing is not None
+    read = [come_from for _, come_from in crossing.pairs()]
+    return [
+        [number for number, one in enumerate(read) if one == position]
+        for position in range(crossing.n_positions)
+    ]
+
+
+def _patch_alone(
+    model: PatchableModel, edges: EdgesOfModules, share: int | float
+) -> None:
+    """Patch these edges by this share, and no others."""
     set_all_masks(model, 0.0)
-    for name, columns in _columns(model, srcs).items():
-        model.patch_masks[name].data[..., columns] = share
+    for name, entries in edges.items():
+        model.patch_masks[name].data[entries] = share
 
 
-def _take_gradients(model: PatchableModel, srcs: slice, scores: PruneScores) -> None:
-    """Add the gradients of these sources' masks to the scores, and forget the others."""
-    for name, columns in _columns(model, srcs).items():
+def _take_gradients(
+    model: PatchableModel, edges: EdgesOfModules, scores: PruneScores
+) -> None:
+    """Add the gradients of these edges' masks to the scores, and forget the others."""
+    for name, entries in edges.items():
         grad = model.patch_masks[name].grad
         assert grad is not None
-        scores[name][..., columns] += grad[..., columns]
+        scores[name][entries] += grad[entries]
     for mask in model.patch_masks.values():
         mask.grad = None
 
@@ -345,6 +389,7 @@ INPUT_INTEGRATED_GRADIENTS_PRUNE_ALGO = PruneAlgo(
     _short_name="EAP-IG inputs",
     func=bound(input_integrated_gradients_prune_scores, InputIntegratedGradientsConfig()),
     needs_wrong_answers=True,
+    scores_crossings=False,
     notes=_NOTES,
 )
 ACTIVATION_INTEGRATED_GRADIENTS_PRUNE_ALGO = PruneAlgo(
@@ -389,6 +434,7 @@ CLEAN_CORRUPT_PRUNE_ALGO = PruneAlgo(
     _short_name="Clean-Corrupt",
     func=bound(clean_corrupt_prune_scores, CleanCorruptConfig()),
     needs_wrong_answers=True,
+    scores_crossings=False,
     notes=replace(
         _NOTES,
         idea="As EAP, with the mean of the gradients at clean and at corrupt",

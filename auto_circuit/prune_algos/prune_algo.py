@@ -44,6 +44,7 @@ class PruneAlgo:
         PatchableModel; it must be as it was when the function returns.
     needs_true_edges: does it work only on tasks with true edges?
     needs_wrong_answers: does it compare answers with wrong ones?
+    scores_crossings: does it score edges through attention too, in graphs that have them?
     notes: for those who choose between algorithms; the members of `PRUNE_ALGOS` have all.
     """
 
@@ -53,6 +54,7 @@ class PruneAlgo:
     _short_name: str | None = field(default=None, compare=False)
     needs_true_edges: bool = field(default=False, compare=False)
     needs_wrong_answers: bool = field(default=False, compare=False)
+    scores_crossings: bool = field(default=True, compare=False, kw_only=True)
     notes: AlgoNotes = field(
         default=AlgoNotes(), compare=False, kw_only=True, metadata=FOR_READERS
     )

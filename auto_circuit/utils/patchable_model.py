@@ -326,8 +326,8 @@ class PatchableModel(Module):
         if self.crossings:
             raise GraphError(
                 f"{who} knows nothing of edges that lead through attention, and this graph "
-                "has them (`crossing=True`). Use PEAP, EAP, ACDC, exact edge patching or a "
-                "training of masks, or a graph with `crossing=False`."
+                "has them (`crossing=True`). Use PEAP, EAP, EAP-IG activations, ACDC, exact edge "
+                "patching or a training of masks, or a graph with `crossing=False`."
             )
 
     def _unknown_edge(self, name: str) -> GraphError:

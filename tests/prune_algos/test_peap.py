@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,11 +15,15 @@ from auto_circuit.prune_algos.edge_attribution_patching import (
     edge_attribution_patching_prune_scores,
 )
 from auto_circuit.prune_algos.exact_edge_patching import single_edge_effects
+from auto_circuit.prune_algos.integrated_gradients import (
+    activation_integrated_gradients_prune_scores,
+)
 from auto_circuit.prune_algos.peap import peap_prune_scores
 from auto_circuit.prune_algos.subnetwork_probing import train_subnetwork
 from auto_circuit.spans import Spans, spans_of_labels
 from auto_circuit.types import Edge, PruneScores
-from auto_circuit.utils.graph_utils import patchable_model
+from auto_circuit.utils.ablation_activations import src_ablations
+from auto_circuit.utils.graph_utils import patch_mode, patchable_model, set_all_masks
 from auto_circuit.utils.patchable_model import PatchableModel
 from tests.engine.test_crossings import Plain, Seen, hugging_face, patchable
 from tests.models import D_MODEL, N_HEADS, gpt2, llama, state_snapshot, tokens
@@ -272,3 +277,32 @@ def test_masks_of_crossing_edges_are_trained(by_span: bool) -> None:
     training = train_subnetwork(model, short, epochs=3, circuit_size=10)
     scores = training.prune_scores["blocks.0.attn.hook_value_crossing"]
     assert len(scores.unique()) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share_passes", [True, False])
+def test_paths_of_keys_and_values_are_complete(share_passes: bool) -> None:
+    """Scores of what moves together add up to what patching all of it does."""
+    model, short = graph(2, crossing=True), loader(CLEAN[:2, :2], CORRUPT[:2, :2])
+    scores = activation_integrated_gradients_prune_scores(
+        model, short, None, integrated_grad_samples=16, share_passes=share_passes
+    )
+    (batch,) = short
+    patch = src_ablations(model, batch.corrupt)
+    for kind in ("key", "value"):
+        name = f"blocks.0.attn.hook_{kind}_crossing"
+        # Of each head the edges 0->0, 0->1 from the first position, and 1->1.
+        one_by_one = product((0, 1), ([0, 1], [2]))
+        parts: list[Any] = [...] if share_passes else list(one_by_one)
+        for part in parts:
+            losses = []
+            for share in (0.0, 1.0):
+                with t.no_grad(), patch_mode(model, patch):
+                    set_all_masks(model, 0.0)
+                    model.patch_masks[name].data[part] = share
+                    logits = model.sliced(batch.clean)
+                losses.append((logits[:, WRONG] - logits[:, ANSWER]).mean())
+            found = scores[name][part].sum()
+            t.testing.assert_close(found, losses[1] - losses[0], atol=1e-6, rtol=5e-3)
+        set_all_masks(model, 0.0)
+        assert scores[name].abs().max() > 1e-4
