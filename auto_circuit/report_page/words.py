@@ -79,10 +79,14 @@ def _unit(config: ExperimentConfig) -> str:
         text += " Keys and values are ungrouped: one of each for every query head."
     if config.keep_positions:
         text += " Zero and mean ablations keep position embeddings."
+    if config.crossing:
+        text += " Also edges through attention, from one position to another."
     return text
 
 
 def _positions(config: ExperimentConfig) -> str:
+    if config.spans and config.token_positions is not False:
+        return "Told apart by spans of tokens: each has edges of its own."
     if config.token_positions is None:
         return "As each task says."
     if config.token_positions:
