@@ -15,6 +15,7 @@ from auto_circuit.errors import ConfigError, DataError
 from auto_circuit.prune_algos.exact_edge_patching import single_edge_effects
 from auto_circuit.prune_algos.peap import peap_prune_scores
 from auto_circuit.robustness import Choices, chosen_task
+from auto_circuit.sweep_config import ExperimentConfig, check_config
 from auto_circuit.tasks import Task, task_of_prompts
 from auto_circuit.utils.graph_utils import patchable_model
 from tests.texts import name_prompts, prompt, text_model, word_tokenizer, write_prompts
@@ -228,6 +229,28 @@ def test_a_file_without_spans_is_one_error(tmp_path: Path) -> None:
     for look in (task.read_prompts, lambda: task.model):
         with pytest.raises(DataError, match="names no spans: give each prompt"):
             look()
+
+
+@pytest.mark.parametrize(
+    "options,error",
+    [
+        (
+            {"algos": ("EAP", "HISP")},
+            r"`crossing`\), of which .* know nothing: HISP. Leave",
+        ),
+        ({"tasks": ("Pocket IOI",), "spans": False}, "or `span_circuit=True` too"),
+        ({"nodes": True}, "Give it `factorized=True` too"),
+        ({"token_positions": False}, "or `span_circuit=True` too"),
+    ],
+)
+def test_a_sweep_refuses_what_does_not_fit_before_it_begins(
+    options: dict[str, Any], error: str, tmp_path: Path
+) -> None:
+    fits = {"tasks": ("Pocket IOI Tokens",), "algos": ("EAP",), "spans": True}
+    plan = check_config(ExperimentConfig(**fits, crossing=True, out=tmp_path))
+    assert plan.tasks[0].span_circuit and plan.tasks[0].crossing
+    with pytest.raises(ConfigError, match=error):
+        check_config(ExperimentConfig(**{**fits, **options}, crossing=True, out=tmp_path))
 
 
 def test_spans_of_another_file_are_refused(tmp_path: Path) -> None:

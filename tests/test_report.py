@@ -330,6 +330,7 @@ def test_every_choice_has_words(ablation: AblationType) -> None:
         ("sweep", {"ablation": AblationType.ZERO, "patch_type": PatchType.EDGE_PATCH}),
         ("sweep", {"nodes": True, "mean_of_ratios": True, "once": ()}),
         ("sweep", {"circuit_shares": (0.1, 0.5), "token_positions": False, "seed": 7}),
+        ("sweep", {"algos": ("EAP", "PEAP"), "spans": True, "crossing": True}),
         ("robustness", {"metrics": ("Logit Diff Percent",), "n_seeds": 1}),
         ("robustness", {"token_positions": True, "circuit_shares": (0.05,)}),
     ],
