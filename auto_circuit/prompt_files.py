@@ -309,9 +309,13 @@ def _prompt_spans(value: Any, where: str) -> dict[str, dict[str, list[int]]] | N
         )
     for spans in sides.values():
         found = list(spans.values()) if isinstance(spans, dict) else []
-        if not found or not all(
-            isinstance(span, list) and len(span) == 2 and all(map(is_whole, span))
-            for span in found
+        if (
+            not found
+            or not all(map(is_text, spans))
+            or not all(
+                isinstance(span, list) and len(span) == 2 and all(map(is_whole, span))
+                for span in found
+            )
         ):
             raise DataError(
                 f"{where}: expected {{name: [its first token, the first token after it]}}; "

@@ -57,8 +57,24 @@ SENTENCE = st.sampled_from(
 )
 ANSWER = st.sampled_from([" Mary", " John", 3, 4, -1, 400, " Mary John", "Zq"])
 ANSWERS = st.lists(ANSWER, max_size=3)
+SPAN = st.lists(st.integers(-1, 5), min_size=2, max_size=2)
+ONE_SIDE = st.one_of(
+    st.just({"a": [0, 2]}),
+    st.dictionaries(
+        st.sampled_from(["a", "b", "clean"]), st.one_of(SPAN, JSON), max_size=3
+    ),
+)
+SPANS = st.one_of(
+    ONE_SIDE, st.fixed_dictionaries({"clean": ONE_SIDE, "corrupt": ONE_SIDE}), JSON
+)
 GOOD_PROMPT = st.fixed_dictionaries(
-    {"clean": SENTENCE, "corrupt": SENTENCE, "answers": ANSWERS, "wrong_answers": ANSWERS}
+    {
+        "clean": SENTENCE,
+        "corrupt": SENTENCE,
+        "answers": ANSWERS,
+        "wrong_answers": ANSWERS,
+    },
+    optional={"spans": SPANS},
 )
 NESTED = st.recursive(NUMBERS, lambda inner: st.lists(inner, max_size=3), max_leaves=8)
 NUMBER_PROMPT = st.fixed_dictionaries(
@@ -95,6 +111,7 @@ CONTENT = st.one_of(
         optional={
             "seq_labels": st.one_of(st.lists(TEXTS, max_size=5), JSON),
             "word_idxs": st.one_of(st.dictionaries(TEXTS, st.integers(-1, 9)), JSON),
+            "span_names": st.one_of(st.just(["a", "b"]), st.lists(TEXTS), JSON),
         },
     ),
     JSON,
@@ -162,8 +179,10 @@ GOOD_JSON = json.dumps(
                 "corrupt": "After John",
                 "answers": [" John", 7],
                 "wrong_answers": [" Mary"],
+                "spans": {"a": [0, 1], "b": [1, 2]},
             }
         ],
+        "span_names": ["a", "b"],
         "seq_labels": ["a", "b"],
         "word_idxs": {"a": 0},
     }
