@@ -140,17 +140,12 @@ def patchable_model(
     A model on the meta device (shapes without weights) has a graph too, in no time and
     memory: to name and count edges. It is not checked and cannot be run.
     """
-    if isinstance(model, PatchableModel):
-        raise ConfigError(
-            "This model is a PatchableModel already. Give its `wrapped_model` to make "
-            "another one; several can share a model."
-        )
+    _check_can_be_patchable(model)
     n_positions = _n_positions(seq_len, spans)
     if crossing:
         _check_can_cross(factorized, separate_qkv, n_positions)
     if device is not None and str(device) != "meta":
         device = check_device("device", device)
-    check_not_offloaded(model)
     # TransformerLens takes seconds to import: only when there is a model.
     from auto_circuit.model_utils.adapters import find_adapter
 
@@ -205,6 +200,16 @@ def patchable_model(
         spans=spans,
     )
     return patchable
+
+
+def _check_can_be_patchable(model: Module) -> None:
+    if isinstance(model, PatchableModel):
+        raise ConfigError(
+            "This model is a PatchableModel already. Give its `wrapped_model` to make "
+            "another one; several can share a model."
+        )
+    if isinstance(model, Module):  # what is none has an error of its own
+        check_not_offloaded(model)
 
 
 def _sort_key(node: Node) -> tuple[int, str, int, int]:
