@@ -182,6 +182,7 @@ def ungrouped(plain: PlainModel) -> PlainModel:
                 was = plain.stripes(block, part)[head if part == 0 else head // group]
                 for weight_name, _ in old.named_parameters(recurse=False):
                     _rows(new, weight_name)[rows] = _rows(old, weight_name)[was]
+    model.requires_grad_(False)
     return wide
 
 
