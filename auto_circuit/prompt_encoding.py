@@ -41,7 +41,7 @@ class EncodedPrompts:
     wrong_answers: list[Tensor]
     mask: Tensor | None = None
     has_bos: bool = False
-    n_added: Mapping[Side, list[int]] = field(default_factory=dict)
+    n_added: Mapping[str, list[int]] = field(default_factory=dict)
 
     def to(self, device: t.device | str) -> EncodedPrompts:
         """The same on a device."""
