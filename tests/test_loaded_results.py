@@ -188,6 +188,8 @@ CHANGED: dict[str, Any] = {
     "n_seeds": 7,
     "memory_limit": 0.5,
     "checkpoint": True,
+    "spans": True,
+    "crossing": True,
     "once": (),
     "device": "cuda:1",
     "model": "gpt2",
