@@ -200,8 +200,11 @@ class PeakMemory(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._guard is not None:
-            self._guard.check(func, self.n_left)
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.check(func, self.n_left)
+        # It stops work once: contexts that are left then put back what they changed.
+        self._guard = guard
         given = {
             leaf.untyped_storage()._cdata
             for leaf in tree_leaves((args, kwargs))

@@ -103,7 +103,8 @@ class _Found:
             self._n_missing -= len(next(iter(part.values())))
             return
         for name, scores in self.parts[self._n_added % len(self.parts)].items():
-            scores += part[name]
+            if name in part:  # else it reads none of these sources
+                scores += part[name]
         self._n_added += 1
 
 
