@@ -127,7 +127,9 @@ def _batch_importance(
             loss = config.loss(model.sliced(tokens, **kwargs), batch) * len(tokens)
             loss.backward()
         edge_scores = {
-            name: mask.grad for name, mask in masks.items() if mask.grad is not None
+            # A destination may read none of the sources that are kept.
+            name: mask.new_zeros(mask.shape) if mask.grad is None else mask.grad
+            for name, mask in masks.items()
         }
         return _sum_over_edges(model, edge_scores).abs().sum(0)
 
