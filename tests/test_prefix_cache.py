@@ -16,7 +16,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_from_module,
 )
 
-from auto_circuit import data
+from auto_circuit import data, devices
 from auto_circuit.data import PromptDataLoader, PromptDataset, load_datasets_from_json
 from auto_circuit.errors import ConfigError, DataError, GraphError
 from auto_circuit.prefix_cache import begin_with, is_exact, make_prefix_cache
@@ -418,6 +418,41 @@ def test_token_ids_and_lengths_that_the_model_does_not_have() -> None:
         graph(tokens(1, 17))
     with pytest.raises(ConfigError, match="calls it `past_key_values`"):
         graph(tokens(1, 3), past_kv_cache=[1])
+
+
+def test_token_ids_on_a_gpu_are_looked_at_before_the_model_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where to look them up would end all that the process does on the GPU."""
+    graph, given = patchable_model(gpt2(), True, "last_seq", None, True), tokens(1, 3)
+    expected, ran = graph(given), []
+    of = devices.device_of
+    monkeypatch.setattr(
+        devices, "device_of", lambda x: t.device("cuda") if x is given else of(x)
+    )
+    graph.wrapped_model.register_forward_pre_hook(lambda *_: ran.append(1))
+    assert graph(given).equal(expected) and graph(given).equal(expected)
+    given[0, 1] = VOCAB
+    with pytest.raises(DataError, match=f"to {VOCAB}, but the model has the words"):
+        graph(given)
+    assert len(ran) == 2
+
+
+def test_prompts_and_model_on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, given = patchable_model(gpt2(), True, "last_seq", None, True), tokens(1, 3)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("Expected all tensors to be on the same device")
+
+    graph.wrapped_model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="same device"):
+        graph(given)  # what is not explained stays as it is
+    of = devices.device_of
+    monkeypatch.setattr(
+        devices, "device_of", lambda x: of(x) if x is given else t.device("cuda")
+    )
+    with pytest.raises(DataError, match="prompts are on the device 'cpu', the model is on 'cuda'"):
+        graph(given)
 
 
 def test_batches_of_one_dataset_share_the_models_prefix() -> None:

@@ -17,6 +17,7 @@ from ordered_set import OrderedSet
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
+from auto_circuit import devices
 from auto_circuit.checks import checked, is_number, shown
 from auto_circuit.edge_sequence import EdgeSequence, EdgeTable, NamedEdges
 from auto_circuit.engine.buffers import PassBuffers
@@ -60,6 +61,8 @@ from auto_circuit.utils.user_hooks import UserHooks
 from auto_circuit.weights import WeightFingerprint, has_values
 
 LAST_POSITION = (slice(None), -1)
+KNOWN_WORDS = "_auto_circuit_known_words"
+"""Where a tensor of tokens has the version, and the vocabulary, that it was looked at for."""
 EdgeDict = Mapping[int | None, Sequence[Edge]]
 
 
@@ -492,11 +495,14 @@ class PatchableModel(Module):
                 self.patch_session.positions = self._positions(args, kwargs)
             try:
                 return self.wrapped_model(*args, **kwargs)
-            except IndexError as error:
-                raise self._explained(error, args) from error
             except t.OutOfMemoryError:
                 self.free_buffers()  # so that a smaller batch may have it all
                 raise
+            except (IndexError, RuntimeError) as error:
+                explained = self._explained(args)
+                if explained is None:
+                    raise
+                raise explained from error
 
     def _positions(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -651,6 +657,7 @@ class PatchableModel(Module):
         if prefix is not None and self._are_whole(tokens, mask, prefix):
             prefix, n_prefix = None, 0
         self._check_length(n_prefix + tokens.shape[1])
+        self._check_words(tokens)
         if prefix is not None:
             cache = self._current_prefix().past_key_values(tokens.shape[0])
             kwargs = {**kwargs, "past_key_values": cache}
@@ -710,15 +717,45 @@ class PatchableModel(Module):
                 f"{n_context}. Use shorter prompts."
             )
 
-    def _explained(self, error: IndexError, args: tuple[Any, ...]) -> Exception:
-        """What an IndexError of the model means."""
+    def _check_words(self, tokens: Shaped[Tensor, "batch seq *features"]) -> None:
+        """Raise DataError for words that the model does not have, on a GPU.
+
+        To look them up there would end all that the process does on the GPU; on a CPU it is
+        an error that can be explained. Tokens are asked once.
+        """
+        if devices.device_of(tokens).type == "cpu":
+            return
         n_words = getattr(getattr(self.wrapped_model, "cfg", None), "d_vocab", None)
+        known = (tokens._version, n_words)
+        if getattr(tokens, KNOWN_WORDS, None) == known:
+            return
+        if (error := self._foreign_words(tokens)) is not None:
+            raise error
+        setattr(tokens, KNOWN_WORDS, known)
+
+    def _explained(self, args: tuple[Any, ...]) -> DataError | None:
+        """What an error of the model means, if its input shows it."""
         tokens = args[0] if args else None
-        if n_words is None or not isinstance(tokens, Tensor) or not tokens.numel():
-            return error
-        low, high = int(tokens.min()), int(tokens.max())
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+            return None
+        weight = next(self.wrapped_model.parameters(), tokens)
+        here, there = devices.device_of(tokens), devices.device_of(weight)
+        if here != there and not self.plan.devices:
+            return DataError(
+                f"The prompts are on the device {str(here)!r}, the model is on "
+                f"{str(there)!r}. Load them with the model's `device`."
+            )
+        return self._foreign_words(tokens)
+
+    def _foreign_words(
+        self, tokens: Shaped[Tensor, "batch seq *features"]
+    ) -> DataError | None:
+        n_words = getattr(getattr(self.wrapped_model, "cfg", None), "d_vocab", None)
+        if n_words is None or not tokens.numel():
+            return None
+        low, high = t.stack(t.aminmax(tokens)).tolist()
         if 0 <= low and high < n_words:
-            return error
+            return None
         return DataError(
             f"The tokens run from {low} to {high}, but the model has the words 0 to "
             f"{n_words - 1}. Is the tokenizer another model's?"
