@@ -451,7 +451,9 @@ def test_prompts_and_model_on_two_devices(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         devices, "device_of", lambda x: of(x) if x is given else t.device("cuda")
     )
-    with pytest.raises(DataError, match="prompts are on the device 'cpu', the model is on 'cuda'"):
+    with pytest.raises(
+        DataError, match="prompts are on the device 'cpu', the model is on 'cuda'"
+    ):
         graph(given)
 
 
