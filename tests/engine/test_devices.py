@@ -56,7 +56,7 @@ class Marked(TorchDispatchMode):
         return self.places.get(self._key(tensor), FIRST)
 
     def _key(self, tensor: Tensor) -> int:
-        return tensor.untyped_storage().data_ptr()
+        return tensor.untyped_storage()._cdata  # not its address: empty ones have none
 
     def mark(self, tensors: Any, device: t.device) -> None:
         for tensor in tensors:
@@ -65,10 +65,13 @@ class Marked(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        # Not indices and flags: `torch.tensor` makes these where this does not see it.
+        # Not indices, flags and `tensor([])`: `torch.tensor` makes these where this does not
+        # see it.
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         given = [x for x in leaves if x.is_floating_point()]
-        found = {self.places.get(self._key(x)) for x in given if x.ndim} - {None}
+        found = {
+            self.places.get(self._key(x)) for x in given if x.shape not in ((), (0,))
+        } - {None}
         out = func(*args, **(kwargs or {}))
         if func in COPIES:
             found = {self.places.get(self._key(x)) for x in given[:1]} - {None}
@@ -192,18 +195,17 @@ def test_two_devices_give_the_numbers_of_one(
 
 
 @pytest.mark.slow
-def test_a_memory_limit_on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the least: a prompt and a source at a time.
-
-    At masks of 0 the passes keep no other source, and some matrices are empty: those have
-    no address, by which alone devices are told apart here.
-    """
+@pytest.mark.parametrize("value", [0.0, 0.4])
+def test_a_memory_limit_on_two_devices(
+    monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """In the least: a prompt and a source at a time."""
     answers = [t.tensor([1])] * 2, [t.tensor([2])] * 2
     prompts = PromptDataLoader(
         PromptDataset(CLEAN, CORRUPT, *answers), None, 0, batch_size=2
     )
     options: Any = {"grad_function": "logit", "answer_function": "avg_diff"}
-    scores = partial(mask_gradient_prune_scores, **options, mask_val=0.4)
+    scores = partial(mask_gradient_prune_scores, **options, mask_val=value)
     expected = scores(
         patchable_model(llama(), True, "last_seq", separate_qkv=True), prompts, None
     )
