@@ -284,6 +284,7 @@ def ablated_parts(
             yield part, _ablate_batch(model, tokens, outs, ablation_type, mask, mean)
 
 
+@checked
 def to_try(
     batch: PromptPairBatch, patched_in: PatchedIn, n_at_once: int
 ) -> list[PromptPairBatch]:
