@@ -46,6 +46,7 @@ from auto_circuit.model_utils.block_facts import (
 from auto_circuit.model_utils.loaded_bridge import LoadedBridge, as_loaded
 from auto_circuit.model_utils.transformer_lens_sites import (
     heads_by_weights,
+    heads_switched_on,
     switch_on_heads,
 )
 from auto_circuit.weights import (
@@ -253,14 +254,16 @@ def show_heads(model: LoadedBridge) -> None:
     weight = next(model.parameters())
     ask = partial(probe_log_probs, model, model.cfg.d_vocab, weight.device)
     expected = ask()
-    switch_on_heads(model)
-    error = _distance(ask(), expected)
+    with heads_switched_on(model):
+        found = ask()
+    error = _distance(found, expected)
     if not error <= _tolerance(model, weight.dtype) * _spread(expected):
         raise ModelError(
             f"This {model.cfg.architecture} model computes something else where what its "
             f"heads read and write can be seen: its log-probabilities are off by {error:.2g} "
             f"(root mean square). {MORE_THAN_WEIGHTS}"
         )
+    switch_on_heads(model)
 
 
 def _instead_of(given: Module) -> str:
