@@ -1,4 +1,4 @@
-"""Where a tensor is, and how numbers get to a device: of a model on several, or on a GPU."""
+"""Where a tensor is, and how numbers get to a device and back."""
 
 from __future__ import annotations
 
@@ -29,3 +29,11 @@ def index_tensor(idxs: Sequence[int], device: t.device) -> Int[Tensor, "index"]:
         return t.tensor(idxs, dtype=t.int64, device=device)
     pinned = t.tensor(idxs, dtype=t.int64, device="cpu", pin_memory=True)
     return pinned.to(device, non_blocking=True)
+
+
+def low_and_high(indices: Int[Tensor, "*dims"]) -> tuple[int, int]:
+    """The smallest and the largest; of none (0, 0). A GPU waits once, not for each."""
+    if not indices.numel():
+        return 0, 0
+    low, high = t.stack(indices.aminmax()).tolist()
+    return low, high

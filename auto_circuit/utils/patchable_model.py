@@ -717,6 +717,10 @@ class PatchableModel(Module):
                 f"{n_context}. Use shorter prompts."
             )
 
+    @property
+    def _n_words(self) -> int | None:
+        return getattr(getattr(self.wrapped_model, "cfg", None), "d_vocab", None)
+
     def _check_words(self, tokens: Shaped[Tensor, "batch seq *features"]) -> None:
         """Raise DataError for words that the model does not have, on a GPU.
 
@@ -725,8 +729,7 @@ class PatchableModel(Module):
         """
         if devices.device_of(tokens).type == "cpu":
             return
-        n_words = getattr(getattr(self.wrapped_model, "cfg", None), "d_vocab", None)
-        known = (tokens._version, n_words)
+        known = (tokens._version, self._n_words)
         if getattr(tokens, KNOWN_WORDS, None) == known:
             return
         if (error := self._foreign_words(tokens)) is not None:
@@ -750,15 +753,12 @@ class PatchableModel(Module):
     def _foreign_words(
         self, tokens: Shaped[Tensor, "batch seq *features"]
     ) -> DataError | None:
-        n_words = getattr(getattr(self.wrapped_model, "cfg", None), "d_vocab", None)
-        if n_words is None or not tokens.numel():
-            return None
-        low, high = t.stack(t.aminmax(tokens)).tolist()
-        if 0 <= low and high < n_words:
+        low, high = devices.low_and_high(tokens)
+        if self._n_words is None or (0 <= low and high < self._n_words):
             return None
         return DataError(
             f"The tokens run from {low} to {high}, but the model has the words 0 to "
-            f"{n_words - 1}. Is the tokenizer another model's?"
+            f"{self._n_words - 1}. Is the tokenizer another model's?"
         )
 
 

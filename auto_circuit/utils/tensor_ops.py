@@ -17,6 +17,7 @@ import torch as t
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from auto_circuit import devices
 from auto_circuit.checks import checked
 from auto_circuit.data import NEED_NO_WRONG_ANSWERS, PromptPairBatch
 from auto_circuit.errors import DataError
@@ -46,8 +47,7 @@ def indices_vals(
     Raises DataError for an index that the last dimension does not have.
     """
     vocab = vals.shape[-1]
-    # One transfer: a GPU would stop at each.
-    low, high = t.stack(indices.aminmax()).tolist() if indices.numel() else (0, 0)
+    low, high = devices.low_and_high(indices)
     if low < 0 or high >= vocab:
         raise DataError(
             f"Answer tokens run from {low} to {high}, but the output has the entries 0 "
